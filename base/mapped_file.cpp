@@ -1,0 +1,151 @@
+#include "base/mapped_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <string_view>
+#include <utility>
+
+#include "base/error.h"
+#include "base/units.h"
+
+namespace duet {
+namespace {
+
+namespace fs = std::filesystem;
+
+class FileDescriptor {
+ public:
+  explicit FileDescriptor(int fd) : fd_(fd) {}
+  FileDescriptor(const FileDescriptor&) = delete;
+  FileDescriptor& operator=(const FileDescriptor&) = delete;
+  ~FileDescriptor() { if (fd_ >= 0) ::close(fd_); }
+  int get() const { return fd_; }
+
+ private:
+  int fd_;
+};
+
+std::string errno_text() { return std::strerror(errno); }
+
+// Opens a regular file for reading and gives its size.
+int open_regular(const fs::path& path, uint64_t& size) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) fail(ErrorKind::io, path.string(), ": cannot open: ", errno_text());
+  struct stat info {};
+  if (::fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
+    ::close(fd);
+    fail(ErrorKind::io, path.string(), ": not a regular file");
+  }
+  size = static_cast<uint64_t>(info.st_size);
+  return fd;
+}
+
+}  // namespace
+
+MappedFile MappedFile::open(const fs::path& path) {
+  uint64_t size = 0;
+  const FileDescriptor fd(open_regular(path, size));
+  MappedFile out;
+  out.path_ = path;
+  out.size_ = size;
+  if (size == 0) return out;
+  void* p = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, fd.get(), 0);
+  if (p == MAP_FAILED) fail(ErrorKind::io, path.string(), ": cannot map ", size, " bytes: ", errno_text());
+  out.data_ = static_cast<const std::byte*>(p);
+  return out;
+}
+
+MappedFile::MappedFile(MappedFile&& other) noexcept
+    : path_(std::move(other.path_)),
+      data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)) {}
+
+MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
+  std::swap(path_, other.path_);
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  return *this;
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
+}
+
+void MappedFile::drop(uint64_t offset, uint64_t n_bytes) const {
+  const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  if (data_ == nullptr || offset >= size_) return;
+  const uint64_t end = offset + std::min(n_bytes, size_ - offset);
+  const uint64_t first = (offset + page - 1) / page * page;  // whole pages only: neighbours stay
+  const uint64_t last = end == size_ ? end : end / page * page;
+  if (first >= last) return;
+  ::madvise(const_cast<std::byte*>(data_) + first, last - first, MADV_DONTNEED);
+}
+
+std::string read_file(const fs::path& path, uint64_t max_bytes) {
+  uint64_t size = 0;
+  const FileDescriptor fd(open_regular(path, size));
+  if (size > max_bytes)
+    fail(ErrorKind::format, path.string(), ": ", format_size(size), " is larger than the ",
+         format_size(max_bytes), " expected at most of such a file");
+  std::string text(size, '\0');
+  for (size_t done = 0; done < size;) {
+    const ssize_t n = ::read(fd.get(), text.data() + done, size - done);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) fail(ErrorKind::io, path.string(), ": cannot read: ", n == 0 ? "file shrank" : errno_text());
+    done += static_cast<size_t>(n);
+  }
+  return text;
+}
+
+OutputFile::OutputFile(fs::path path, uint64_t expected_bytes) : path_(std::move(path)) {
+  if (fs::is_directory(path_)) fail(ErrorKind::io, path_.string(), ": is a folder, not a file to write");
+  const fs::path folder = path_.has_parent_path() ? path_.parent_path() : fs::path(".");
+  struct statvfs disk {};
+  if (::statvfs(folder.c_str(), &disk) != 0)
+    fail(ErrorKind::io, folder.string(), ": cannot write there: ", errno_text());
+  const uint64_t free_bytes = uint64_t{disk.f_bavail} * disk.f_frsize;
+  if (expected_bytes > free_bytes)
+    fail(ErrorKind::io, path_.string(), ": needs ", format_size(expected_bytes), ", the disk has ",
+         format_size(free_bytes), " free; make room or choose another folder");
+  temp_ = path_;
+  temp_ += concat(".tmp", ::getpid());
+  fd_ = ::open(temp_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  if (fd_ < 0) fail(ErrorKind::io, path_.string(), ": cannot write: ", errno_text());
+}
+
+OutputFile::~OutputFile() {
+  if (fd_ >= 0) ::close(fd_);
+  if (!temp_.empty()) ::unlink(temp_.c_str());
+}
+
+void OutputFile::write(std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::write(fd_, bytes.data(), bytes.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) fail(ErrorKind::io, path_.string(), ": write failed after ", format_size(size_), ": ", errno_text());
+    bytes = bytes.subspan(static_cast<size_t>(n));
+    size_ += static_cast<uint64_t>(n);
+  }
+}
+
+void OutputFile::write(std::string_view text) {
+  write(std::as_bytes(std::span(text.data(), text.size())));
+}
+
+void OutputFile::commit() {
+  const int fd = std::exchange(fd_, -1);
+  const bool synced = ::fsync(fd) == 0;
+  if (::close(fd) != 0 || !synced) fail(ErrorKind::io, path_.string(), ": cannot complete the file: ", errno_text());
+  if (::rename(temp_.c_str(), path_.c_str()) != 0)
+    fail(ErrorKind::io, path_.string(), ": cannot rename into place: ", errno_text());
+  temp_.clear();
+}
+
+}  // namespace duet

@@ -1,0 +1,63 @@
+// Files: read-only mappings, whole small files, and output that appears only when complete.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <string_view>
+
+namespace duet {
+
+// A read-only shared mapping of a whole regular file. Move-only; views die with it.
+// A file truncated by somebody else while mapped still raises SIGBUS on access.
+class MappedFile {
+ public:
+  // Throws Error(io) when the file is missing, unreadable, or not a regular file. An empty file
+  // maps to an empty span.
+  static MappedFile open(const std::filesystem::path& path);
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&& other) noexcept;
+  ~MappedFile();
+
+  std::span<const std::byte> bytes() const { return {data_, size_}; }
+  const std::filesystem::path& path() const { return path_; }
+
+  // Tells the kernel that these bytes will not be read again soon (drops clean pages of this
+  // mapping). Best effort.
+  void drop(uint64_t offset, uint64_t n_bytes) const;
+
+ private:
+  MappedFile() = default;
+  std::filesystem::path path_;
+  const std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Reads a whole file of at most max_bytes; Error(io) when missing, Error(format) when larger.
+std::string read_file(const std::filesystem::path& path, uint64_t max_bytes);
+
+// Writes `path` by way of a temporary file in the same folder and a rename, so that a reader sees
+// the old file or the complete new one. Without commit() nothing is left behind.
+class OutputFile {
+ public:
+  // Checks first that the folder is writable and has room for expected_bytes (0: unknown).
+  // Throws Error(io) naming the bytes needed and free.
+  OutputFile(std::filesystem::path path, uint64_t expected_bytes);
+  OutputFile(const OutputFile&) = delete;
+  OutputFile& operator=(const OutputFile&) = delete;
+  ~OutputFile();
+
+  void write(std::span<const std::byte> bytes);  // appends; Error(io) on a short write
+  void write(std::string_view text);
+  uint64_t size() const { return size_; }
+  void commit();  // fsync + rename
+
+ private:
+  std::filesystem::path path_, temp_;
+  int fd_ = -1;
+  uint64_t size_ = 0;
+};
+
+}  // namespace duet

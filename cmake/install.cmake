@@ -1,0 +1,19 @@
+# Install: the duet binary, the libraries, the headers of the public interface (runtime/engine.h,
+# converters/*.h and what they include) and a CMake package "duet" (find_package(duet)).
+include(CMakePackageConfigHelpers)
+install(TARGETS duet RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+install(TARGETS duet_base duet_quant duet_formats duet_converters duet_kernels duet_runtime
+  EXPORT duetTargets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
+foreach(header base/error.h base/bytes.h base/json.h quant/format.h formats/tensor.h formats/gguf.h
+        formats/schema.h runtime/engine.h runtime/tokenizer.h runtime/chat_template.h
+        runtime/sampler.h converters/convert.h)
+  get_filename_component(dir ${header} DIRECTORY)
+  install(FILES ${header} DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/duet/${dir})
+endforeach()
+set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/duet)
+install(EXPORT duetTargets NAMESPACE duet:: DESTINATION ${package_dir})
+configure_package_config_file(cmake/Config.cmake.in ${PROJECT_BINARY_DIR}/duetConfig.cmake
+  INSTALL_DESTINATION ${package_dir})
+write_basic_package_version_file(${PROJECT_BINARY_DIR}/duetConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+install(FILES ${PROJECT_BINARY_DIR}/duetConfig.cmake ${PROJECT_BINARY_DIR}/duetConfigVersion.cmake
+  DESTINATION ${package_dir})

@@ -1,0 +1,77 @@
+// Building GGUF files: from a Hugging Face folder, from another GGUF, from nothing (synthetic).
+// Bounded memory: one tensor (for experts: one expert slice) of float values at a time.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "formats/gguf.h"
+#include "formats/schema.h"
+
+namespace duet {
+
+// Bytes of source read so far, of how many, and the tensor being worked on. Called from the thread
+// that called convert, at least once per tensor.
+struct ConvertProgress {
+  uint64_t done_bytes = 0, total_bytes = 0;
+  size_t tensor_index = 0, n_tensors = 0;
+  std::string tensor;
+};
+
+struct ConvertOptions {
+  std::string recipe = "Q4_K_M";     // a name of recipe_names()
+  bool vocab_only = false;
+  bool overwrite = false;            // an existing output is an error otherwise
+  int n_threads = 0;                 // 0: HostCores::usable()
+  std::string name;                  // general.name; "": from the folder
+  NoticeFn notice;                   // one-line remarks; may be null
+  std::function<void(const ConvertProgress&)> progress;
+  const std::atomic<bool>* cancel = nullptr;  // true -> Error(cancelled), nothing left behind
+};
+
+struct PlannedTensor {
+  std::string name;
+  const Format* format;
+  std::vector<uint64_t> shape;
+  uint64_t n_bytes;
+};
+struct ConvertPlan {
+  std::string recipe;
+  uint64_t source_bytes = 0, output_bytes = 0;
+  double bits_per_weight = 0;
+  std::vector<PlannedTensor> tensors;
+};
+
+// Recipes as users name them: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q4_K_M Q4_K_S Q4_0 Q3_K_L Q3_K_M
+// Q3_K_S Q2_K.
+std::vector<std::string> recipe_names();
+
+// Hugging Face folder (config.json, *.safetensors, tokenizer.model or tokenizer.json) -> GGUF.
+ConvertPlan plan_convert(const std::filesystem::path& folder, const ConvertOptions& options);
+void convert(const std::filesystem::path& folder, const std::filesystem::path& output, const ConvertOptions& options);
+
+// GGUF (any layout) -> GGUF of another recipe, merged expert layout, metadata kept.
+ConvertPlan plan_quantize(const std::filesystem::path& input, const ConvertOptions& options);
+void quantize(const std::filesystem::path& input, const std::filesystem::path& output, const ConvertOptions& options);
+
+// A model of random weights for benchmarks.
+struct SyntheticOptions {
+  std::string shape = "8x7b";  // "8x7b", "8x22b", "tiny"
+  uint32_t n_layer = 0;        // 0: the shape's own
+  std::string type = "Q4_K";   // a Format name
+  bool split_experts = false;  // old per-expert layout
+  uint64_t seed = 1;
+  bool overwrite = false;
+  int n_threads = 0;
+  NoticeFn notice;
+  std::function<void(const ConvertProgress&)> progress;
+  const std::atomic<bool>* cancel = nullptr;
+};
+void make_synthetic(const std::filesystem::path& output, const SyntheticOptions& options);
+
+}  // namespace duet

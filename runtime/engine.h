@@ -1,0 +1,111 @@
+// The public interface: open a model, run token sequences through it.
+//
+//   Engine engine = Engine::open("model.gguf", {});
+//   Session session = engine.new_session({.n_ctx = 4096});
+//   session.sync(prompt_ids);
+//   while (...) { Token t = sampler.sample(session.logits()); session.append({&t, 1}); }
+//
+// The library never prints, aborts or exits; failures are duet::Error (base/error.h).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+
+#include "formats/schema.h"
+#include "runtime/chat_template.h"
+#include "runtime/sampler.h"
+#include "runtime/tokenizer.h"
+
+namespace duet {
+
+struct EngineOptions {
+  int n_threads = 0;    // compute threads; 0: HostCores::usable()
+  std::string isa;      // "scalar", "avx2", "avx512"; "": best usable; unusable: Error(unsupported)
+  NoticeFn notice;      // one-line remarks; may be null
+};
+
+enum class KvType { f16, f32 };
+
+struct SessionOptions {
+  uint32_t n_ctx = 0;       // positions; 0: min(model's, 4096); more than the model's is allowed with a notice
+  uint32_t n_batch = 512;   // tokens evaluated at once in prefill
+  KvType kv_type = KvType::f16;
+  const std::atomic<bool>* cancel = nullptr;  // checked between layers; true -> Error(cancelled)
+};
+
+struct ModelInfo {
+  HParams hparams;
+  std::string layout;       // "dense", "merged experts", "per-expert"
+  std::string types;        // dominant formats, e.g. "Q4_K (experts), Q8_0, F32"
+  uint64_t file_bytes = 0, n_params = 0;
+  std::string isa;          // kernels in use
+  int n_threads = 0;
+};
+
+class Session;
+
+// An open model. Immutable after open; thread-compatible; sessions may outlive the Engine object
+// (they share the mapping).
+class Engine {
+ public:
+  // Throws Error: io, format, unsupported, memory.
+  static Engine open(const std::filesystem::path& path, const EngineOptions& options);
+  Engine(Engine&&) noexcept;
+  Engine& operator=(Engine&&) noexcept;
+  ~Engine();
+
+  const ModelInfo& info() const;
+  const Tokenizer& tokenizer() const;                   // Error(format) when the file has none
+  const std::optional<ChatTemplate>& chat_template() const;
+  Session new_session(const SessionOptions& options) const;  // Error(memory) when KV does not fit
+
+ private:
+  friend class Session;
+  struct State;
+  std::shared_ptr<const State> state_;
+};
+
+// One growing token sequence with its KV cache. One thread at a time. All memory is allocated on
+// creation. After an exception the session stands at its last complete batch.
+class Session {
+ public:
+  // Called after each prefill batch with tokens done and in total.
+  using Progress = std::function<void(size_t done, size_t total)>;
+  // Logits of consecutive positions: row i belongs to position first + i. [n_rows, n_vocab]
+  using LogitsSink = std::function<void(size_t first, size_t n_rows, std::span<const float> logits)>;
+
+  Session(Session&&) noexcept;
+  Session& operator=(Session&&) noexcept;
+  ~Session();
+
+  std::span<const Token> tokens() const;  // evaluated so far
+  uint32_t n_ctx() const;
+  size_t kv_bytes() const;
+
+  // Makes the sequence equal to `prompt` (not empty): keeps the common prefix, evaluates the rest;
+  // logits() then are those of the last token. Error(usage) when it exceeds n_ctx or an id the
+  // vocabulary.
+  void sync(std::span<const Token> prompt, const Progress& progress = {});
+  // Appends tokens; logits() then are those of the last one.
+  void append(std::span<const Token> tokens, const Progress& progress = {});
+  // Appends tokens and delivers the logits of every one of them, batch by batch.
+  void append_all_logits(std::span<const Token> tokens, const LogitsSink& sink);
+  // Drops all but the first n tokens; the next call must evaluate before logits() is valid.
+  void truncate(size_t n);
+
+  std::span<const float> logits() const;  // [n_vocab] of the last token evaluated
+
+ private:
+  friend class Engine;
+  struct State;
+  explicit Session(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace duet

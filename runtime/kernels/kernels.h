@@ -1,0 +1,81 @@
+// The table of compute kernels, one per instruction set, and its contracts.
+//
+// scalar.cpp is the specification; every other table starts as a copy of the one below it and
+// overrides entries. Kernels are noexcept, single-threaded, allocate nothing, and serve a range of
+// rows per call, so that one indirect call is amortised and threads split rows, never sums: results
+// do not depend on the number of threads. Weight rows are 2-byte aligned, activations 4-byte.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/cpu_features.h"
+#include "quant/format.h"
+
+namespace duet {
+
+// y[t * y_stride + r] = sum over c of W[r][c] * x[t][c], for r in [0, n_rows), t in [0, n_tokens).
+struct MatmulArgs {
+  const std::byte* w;   // [n_rows, cols] in the weight format
+  size_t w_stride;      // bytes from row to row
+  size_t n_rows;
+  size_t cols;          // a multiple of the format's block
+  const std::byte* x;   // [n_tokens, cols] in the format's ActFormat
+  size_t x_stride;      // bytes from token to token
+  size_t n_tokens;
+  float* y;
+  size_t y_stride;      // floats from token to token
+};
+using MatmulFn = void (*)(const MatmulArgs&) noexcept;
+
+// Cached keys or values of one KV head: element (j, i) at base + j * stride bytes + i elements.
+struct KvView {
+  const std::byte* base;
+  size_t stride;  // bytes from position to position
+  bool f16;       // IEEE half, else float
+};
+
+struct KernelTable {
+  const char* isa;     // "scalar", "avx2", "avx512"
+  CpuFeatures needs;
+
+  MatmulFn matmul[kDTypeSlots];  // by DType; x in format_of(dtype).act
+  // dst = n values of x in the activation format; n a multiple of its block (1, 32, 256).
+  void (*quantize_act32)(const float* x, void* dst, size_t n) noexcept;
+  void (*quantize_act256)(const float* x, void* dst, size_t n) noexcept;
+  // dst[n] = values of n elements; bit-equal to Format::decode_row. By DType.
+  void (*decode_row[kDTypeSlots])(const void* src, float* dst, size_t n) noexcept;
+
+  // y = x / sqrt(mean(x^2) + eps) * w. The mean is accumulated in double or in >= 8 partial sums.
+  void (*rms_norm)(const float* x, const float* w, float eps, float* y, size_t n) noexcept;
+  // Rotates pairs (x[2i], x[2i+1]) by the angle whose cosine and sine are cs[2i], cs[2i+1];
+  // n_rot elements. Interleaved pairs, as GGUF "llama" files are laid out.
+  void (*rope)(float* x, const float* cs, size_t n_rot) noexcept;
+  void (*softmax)(float* x, size_t n) noexcept;                          // in place; n >= 1
+  void (*silu_mul)(const float* gate, const float* up, float* y, size_t n) noexcept;  // silu(gate) * up
+  void (*add)(float* y, const float* x, size_t n) noexcept;              // y += x
+  void (*add_scaled)(float* y, const float* x, float s, size_t n) noexcept;  // y += s * x
+  void (*f32_to_f16)(const float* x, uint16_t* y, size_t n) noexcept;
+  void (*f16_to_f32)(const uint16_t* x, float* y, size_t n) noexcept;
+
+  // out[h * out_stride + j] = scale * dot(q + h * head_dim, key j), h in [0, n_q), j in [0, n_keys)
+  void (*attn_scores)(const float* q, size_t n_q, size_t head_dim, KvView keys, size_t n_keys,
+                      float scale, float* out, size_t out_stride) noexcept;
+  // out[h * head_dim + i] = sum over j of p[h * p_stride + j] * value(j, i)
+  void (*attn_mix)(const float* p, size_t p_stride, size_t n_q, size_t head_dim, KvView values,
+                   size_t n_keys, float* out) noexcept;
+};
+
+// Tables compiled in and usable on this processor, best first; the last is scalar.
+std::span<const KernelTable* const> usable_kernels();
+// Names of all tables compiled in, best first.
+std::vector<std::string> compiled_isas();
+// The table named `isa`, or the best usable one for "". Error(unsupported) when the name is unknown
+// or the processor lacks what it needs; the message names the usable ones.
+const KernelTable& select_kernels(std::string_view isa);
+
+}  // namespace duet

@@ -1,0 +1,38 @@
+// Choosing the next token from logits.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "runtime/tokenizer.h"
+
+namespace duet {
+
+// Order of application: penalties, top-k, top-p, min-p, temperature, draw. temperature <= 0 is
+// greedy (after penalties; the lowest id wins a tie).
+struct SamplerParams {
+  float temperature = 0.8f;
+  int32_t top_k = 40;              // <= 0: off
+  float top_p = 0.95f;             // >= 1: off
+  float min_p = 0.05f;             // <= 0: off
+  float repeat_penalty = 1.0f;     // divides positive / multiplies negative logits; 1: off
+  float presence_penalty = 0.0f, frequency_penalty = 0.0f;
+  int32_t penalty_last_n = 64;     // window of the penalties; -1: whole sequence
+  uint64_t seed = 0;
+};
+
+// One sequence's sampler. Same seed, logits and history give the same tokens on every machine.
+class Sampler {
+ public:
+  explicit Sampler(const SamplerParams& params);  // Error(usage) on NaN or out-of-range values
+  Token sample(std::span<const float> logits);    // does not accept
+  void accept(Token token);                       // history for the penalties (prompt tokens too)
+
+ private:
+  SamplerParams params_;
+  uint64_t rng_;
+  std::vector<Token> history_;
+};
+
+}  // namespace duet
