@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <string_view>
 
 namespace duet {
@@ -75,6 +76,6 @@ const Format* find_format(std::string_view name);    // exact upper-case name; n
 size_t row_bytes(const Format& format, size_t cols); // cols a multiple of block_elems
 
 // Name of any ggml type id, also those duet does not read ("IQ2_XXS"), "type 77" when unheard of.
-const char* ggml_type_name(uint32_t ggml_type_id);
+std::string ggml_type_name(uint32_t ggml_type_id);
 
 }  // namespace duet

@@ -1,1 +1,73 @@
+// The one table of formats. To add a format: DType and block in format.h, a new quant/<name>.cpp
+// that defines its Format, and one row each in the two lists here.
+#include <algorithm>
+#include <array>
+
+#include "base/error.h"
 #include "quant/format.h"
+
+namespace duet {
+
+extern const Format kFormatF32, kFormatF16, kFormatBF16;
+extern const Format kFormatQ4_0, kFormatQ4_1, kFormatQ5_0, kFormatQ5_1, kFormatQ8_0;
+extern const Format kFormatQ2_K, kFormatQ3_K, kFormatQ4_K, kFormatQ5_K, kFormatQ6_K;
+extern const Format kFormatIQ4_NL, kFormatIQ4_XS;
+
+std::span<const Format> all_formats() {
+  static const std::array table = {
+      kFormatF32,  kFormatF16,  kFormatBF16, kFormatQ4_0,   kFormatQ4_1,
+      kFormatQ5_0, kFormatQ5_1, kFormatQ8_0, kFormatQ2_K,   kFormatQ3_K,
+      kFormatQ4_K, kFormatQ5_K, kFormatQ6_K, kFormatIQ4_NL, kFormatIQ4_XS,
+  };
+  return table;
+}
+
+const Format* find_format(uint32_t ggml_type_id) {
+  const auto formats = all_formats();
+  const auto it = std::find_if(formats.begin(), formats.end(), [&](const Format& f) {
+    return static_cast<uint32_t>(f.dtype) == ggml_type_id;
+  });
+  return it == formats.end() ? nullptr : &*it;
+}
+
+const Format* find_format(std::string_view name) {
+  const auto formats = all_formats();
+  const auto it =
+      std::find_if(formats.begin(), formats.end(), [&](const Format& f) { return name == f.name; });
+  return it == formats.end() ? nullptr : &*it;
+}
+
+const Format& format_of(DType dtype) {
+  const Format* format = find_format(static_cast<uint32_t>(dtype));
+  DUET_ASSERT(format != nullptr);
+  return *format;
+}
+
+size_t row_bytes(const Format& format, size_t cols) {
+  DUET_ASSERT(cols % format.block_elems == 0);
+  return cols / format.block_elems * format.block_bytes;
+}
+
+size_t act_row_bytes(ActFormat format, size_t cols) {
+  if (format == ActFormat::f32) return cols * sizeof(float);
+  const size_t elems = format == ActFormat::act32 ? 32 : 256;
+  DUET_ASSERT(cols % elems == 0);
+  return cols / elems * (format == ActFormat::act32 ? sizeof(BlockAct32) : sizeof(BlockAct256));
+}
+
+std::string ggml_type_name(uint32_t ggml_type_id) {
+  // By id; the gaps are interleaved layouts that were withdrawn from files.
+  static constexpr const char* names[] = {
+      "F32",   "F16",        "Q4_0",       "Q4_1",       "Q4_2",     "Q4_3",     "Q5_0",
+      "Q5_1",  "Q8_0",       "Q8_1",       "Q2_K",       "Q3_K",     "Q4_K",     "Q5_K",
+      "Q6_K",  "Q8_K",       "IQ2_XXS",    "IQ2_XS",     "IQ3_XXS",  "IQ1_S",    "IQ4_NL",
+      "IQ3_S", "IQ2_S",      "IQ4_XS",     "I8",         "I16",      "I32",      "I64",
+      "F64",   "IQ1_M",      "BF16",       "Q4_0_4_4",   "Q4_0_4_8", "Q4_0_8_8", "TQ1_0",
+      "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8", "MXFP4",    "NVFP4",    "Q1_0",
+      "Q2_0",
+  };
+  if (ggml_type_id < std::size(names)) return names[ggml_type_id];
+  return concat("type ", ggml_type_id);
+}
+
+}  // namespace duet

@@ -1,0 +1,71 @@
+// Row loops over blocks, and the bit fields that several formats share. Internal to quant/.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "quant/format.h"
+
+namespace duet {
+
+inline constexpr size_t kSuperBlock = 256;  // elements of a K-format block
+
+inline bool f16_finite(uint16_t h) { return (h & 0x7c00u) != 0x7c00u; }
+
+template <class Block, size_t kElems, void (*kDecode)(const Block&, float*) noexcept>
+void decode_blocks(const void* src, float* dst, size_t n) noexcept {
+  const auto* block = static_cast<const Block*>(src);
+  for (size_t i = 0; i < n; i += kElems) kDecode(*block++, dst + i);
+}
+
+template <class Block, size_t kElems, bool (*kFinite)(const Block&) noexcept>
+bool all_blocks_finite(const void* src, size_t n) noexcept {
+  const auto* block = static_cast<const Block*>(src);
+  for (size_t i = 0; i < n; i += kElems) {
+    if (!kFinite(*block++)) return false;
+  }
+  return true;
+}
+
+template <class Block>
+bool d_finite(const Block& b) noexcept {
+  return f16_finite(b.d);
+}
+template <class Block>
+bool d_m_finite(const Block& b) noexcept {
+  return f16_finite(b.d) && f16_finite(b.m);
+}
+template <class Block>
+bool d_dmin_finite(const Block& b) noexcept {
+  return f16_finite(b.d) && f16_finite(b.dmin);
+}
+
+// Q5_0 and Q5_1: low nibbles of elements j and j + 16 in byte j, fifth bit of element j in bit j.
+inline void unpack_5bit(const uint8_t qs[16], const uint8_t qh[4], uint8_t q[32]) {
+  for (size_t j = 0; j < 16; ++j) {
+    q[j] = static_cast<uint8_t>((qs[j] & 15) | (((qh[j / 8] >> (j % 8)) & 1) << 4));
+    q[j + 16] = static_cast<uint8_t>((qs[j] >> 4) | (((qh[2 + j / 8] >> (j % 8)) & 1) << 4));
+  }
+}
+
+// Q4_K and Q5_K: eight 6-bit scales and eight 6-bit minima in 12 bytes. Bytes 0-3 and 4-7 hold the
+// first four of each in their low six bits; bytes 8-11 hold the low nibbles of the last four (scale
+// low, minimum high), whose upper two bits sit on top of bytes 0-3 and 4-7.
+inline void unpack_k4_scales(const uint8_t in[12], uint8_t scales[8], uint8_t mins[8]) {
+  for (size_t j = 0; j < 4; ++j) {
+    scales[j] = in[j] & 63;
+    mins[j] = in[j + 4] & 63;
+    scales[j + 4] = static_cast<uint8_t>((in[j + 8] & 15) | ((in[j] >> 6) << 4));
+    mins[j + 4] = static_cast<uint8_t>((in[j + 8] >> 4) | ((in[j + 4] >> 6) << 4));
+  }
+}
+
+inline void pack_k4_scales(const uint8_t scales[8], const uint8_t mins[8], uint8_t out[12]) {
+  for (size_t j = 0; j < 4; ++j) {
+    out[j] = static_cast<uint8_t>(scales[j] | ((scales[j + 4] >> 4) << 6));
+    out[j + 4] = static_cast<uint8_t>(mins[j] | ((mins[j + 4] >> 4) << 6));
+    out[j + 8] = static_cast<uint8_t>((scales[j + 4] & 15) | ((mins[j + 4] & 15) << 4));
+  }
+}
+
+}  // namespace duet

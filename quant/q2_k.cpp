@@ -1,0 +1,30 @@
+// Q2_K: 16 groups of 16, x = d * scale * q - dmin * min; scale is the low, min the high nibble of
+// scales[group]. Bits 2k and 2k + 1 of qs[32 h + l] are element 128 h + 32 k + l.
+#include "quant/block_codec.h"
+#include "quant/f16.h"
+
+namespace duet {
+namespace {
+
+void decode(const BlockQ2_K& b, float* y) noexcept {
+  const float d = f16_to_f32(b.d), dmin = f16_to_f32(b.dmin);
+  for (size_t group = 0; group < 16; ++group) {
+    const float scale = d * static_cast<float>(b.scales[group] & 15);
+    const float min = dmin * static_cast<float>(b.scales[group] >> 4);
+    const uint8_t* qs = b.qs + 32 * (group / 8) + 16 * (group % 2);
+    const size_t shift = group % 8 / 2 * 2;
+    for (size_t l = 0; l < 16; ++l)
+      y[16 * group + l] = scale * static_cast<float>((qs[l] >> shift) & 3) - min;
+  }
+}
+
+}  // namespace
+
+extern const Format kFormatQ2_K;
+const Format kFormatQ2_K = {
+    DType::Q2_K,       "Q2_K",
+    kSuperBlock,       sizeof(BlockQ2_K),
+    ActFormat::act256, decode_blocks<BlockQ2_K, kSuperBlock, decode>,
+    nullptr,           all_blocks_finite<BlockQ2_K, kSuperBlock, d_dmin_finite>};
+
+}  // namespace duet

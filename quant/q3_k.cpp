@@ -1,0 +1,43 @@
+// Q3_K: 16 groups of 16, x = d * (scale - 32) * (q - 4). The low two bits of q lie as in Q2_K; bit
+// 4 h + k of hmask[l] is the third bit of element 128 h + 32 k + l.
+#include "quant/block_codec.h"
+#include "quant/f16.h"
+
+namespace duet {
+namespace {
+
+// Sixteen 6-bit scales in 12 bytes: low nibbles of groups 0-7, then 8-15, in bytes 0-7; the upper
+// two bits of group g at bits 2 (g / 4) of byte 8 + g % 4.
+void unpack_scales(const uint8_t in[12], int scales[16]) {
+  for (size_t g = 0; g < 16; ++g) {
+    const int low = (in[g % 8] >> (g / 8 * 4)) & 15;
+    const int high = (in[8 + g % 4] >> (g / 4 * 2)) & 3;
+    scales[g] = (low | (high << 4)) - 32;
+  }
+}
+
+void decode(const BlockQ3_K& b, float* y) noexcept {
+  const float d = f16_to_f32(b.d);
+  int scales[16];
+  unpack_scales(b.scales, scales);
+  for (size_t group = 0; group < 16; ++group) {
+    const float scale = d * static_cast<float>(scales[group]);
+    const uint8_t* qs = b.qs + 32 * (group / 8) + 16 * (group % 2);
+    const uint8_t* hmask = b.hmask + 16 * (group % 2);
+    const size_t shift = group % 8 / 2 * 2, bit = group / 2;
+    for (size_t l = 0; l < 16; ++l) {
+      const int q = ((qs[l] >> shift) & 3) + ((hmask[l] >> bit) & 1) * 4;
+      y[16 * group + l] = scale * static_cast<float>(q - 4);
+    }
+  }
+}
+
+}  // namespace
+
+extern const Format kFormatQ3_K;
+const Format kFormatQ3_K = {DType::Q3_K,       "Q3_K",
+                            kSuperBlock,       sizeof(BlockQ3_K),
+                            ActFormat::act256, decode_blocks<BlockQ3_K, kSuperBlock, decode>,
+                            nullptr,           all_blocks_finite<BlockQ3_K, kSuperBlock, d_finite>};
+
+}  // namespace duet

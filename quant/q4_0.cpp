@@ -1,0 +1,26 @@
+// Q4_0: 32 elements, x = d * (q - 8). Element j is the low nibble of byte j, j + 16 the high one.
+#include "quant/block_codec.h"
+#include "quant/f16.h"
+
+namespace duet {
+namespace {
+
+constexpr size_t kElems = 32;
+
+void decode(const BlockQ4_0& b, float* y) noexcept {
+  const float d = f16_to_f32(b.d);
+  for (size_t j = 0; j < 16; ++j) {
+    y[j] = static_cast<float>((b.qs[j] & 15) - 8) * d;
+    y[j + 16] = static_cast<float>((b.qs[j] >> 4) - 8) * d;
+  }
+}
+
+}  // namespace
+
+extern const Format kFormatQ4_0;
+const Format kFormatQ4_0 = {DType::Q4_0,      "Q4_0",
+                            kElems,           sizeof(BlockQ4_0),
+                            ActFormat::act32, decode_blocks<BlockQ4_0, kElems, decode>,
+                            nullptr,          all_blocks_finite<BlockQ4_0, kElems, d_finite>};
+
+}  // namespace duet

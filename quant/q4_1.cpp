@@ -1,0 +1,26 @@
+// Q4_1: 32 elements, x = d * q + m. Nibbles as in Q4_0.
+#include "quant/block_codec.h"
+#include "quant/f16.h"
+
+namespace duet {
+namespace {
+
+constexpr size_t kElems = 32;
+
+void decode(const BlockQ4_1& b, float* y) noexcept {
+  const float d = f16_to_f32(b.d), m = f16_to_f32(b.m);
+  for (size_t j = 0; j < 16; ++j) {
+    y[j] = static_cast<float>(b.qs[j] & 15) * d + m;
+    y[j + 16] = static_cast<float>(b.qs[j] >> 4) * d + m;
+  }
+}
+
+}  // namespace
+
+extern const Format kFormatQ4_1;
+const Format kFormatQ4_1 = {DType::Q4_1,      "Q4_1",
+                            kElems,           sizeof(BlockQ4_1),
+                            ActFormat::act32, decode_blocks<BlockQ4_1, kElems, decode>,
+                            nullptr,          all_blocks_finite<BlockQ4_1, kElems, d_m_finite>};
+
+}  // namespace duet

@@ -1,0 +1,32 @@
+// Q4_K: 8 groups of 32, x = d * scale * q - dmin * min. Byte 32 p + l of qs holds element 64 p + l
+// in its low and 64 p + 32 + l in its high nibble.
+#include "quant/block_codec.h"
+#include "quant/f16.h"
+
+namespace duet {
+namespace {
+
+void decode(const BlockQ4_K& b, float* y) noexcept {
+  const float d = f16_to_f32(b.d), dmin = f16_to_f32(b.dmin);
+  uint8_t scales[8], mins[8];
+  unpack_k4_scales(b.scales, scales, mins);
+  for (size_t group = 0; group < 8; ++group) {
+    const float scale = d * static_cast<float>(scales[group]),
+                min = dmin * static_cast<float>(mins[group]);
+    const uint8_t* qs = b.qs + 32 * (group / 2);
+    const size_t shift = group % 2 * 4;
+    for (size_t l = 0; l < 32; ++l)
+      y[32 * group + l] = scale * static_cast<float>((qs[l] >> shift) & 15) - min;
+  }
+}
+
+}  // namespace
+
+extern const Format kFormatQ4_K;
+const Format kFormatQ4_K = {
+    DType::Q4_K,       "Q4_K",
+    kSuperBlock,       sizeof(BlockQ4_K),
+    ActFormat::act256, decode_blocks<BlockQ4_K, kSuperBlock, decode>,
+    nullptr,           all_blocks_finite<BlockQ4_K, kSuperBlock, d_dmin_finite>};
+
+}  // namespace duet

@@ -1,0 +1,34 @@
+// Q5_K: 8 groups of 32, x = d * scale * q - dmin * min. Low nibbles as in Q4_K; bit g of qh[l] is
+// the fifth bit of element 32 g + l.
+#include "quant/block_codec.h"
+#include "quant/f16.h"
+
+namespace duet {
+namespace {
+
+void decode(const BlockQ5_K& b, float* y) noexcept {
+  const float d = f16_to_f32(b.d), dmin = f16_to_f32(b.dmin);
+  uint8_t scales[8], mins[8];
+  unpack_k4_scales(b.scales, scales, mins);
+  for (size_t group = 0; group < 8; ++group) {
+    const float scale = d * static_cast<float>(scales[group]),
+                min = dmin * static_cast<float>(mins[group]);
+    const uint8_t* qs = b.qs + 32 * (group / 2);
+    const size_t shift = group % 2 * 4;
+    for (size_t l = 0; l < 32; ++l) {
+      const int q = ((qs[l] >> shift) & 15) + ((b.qh[l] >> group) & 1) * 16;
+      y[32 * group + l] = scale * static_cast<float>(q) - min;
+    }
+  }
+}
+
+}  // namespace
+
+extern const Format kFormatQ5_K;
+const Format kFormatQ5_K = {
+    DType::Q5_K,       "Q5_K",
+    kSuperBlock,       sizeof(BlockQ5_K),
+    ActFormat::act256, decode_blocks<BlockQ5_K, kSuperBlock, decode>,
+    nullptr,           all_blocks_finite<BlockQ5_K, kSuperBlock, d_dmin_finite>};
+
+}  // namespace duet

@@ -1,0 +1,45 @@
+// Q8_0: 32 elements, x = d * q, q in [-127, 127] as written here ([-128, 127] is read).
+#include <algorithm>
+#include <cmath>
+
+#include "quant/block_codec.h"
+#include "quant/f16.h"
+
+namespace duet {
+namespace {
+
+constexpr size_t kElems = 32;
+
+void decode(const BlockQ8_0& b, float* y) noexcept {
+  const float d = f16_to_f32(b.d);
+  for (size_t j = 0; j < kElems; ++j) y[j] = static_cast<float>(b.qs[j]) * d;
+}
+
+// Rounds to nearest on the grid of the stored (half-precision) scale. A scale beyond half
+// precision saturates: such a block decodes to +-127 * 65504.
+void encode(const float* x, BlockQ8_0& b) noexcept {
+  float amax = 0;
+  for (size_t j = 0; j < kElems; ++j) amax = std::max(amax, std::fabs(x[j]));
+  b.d = f32_to_f16(std::min(amax / 127, kF16Max));
+  const float d = f16_to_f32(b.d);
+  const float inverse = d > 0 ? 1 / d : 0.0f;
+  for (size_t j = 0; j < kElems; ++j) {
+    const float q = std::clamp(x[j] * inverse, -127.0f, 127.0f);
+    b.qs[j] = static_cast<int8_t>(static_cast<int>(q + std::copysign(0.5f, q)));
+  }
+}
+
+void encode_row(const float* src, void* dst, size_t n, const float*) noexcept {
+  auto* block = static_cast<BlockQ8_0*>(dst);
+  for (size_t i = 0; i < n; i += kElems) encode(src + i, *block++);
+}
+
+}  // namespace
+
+extern const Format kFormatQ8_0;
+const Format kFormatQ8_0 = {DType::Q8_0,      "Q8_0",
+                            kElems,           sizeof(BlockQ8_0),
+                            ActFormat::act32, decode_blocks<BlockQ8_0, kElems, decode>,
+                            encode_row,       all_blocks_finite<BlockQ8_0, kElems, d_finite>};
+
+}  // namespace duet
