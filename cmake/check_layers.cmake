@@ -9,7 +9,7 @@ set(allowed_formats base quant formats)
 set(allowed_converters base quant formats converters)
 set(allowed_runtime base quant formats runtime)
 set(allowed_runtime/kernels base quant runtime/kernels)
-set(allowed_cli base quant formats converters runtime cli)
+set(allowed_cli base quant formats converters runtime runtime/kernels cli)
 
 # header pattern = folders or files that may include it
 set(owner_nlohmann "^base/json")

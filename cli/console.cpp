@@ -1,0 +1,119 @@
+#include "cli/console.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "base/error.h"
+#include "base/units.h"
+
+namespace duet::cli {
+namespace {
+
+std::atomic<bool> interrupt_flag{false};  // written by the signal handler only
+static_assert(std::atomic<bool>::is_always_lock_free);
+
+[[noreturn]] void fail_stdout() {
+  if (errno == EPIPE) throw Quit{kExitBrokenPipe};
+  fail(ErrorKind::io, "cannot write to standard output: ", std::strerror(errno));
+}
+
+bool has_value(const char* variable) {
+  const char* value = std::getenv(variable);
+  return value != nullptr && *value != '\0';
+}
+
+bool stderr_has_colour() { return stderr_is_terminal() && !has_value("NO_COLOR"); }
+
+// File names and metadata may hold anything; a message stays one line and sends no escapes.
+std::string one_line(std::string_view text) {
+  std::string out(text);
+  std::replace_if(out.begin(), out.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }, ' ');
+  return out;
+}
+
+void print_remark(const char* prefix, const char* colour, const std::string& text) {
+  const bool coloured = stderr_has_colour();
+  const char* clear_bar = stderr_is_terminal() ? "\r\033[K" : "";
+  std::fprintf(stderr, "%s%s%s%s %s\n", clear_bar, coloured ? colour : "", prefix,
+               coloured ? "\033[0m" : "", one_line(text).c_str());
+}
+
+std::string rate_text(ProgressBar::Unit unit, double per_second) {
+  if (unit == ProgressBar::Unit::bytes) return format_size(static_cast<uint64_t>(per_second)) + "/s";
+  std::array<char, 48> text{};
+  std::snprintf(text.data(), text.size(), "%.1f %s/s", per_second,
+                unit == ProgressBar::Unit::tokens ? "tok" : "chunks");
+  return text.data();
+}
+
+}  // namespace
+
+void print(std::string_view text) {
+  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size()) fail_stdout();
+}
+
+void flush_stdout() {
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) fail_stdout();
+}
+
+std::string to_line(const Json& json) {
+  return json.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+void print_json(const Json& json) { print(to_line(json) + "\n"); }
+
+void note(const std::string& text) { print_remark("note:", "\033[33m", text); }
+
+NoticeFn notices() { return [](const std::string& text) { note(text); }; }
+
+void print_error(const std::string& text) { print_remark("error:", "\033[1;31m", text); }
+
+bool stderr_is_terminal() {
+  const char* term = std::getenv("TERM");
+  return ::isatty(STDERR_FILENO) != 0 && (term == nullptr || std::strcmp(term, "dumb") != 0);
+}
+
+void install_signal_handlers() {
+  struct sigaction action {};
+  action.sa_handler = [](int) { interrupt_flag.store(true); };
+  action.sa_flags = static_cast<int>(SA_RESETHAND);  // a second signal takes its default: kills
+  sigemptyset(&action.sa_mask);
+  ::sigaction(SIGINT, &action, nullptr);
+  ::sigaction(SIGTERM, &action, nullptr);
+  std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit is a failed write, not a death
+}
+
+const std::atomic<bool>& interrupted() { return interrupt_flag; }
+
+ProgressBar::ProgressBar(std::string label, Unit unit)
+    : label_(std::move(label)), unit_(unit), enabled_(stderr_is_terminal()), start_(Clock::now()), last_draw_(start_) {}
+
+ProgressBar::~ProgressBar() {
+  if (drawn_) std::fputs("\r\033[K", stderr);
+}
+
+void ProgressBar::update(uint64_t done, uint64_t total, std::string_view detail) {
+  const Clock::time_point now = Clock::now();
+  if (!enabled_ || total == 0 || now - last_draw_ < std::chrono::milliseconds(100)) return;
+  last_draw_ = now;
+  drawn_ = true;
+  const double seconds = std::chrono::duration<double>(now - start_).count();
+  const double per_second = static_cast<double>(done) / std::max(seconds, 1e-9);
+  const double fraction = std::min(1.0, static_cast<double>(done) / static_cast<double>(total));
+  constexpr int kWidth = 24;
+  const int filled = static_cast<int>(fraction * kWidth);
+  const std::string bar = std::string(static_cast<size_t>(filled), '#') + std::string(static_cast<size_t>(kWidth - filled), '.');
+  const std::string eta = done == 0 ? "?" : format_duration(static_cast<double>(total - std::min(done, total)) / per_second);
+  std::fprintf(stderr, "\r\033[K%s [%s] %3.0f%%  %s  ETA %s  %.*s", label_.c_str(), bar.c_str(), 100 * fraction,
+               rate_text(unit_, per_second).c_str(), eta.c_str(), static_cast<int>(std::min<size_t>(detail.size(), 40)), detail.data());
+}
+
+}  // namespace duet::cli

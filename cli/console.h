@@ -1,0 +1,67 @@
+// What the commands share towards the terminal: results on stdout, remarks and progress on stderr,
+// and the interrupt flag.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "base/json.h"
+#include "formats/schema.h"
+
+namespace duet::cli {
+
+// Ends the program with this exit code and no message (it has been said, or there is nobody left to
+// read it).
+struct Quit {
+  int code;
+};
+inline constexpr int kExitInterrupted = 130;
+inline constexpr int kExitBrokenPipe = 141;  // as a shell shows death by SIGPIPE
+
+// Appends to stdout. A reader that went away (`duet tokenize ... | head`) throws Quit(141), so that
+// destructors remove temporary files; any other failure, a full disk for instance, Error(io).
+void print(std::string_view text);
+void flush_stdout();
+// One JSON document and a newline. Bytes that are not UTF-8 become U+FFFD.
+void print_json(const Json& json);
+std::string to_line(const Json& json);  // the same without the newline
+
+// "note: text" on stderr, one line whatever the text holds.
+void note(const std::string& text);
+NoticeFn notices();  // note(), as the library wants it
+// "error: text" on stderr, one line.
+void print_error(const std::string& text);
+
+bool stderr_is_terminal();
+
+// Turns SIGINT and SIGTERM into a flag (a second signal kills), and SIGPIPE into a failed write.
+void install_signal_handlers();
+// True once SIGINT or SIGTERM has arrived. Hand its address to the library as `cancel`.
+const std::atomic<bool>& interrupted();
+
+// One line on stderr with percentage, rate and remaining time, redrawn at most ten times a second;
+// nothing at all when stderr is not a terminal. The destructor removes the line.
+class ProgressBar {
+ public:
+  enum class Unit { bytes, tokens, chunks };
+  ProgressBar(std::string label, Unit unit);
+  ProgressBar(const ProgressBar&) = delete;
+  ProgressBar& operator=(const ProgressBar&) = delete;
+  ~ProgressBar();
+
+  // `detail` (the tensor being converted, say) follows the figures.
+  void update(uint64_t done, uint64_t total, std::string_view detail = {});
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  std::string label_;
+  Unit unit_;
+  bool enabled_;
+  bool drawn_ = false;
+  Clock::time_point start_, last_draw_;
+};
+
+}  // namespace duet::cli

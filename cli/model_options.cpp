@@ -1,0 +1,44 @@
+#include "cli/model_options.h"
+
+#include <CLI/CLI.hpp>
+#include <map>
+
+#include "base/error.h"
+#include "cli/console.h"
+#include "cli/options.h"
+
+namespace duet::cli {
+
+void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default) {
+  command.add_option("MODEL", options.path, "GGUF file")->required();
+  command.add_option("-c,--ctx", options.n_ctx, std::string("Context size in tokens [default: ") + ctx_default + "]")
+      ->check(CLI::Range(1u, 1u << 24));
+  add_threads_option(command, options.n_threads);
+  command.add_option("-b,--batch", options.n_batch, "Tokens evaluated at once in prefill")
+      ->check(CLI::Range(1u, 1u << 16))->capture_default_str();
+  const std::map<std::string, KvType> kv_types{{"f16", KvType::f16}, {"f32", KvType::f32}};
+  const char* kv_default = options.kv_type == KvType::f16 ? "f16" : "f32";
+  command.add_option("--kv-type", options.kv_type, std::string("Type of cached keys and values: f16, f32 [default: ") + kv_default + "]")
+      ->transform(CLI::CheckedTransformer(kv_types, CLI::ignore_case).description(""));
+  command.add_option("--isa", options.isa, "Force an instruction set: scalar, avx2, avx512 [default: best usable]");
+}
+
+void require_model_file(const std::filesystem::path& path) {
+  if (std::filesystem::is_directory(path))
+    fail(ErrorKind::io, path.string(), ": is a folder, not a GGUF file; make one with: duet convert ",
+         path.string(), " -q Q4_K_M -o model.gguf");
+}
+
+Engine open_engine(const ModelOptions& options) {
+  require_model_file(options.path);
+  return Engine::open(options.path, {.n_threads = options.n_threads, .isa = options.isa, .notice = notices()});
+}
+
+Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx) {
+  return engine.new_session({.n_ctx = options.n_ctx != 0 ? options.n_ctx : default_ctx,
+                             .n_batch = options.n_batch,
+                             .kv_type = options.kv_type,
+                             .cancel = &interrupted()});
+}
+
+}  // namespace duet::cli

@@ -1,0 +1,34 @@
+// How the commands that run a model open it.
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+#include "runtime/engine.h"
+
+namespace CLI {
+class App;
+}
+
+namespace duet::cli {
+
+// How a command opens a model. Filled by add_model_options.
+struct ModelOptions {
+  std::string path;
+  uint32_t n_ctx = 0;      // 0: the command's default
+  int n_threads = 0;       // 0: HostCores::usable()
+  uint32_t n_batch = 512;
+  KvType kv_type = KvType::f16;
+  std::string isa;         // "": best usable
+};
+
+// Declares MODEL, --ctx, --threads, --batch, --kv-type and --isa. options.kv_type and the text
+// `ctx_default` are the command's defaults as help shows them.
+void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default);
+// Error(io) with the next step when `path` is a folder.
+void require_model_file(const std::filesystem::path& path);
+Engine open_engine(const ModelOptions& options);
+// A session of the options' sizes; n_ctx 0 takes `default_ctx` (0: the library's default).
+Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx = 0);
+
+}  // namespace duet::cli

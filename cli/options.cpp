@@ -1,0 +1,98 @@
+#include "cli/options.h"
+
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <array>
+#include <cctype>
+#include <cerrno>
+#include <charconv>
+#include <cstdlib>
+#include <cstring>
+
+#include "base/error.h"
+#include "base/mapped_file.h"
+#include "cli/console.h"
+
+namespace duet::cli {
+namespace {
+
+constexpr uint64_t kMaxTextBytes = uint64_t{1} << 30;
+
+std::string variable_of(const CLI::Option& option) {
+  if (option.get_lnames().empty()) return {};
+  std::string name = option.get_lnames().front();
+  if (name == "help" || name == "version") return {};
+  std::transform(name.begin(), name.end(), name.begin(),
+                 [](unsigned char c) { return c == '-' ? '_' : static_cast<char>(std::toupper(c)); });
+  return "DUET_" + name;
+}
+
+// Applied before the command line is read, so that a flag given there overrides it.
+void take_from_environment(CLI::Option& option) {
+  const std::string variable = variable_of(option);
+  const char* value = variable.empty() ? nullptr : std::getenv(variable.c_str());
+  if (value == nullptr || *value == '\0') return;
+  try {
+    option.add_result(std::string(value));
+    option.run_callback();
+  } catch (const CLI::Error& e) {
+    fail(ErrorKind::usage, "environment variable ", variable, "=", value, ": ", e.what());
+  }
+  option.clear();
+  option.required(false);
+}
+
+std::string read_stdin() {
+  std::string text;
+  std::array<char, 1 << 16> buffer;
+  for (;;) {
+    const ssize_t n = ::read(STDIN_FILENO, buffer.data(), buffer.size());
+    if (n < 0 && errno == EINTR && !interrupted()) continue;
+    if (n < 0 && errno == EINTR) fail(ErrorKind::cancelled, "interrupted while reading standard input");
+    if (n < 0) fail(ErrorKind::io, "standard input: cannot read: ", std::strerror(errno));
+    if (n == 0) return text;
+    text.append(buffer.data(), static_cast<size_t>(n));
+    if (text.size() > kMaxTextBytes) fail(ErrorKind::usage, "standard input: more than 1 GiB of text");
+  }
+}
+
+}  // namespace
+
+void add_threads_option(CLI::App& command, int& n_threads) {
+  command.add_option("-t,--threads", n_threads, "Compute threads [default: physical cores allowed by cpuset and cgroup]")
+      ->check(CLI::Range(1, 1024));
+}
+
+void add_environment(CLI::App& command) {
+  command.footer("Every --flag-name can also be set by the environment variable DUET_FLAG_NAME.");
+  command.preparse_callback([&command](size_t) {
+    for (CLI::Option* option : command.get_options()) take_from_environment(*option);
+  });
+}
+
+std::vector<int32_t> parse_ids(const std::string& text) {
+  std::string spaced = text;
+  for (char& c : spaced)
+    if (c == ',' || c == '[' || c == ']' || c == '\n' || c == '\t' || c == '\r') c = ' ';
+  std::vector<int32_t> ids;
+  const char* p = spaced.data();
+  const char* end = p + spaced.size();
+  for (;;) {
+    while (p < end && *p == ' ') ++p;
+    if (p == end) return ids;
+    int32_t id = 0;
+    const auto [next, code] = std::from_chars(p, end, id);
+    if (code != std::errc{} || (next < end && *next != ' '))
+      fail(ErrorKind::usage, "--ids: '", std::string(p, std::find(p, end, ' ')), "' is not a token id; write them like 1,2,3");
+    ids.push_back(id);
+    p = next;
+  }
+}
+
+std::string read_text(const std::string& path) {
+  return path == "-" ? read_stdin() : read_file(path, kMaxTextBytes);
+}
+
+}  // namespace duet::cli

@@ -1,0 +1,27 @@
+// Options that several commands share.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace CLI {
+class App;
+}
+
+namespace duet::cli {
+
+// --threads. 0, when it is not given, means HostCores::usable().
+void add_threads_option(CLI::App& command, int& n_threads);
+
+// Lets the variable DUET_<FLAG> (DUET_KV_TYPE for --kv-type) stand for every flag of the command
+// that has a long name, help excepted: flag > environment > default. A value that does not fit is
+// Error(usage) naming the variable. Call after the last option has been added.
+void add_environment(CLI::App& command);
+
+// "1,2,3", "1 2 3" or "[1, 2, 3]". Error(usage).
+std::vector<int32_t> parse_ids(const std::string& text);
+// Whole text file; "-" is standard input. Error(io).
+std::string read_text(const std::string& path);
+
+}  // namespace duet::cli
