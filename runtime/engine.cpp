@@ -1,1 +1,63 @@
 #include "runtime/engine.h"
+
+#include "base/host.h"
+#include "runtime/engine_state.h"
+
+namespace duet {
+namespace {
+
+// Runs `load`; its Error, if any, is kept for whoever asks for the result.
+template <class Load>
+std::exception_ptr try_load(const Load& load) {
+  try {
+    load();
+  } catch (const Error&) {
+    return std::current_exception();
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+// Only maps: weights are read when they are first used. No madvise: eager population would read a
+// file larger than memory once for nothing, and MADV_RANDOM would split reads into single pages.
+Engine Engine::open(const std::filesystem::path& path, const EngineOptions& options) {
+  if (options.n_threads < 0) fail(ErrorKind::usage, "threads: ", options.n_threads, " is not a number of threads");
+  const NoticeFn notice = options.notice ? options.notice : [](const std::string&) {};
+  const KernelTable& kernels = select_kernels(options.isa);
+  const GgufFile file = GgufFile::open(path);
+  const HParams hparams = read_hparams(file, notice);
+  auto state = std::make_shared<State>(Model::bind(file, hparams));
+  state->notice = notice;
+  state->compute = {&kernels, options.n_threads > 0 ? options.n_threads : read_host_cores().usable()};
+  state->tokenizer_error = try_load([&] { state->tokenizer = Tokenizer::load(file, notice); });
+  state->template_error = try_load([&] { state->chat_template = ChatTemplate::of_model(file, notice); });
+  state->info = {.hparams = hparams,
+                 .layout = state->model.layout(),
+                 .types = state->model.types(),
+                 .file_bytes = file.file_bytes(),
+                 .n_params = state->model.n_params(),
+                 .isa = kernels.isa,
+                 .n_threads = state->compute.n_threads};
+  Engine engine;
+  engine.state_ = std::move(state);
+  return engine;
+}
+
+Engine::Engine(Engine&&) noexcept = default;
+Engine& Engine::operator=(Engine&&) noexcept = default;
+Engine::~Engine() = default;
+
+const ModelInfo& Engine::info() const { return state_->info; }
+
+const Tokenizer& Engine::tokenizer() const {
+  if (state_->tokenizer_error) std::rethrow_exception(state_->tokenizer_error);
+  return *state_->tokenizer;
+}
+
+const std::optional<ChatTemplate>& Engine::chat_template() const {
+  if (state_->template_error) std::rethrow_exception(state_->template_error);
+  return state_->chat_template;
+}
+
+}  // namespace duet

@@ -61,13 +61,16 @@ class Engine {
   ~Engine();
 
   const ModelInfo& info() const;
-  const Tokenizer& tokenizer() const;                   // Error(format) when the file has none
+  // A file without (or with an unusable) tokenizer or template opens all the same, for use by token
+  // ids; what is wrong with them is thrown when they are asked for: Error(format), Error(unsupported).
+  const Tokenizer& tokenizer() const;
   const std::optional<ChatTemplate>& chat_template() const;
   Session new_session(const SessionOptions& options) const;  // Error(memory) when KV does not fit
 
  private:
   friend class Session;
   struct State;
+  Engine() = default;
   std::shared_ptr<const State> state_;
 };
 
@@ -86,7 +89,7 @@ class Session {
 
   std::span<const Token> tokens() const;  // evaluated so far
   uint32_t n_ctx() const;
-  size_t kv_bytes() const;
+  size_t kv_bytes() const;  // of address space; physical pages follow as positions are written
 
   // Makes the sequence equal to `prompt` (not empty): keeps the common prefix, evaluates the rest;
   // logits() then are those of the last token. Error(usage) when it exceeds n_ctx or an id the
@@ -94,12 +97,13 @@ class Session {
   void sync(std::span<const Token> prompt, const Progress& progress = {});
   // Appends tokens; logits() then are those of the last one.
   void append(std::span<const Token> tokens, const Progress& progress = {});
-  // Appends tokens and delivers the logits of every one of them, batch by batch.
-  void append_all_logits(std::span<const Token> tokens, const LogitsSink& sink);
+  // Appends tokens and delivers the logits of every one of them but the first `skip`, in pieces.
+  void append_all_logits(std::span<const Token> tokens, const LogitsSink& sink, size_t skip = 0);
   // Drops all but the first n tokens; the next call must evaluate before logits() is valid.
   void truncate(size_t n);
 
-  std::span<const float> logits() const;  // [n_vocab] of the last token evaluated
+  // [n_vocab] of the last token evaluated; Error(usage) before the first and after truncate().
+  std::span<const float> logits() const;
 
  private:
   friend class Engine;

@@ -1,0 +1,111 @@
+// What attention, experts and output share: aligned scratch, activations with their quantized
+// forms, and matrix products split over threads by rows.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "base/error.h"
+#include "base/parallel.h"
+#include "quant/format.h"
+#include "runtime/kernels/kernels.h"
+#include "runtime/model.h"
+
+namespace duet {
+
+// Uninitialised memory on a cache line boundary; large ones get physical pages when first written.
+template <class T>
+class AlignedArray {
+ public:
+  AlignedArray() = default;
+  explicit AlignedArray(size_t n) : size_(n) {
+    const size_t n_bytes = (n * sizeof(T) + 63) / 64 * 64;
+    if (n_bytes == 0) return;
+    data_.reset(static_cast<T*>(std::aligned_alloc(64, n_bytes)));
+    if (!data_) fail(ErrorKind::memory, "cannot allocate ", n_bytes, " bytes of working memory");
+  }
+  T* data() const { return data_.get(); }
+  size_t size_bytes() const { return size_ * sizeof(T); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T[], Free> data_;
+  size_t size_ = 0;
+};
+
+struct Compute {
+  const KernelTable* kernels;
+  int n_threads;
+};
+
+// Calls body(worker, task) for every task in [0, n_tasks); a worker in [0, n_threads) is one thread
+// at a time, so that scratch can be kept per worker.
+template <class Body>
+void parallel_tasks(int n_threads, size_t n_tasks, const Body& body) {
+  std::atomic<size_t> next{0};
+  parallel_for(n_threads, static_cast<size_t>(n_threads), 1, [&](size_t begin, size_t end) {
+    for (size_t worker = begin; worker < end; ++worker)
+      for (size_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n_tasks;) body(worker, task);
+  });
+}
+
+// A set of ActFormats, as bits.
+using ActFormats = unsigned;
+inline ActFormats act_bit(ActFormat format) { return 1u << static_cast<unsigned>(format); }
+inline ActFormats act_bit(const Weight& weight) { return act_bit(weight.format->act); }
+
+// Input of matrix products: up to max_rows rows of `cols` floats, and the same rows in the formats
+// that integer dot products read. A row is quantized once and serves all matrices fed by it.
+class Activations {
+ public:
+  Activations(size_t max_rows, size_t cols);
+
+  float* row(size_t i) { return floats_.data() + i * cols_; }
+  size_t cols() const { return cols_; }
+  // Makes the quantized forms of row i.
+  void quantize(const KernelTable& kernels, size_t i, ActFormats formats);
+  // Copies row `from` of another of the same width, in these formats only.
+  void copy_row(size_t i, const Activations& other, size_t from, ActFormats formats);
+  const std::byte* data(ActFormat format, size_t i) const;
+  size_t stride(ActFormat format) const;  // bytes from row to row
+  size_t size_bytes() const { return floats_.size_bytes() + act32_.size_bytes() + act256_.size_bytes(); }
+
+ private:
+  size_t cols_, act32_stride_, act256_stride_;
+  AlignedArray<float> floats_;               // [max_rows, cols]
+  AlignedArray<std::byte> act32_, act256_;   // [max_rows, stride]
+};
+
+// acts row t = rms_norm(x row t) * weight, quantized, for n rows of x [n, acts.cols()].
+void normalize(const Compute& compute, const float* x, size_t n, const std::vector<float>& weight, float eps,
+               Activations& acts, ActFormats formats);
+
+// Matrix products collected and then run in one parallel region. The pieces do not depend on the
+// number of threads, so neither do the results.
+class MatmulQueue {
+ public:
+  explicit MatmulQueue(size_t max_jobs) { jobs_.reserve(max_jobs); }
+  // y[t * y_stride + r] = sum over c of w[r][c] * x[first_row + t][c], t in [0, n_tokens)
+  void add(const Weight& w, const Activations& x, size_t first_row, size_t n_tokens, float* y, size_t y_stride);
+  void run(const Compute& compute);  // and empties the queue
+
+ private:
+  struct Job {
+    const Weight* w;
+    MatmulArgs args;         // of all rows
+    size_t rows_per_chunk, first_chunk;
+  };
+  void run_chunk(const KernelTable& kernels, size_t chunk) const;
+
+  std::vector<Job> jobs_;
+  size_t n_chunks_ = 0;
+};
+
+}  // namespace duet

@@ -1,0 +1,54 @@
+#include "runtime/decoder.h"
+
+#include <algorithm>
+
+namespace duet {
+
+Decoder::Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch)
+    : model_(&model),
+      compute_(compute),
+      n_batch_(n_batch),
+      n_embd_(model.hparams().n_embd),
+      residual_(n_batch * n_embd_),
+      input_(n_batch, n_embd_),
+      attention_(model, compute, n_ctx, n_batch),
+      moe_(model, compute, n_batch) {}
+
+uint64_t Decoder::bytes_needed(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch) {
+  return sizeof(float) * n_batch * 2 * hparams.n_embd + Attention::bytes_needed(hparams, n_threads, n_ctx, n_batch) +
+         Moe::bytes_needed(hparams, n_batch);
+}
+
+void Decoder::embed(std::span<const Token> tokens) {
+  const Weight& table = model_->token_embd();
+  const auto decode = compute_.kernels->decode_row[static_cast<size_t>(table.format->dtype)];
+  for (size_t t = 0; t < tokens.size(); ++t)
+    decode(table.data + static_cast<size_t>(tokens[t]) * table.row_bytes, residual_.data() + t * n_embd_, n_embd_);
+}
+
+void Decoder::forward(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel) {
+  DUET_ASSERT(!tokens.empty() && tokens.size() <= n_batch_ && first + tokens.size() <= kv.n_ctx());
+  n_ = tokens.size();
+  const std::span<const float> hidden{residual_.data(), n_ * n_embd_};
+  embed(tokens);
+  attention_.begin(first, n_);
+  if (probe_.hidden) probe_.hidden(-1, hidden);
+  for (size_t i = 0; i < model_->layers().size(); ++i) {
+    if (cancel != nullptr && cancel->load(std::memory_order_relaxed)) fail(ErrorKind::cancelled, "interrupted");
+    attention_.forward(i, kv, input_, residual_.data());
+    moe_.forward(i, n_, input_, residual_.data());
+    if (probe_.hidden) probe_.hidden(static_cast<int>(i), hidden);
+    if (probe_.routing) probe_.routing(static_cast<int>(i), moe_.chosen(), moe_.weights());
+  }
+}
+
+void Decoder::logits(size_t row, size_t n_rows, float* out) {
+  DUET_ASSERT(row + n_rows <= n_);
+  const Weight& output = model_->output();
+  normalize(compute_, residual_.data() + row * n_embd_, n_rows, model_->output_norm(), model_->hparams().rms_eps,
+            input_, act_bit(output));
+  queue_.add(output, input_, 0, n_rows, out, output.rows);
+  queue_.run(compute_);
+}
+
+}  // namespace duet

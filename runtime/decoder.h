@@ -1,0 +1,55 @@
+// The forward pass of one chunk of tokens: embedding, layers, final norm, logits.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <functional>
+#include <span>
+
+#include "runtime/attention.h"
+#include "runtime/compute.h"
+#include "runtime/kv_cache.h"
+#include "runtime/model.h"
+#include "runtime/moe.h"
+
+namespace duet {
+
+// What a test may watch. Either may be null.
+struct DecoderProbe {
+  // After the embedding (layer -1) and after each layer: [n_tokens, n_embd], before the final norm.
+  std::function<void(int layer, std::span<const float> hidden)> hidden;
+  // Experts of each token, best first, [n_tokens, n_expert_used], and their weights.
+  std::function<void(int layer, std::span<const int32_t> experts, std::span<const float> weights)> routing;
+};
+
+// Owns all scratch, allocated on construction. One thread at a time. The model must outlive it.
+class Decoder {
+ public:
+  Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch);
+
+  // Evaluates 1..n_batch valid tokens at positions [first, first + n) and stores their keys and
+  // values; positions before `first` must be in the cache. Error(cancelled) between layers.
+  void forward(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel = nullptr);
+  // Logits of rows [row, row + n_rows) of the last forward() -> out [n_rows, n_vocab].
+  void logits(size_t row, size_t n_rows, float* out);
+
+  size_t n_batch() const { return n_batch_; }
+  void set_probe(DecoderProbe probe) { probe_ = std::move(probe); }
+  // Bytes of scratch of such a decoder, about.
+  static uint64_t bytes_needed(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch);
+
+ private:
+  void embed(std::span<const Token> tokens);
+
+  const Model* model_;
+  Compute compute_;
+  size_t n_batch_, n_embd_, n_ = 0;
+  AlignedArray<float> residual_;  // [n_batch, n_embd]
+  Activations input_;             // [n_batch, n_embd]
+  Attention attention_;
+  Moe moe_;
+  MatmulQueue queue_{1};
+  DecoderProbe probe_;
+};
+
+}  // namespace duet

@@ -1,0 +1,25 @@
+// What an Engine and its Sessions share. Internal to engine.cpp and session.cpp.
+#pragma once
+
+#include <exception>
+#include <optional>
+
+#include "runtime/compute.h"
+#include "runtime/engine.h"
+#include "runtime/model.h"
+
+namespace duet {
+
+struct Engine::State {
+  explicit State(Model m) : model(std::move(m)) {}
+
+  Model model;
+  Compute compute{};
+  ModelInfo info;
+  NoticeFn notice;
+  std::optional<Tokenizer> tokenizer;
+  std::optional<ChatTemplate> chat_template;
+  std::exception_ptr tokenizer_error, template_error;  // thrown when asked for
+};
+
+}  // namespace duet

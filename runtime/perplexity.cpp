@@ -1,0 +1,87 @@
+#include "runtime/perplexity.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/error.h"
+#include "base/parallel.h"
+
+namespace duet {
+namespace {
+
+// Mean, standard error and perplexity of what has been scored.
+void summarize(PerplexityResult& result) {
+  double sum = 0, squares = 0;
+  for (const float nll : result.token_nll) {
+    sum += double{nll};
+    squares += double{nll} * double{nll};
+  }
+  const double n = static_cast<double>(result.token_nll.size());
+  result.n_tokens = result.token_nll.size();
+  result.nll = sum / n;
+  const double variance = std::max(squares / n - result.nll * result.nll, 0.0);
+  result.nll_stderr = n > 1 ? std::sqrt(variance / (n - 1)) : 0;
+  result.perplexity = std::exp(result.nll);
+}
+
+void score_chunk(Session& session, std::span<const Token> chunk, int n_threads, std::vector<float>& token_nll) {
+  const size_t first = chunk.size() / 2, base = token_nll.size();
+  token_nll.resize(base + chunk.size() - 1 - first);
+  session.truncate(0);
+  session.append_all_logits(
+      chunk.first(chunk.size() - 1),
+      [&](size_t pos, size_t n_rows, std::span<const float> logits) {
+        const size_t n_vocab = logits.size() / n_rows;
+        parallel_for(n_threads, n_rows, 4, [&](size_t begin, size_t end) {
+          for (size_t i = begin; i < end; ++i)
+            token_nll[base + pos + i - first] = static_cast<float>(
+                negative_log_likelihood(logits.subspan(i * n_vocab, n_vocab), chunk[pos + i + 1]));
+        });
+      },
+      first);
+}
+
+}  // namespace
+
+double negative_log_likelihood(std::span<const float> logits, Token target) {
+  const double best = double{*std::max_element(logits.begin(), logits.end())};
+  double sum = 0;
+  for (const float x : logits) sum += std::exp(double{x} - best);
+  return std::log(sum) - (double{logits[static_cast<size_t>(target)]} - best);
+}
+
+PerplexityResult perplexity(const Engine& engine, std::string_view text, const PerplexityOptions& options) {
+  const Tokenizer& tokenizer = engine.tokenizer();
+  std::vector<Token> ids = tokenizer.encode(text);
+  std::optional<Token> bos;
+  if (tokenizer.add_bos()) bos = tokenizer.bos();
+  if (bos) ids.insert(ids.begin(), *bos);
+  return perplexity(engine, ids, bos, options);
+}
+
+PerplexityResult perplexity(const Engine& engine, std::span<const Token> ids, std::optional<Token> bos,
+                            const PerplexityOptions& options) {
+  if (options.n_ctx < 4) fail(ErrorKind::usage, "perplexity: a context of ", options.n_ctx, " is too short; at least 4");
+  const size_t fitting = ids.size() / options.n_ctx;
+  if (fitting == 0)
+    fail(ErrorKind::usage, "perplexity: the text has ", ids.size(), " tokens, one chunk needs ", options.n_ctx,
+         "; give a longer text or a smaller context");
+  const size_t n_chunks = options.max_chunks > 0 ? std::min(fitting, options.max_chunks) : fitting;
+  Session session = engine.new_session({.n_ctx = options.n_ctx, .n_batch = options.n_batch,
+                                        .kv_type = options.kv_type, .cancel = options.cancel});
+  PerplexityResult result;
+  result.n_ctx = options.n_ctx;
+  std::vector<Token> chunk;
+  for (size_t i = 0; i < n_chunks; ++i) {
+    const auto source = ids.subspan(i * options.n_ctx, options.n_ctx);
+    chunk.assign(source.begin(), source.end());
+    if (bos) chunk[0] = *bos;
+    score_chunk(session, chunk, engine.info().n_threads, result.token_nll);
+    result.n_chunks = i + 1;
+    summarize(result);
+    if (options.progress) options.progress(result, n_chunks);
+  }
+  return result;
+}
+
+}  // namespace duet

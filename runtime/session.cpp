@@ -1,0 +1,161 @@
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "base/host.h"
+#include "base/units.h"
+#include "runtime/decoder.h"
+#include "runtime/engine_state.h"
+#include "runtime/kv_cache.h"
+
+namespace duet {
+namespace {
+
+constexpr uint32_t kDefaultContext = 4096;
+// Rows of logits computed at once: few enough that a large vocabulary stays in a few MiB.
+constexpr size_t kLogitRows = 32;
+
+uint32_t context_length(const HParams& hparams, uint32_t asked, const NoticeFn& notice) {
+  if (asked == 0) return hparams.n_ctx_train > 0 ? std::min(hparams.n_ctx_train, kDefaultContext) : kDefaultContext;
+  if (hparams.n_ctx_train > 0 && asked > hparams.n_ctx_train)
+    notice(concat("context ", asked, " is longer than the ", hparams.n_ctx_train,
+                  " positions the model was trained with; quality beyond them is unknown"));
+  return asked;
+}
+
+// Refuses what clearly cannot fit. The page cache that holds the weights counts as available, so a
+// model larger than memory is no obstacle.
+void check_memory(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch, KvType type) {
+  const uint64_t kv = KvCache::bytes_needed(hparams, n_ctx, type);
+  const uint64_t scratch = Decoder::bytes_needed(hparams, n_threads, n_ctx, n_batch);
+  const HostMemory memory = read_host_memory();
+  uint64_t available = memory.available_bytes;
+  if (memory.cgroup_limit_bytes) available = std::min(available, *memory.cgroup_limit_bytes);
+  if (available == 0 || (kv <= available && scratch <= available - kv)) return;
+  fail(ErrorKind::memory, "a context of ", n_ctx, " positions needs ", kv, " bytes (", format_size(kv),
+       ") of KV cache and ", format_size(scratch), " of working memory, ", available, " bytes (", format_size(available),
+       ") are available; use a smaller context", type == KvType::f32 ? " or f16 keys and values" : "",
+       scratch > kv ? " or a smaller batch" : "");
+}
+
+}  // namespace
+
+struct Session::State {
+  State(std::shared_ptr<const Engine::State> e, size_t n_context, size_t n_batch, const SessionOptions& options)
+      : engine(std::move(e)),
+        n_vocab(engine->model.hparams().n_vocab),
+        n_ctx(n_context),
+        cancel(options.cancel),
+        decoder(engine->model, engine->compute, n_ctx, n_batch),
+        kv(engine->model.hparams(), n_ctx, options.kv_type),
+        logits(n_vocab),
+        logit_rows(std::min(n_batch, kLogitRows) * n_vocab) {
+    tokens.reserve(n_ctx);
+  }
+
+  void check(size_t n_kept, std::span<const Token> added) const;
+  void evaluate(std::span<const Token> added, const Progress& progress, const LogitsSink& sink, size_t skip);
+  void deliver(size_t first_row, size_t n_rows, const LogitsSink& sink);
+
+  std::shared_ptr<const Engine::State> engine;
+  size_t n_vocab, n_ctx;
+  const std::atomic<bool>* cancel;
+  Decoder decoder;
+  KvCache kv;
+  std::vector<Token> tokens;       // those whose keys and values are in the cache
+  AlignedArray<float> logits;      // [n_vocab] of the last token, when logits_valid
+  AlignedArray<float> logit_rows;  // [kLogitRows, n_vocab]
+  bool logits_valid = false;
+};
+
+void Session::State::check(size_t n_kept, std::span<const Token> added) const {
+  for (size_t i = 0; i < added.size(); ++i)
+    if (added[i] < 0 || static_cast<size_t>(added[i]) >= n_vocab)
+      fail(ErrorKind::usage, "token id ", added[i], " at position ", n_kept + i, " is outside the vocabulary of ", n_vocab);
+  if (added.size() > n_ctx - n_kept)
+    fail(ErrorKind::usage, n_kept + added.size(), " tokens exceed the context of ", n_ctx,
+         " positions; shorten the text or ask for a larger context");
+}
+
+// Batch by batch; `tokens` grows only with complete batches, so that an exception leaves a
+// sequence that can be continued.
+void Session::State::evaluate(std::span<const Token> added, const Progress& progress, const LogitsSink& sink, size_t skip) {
+  check(tokens.size(), added);
+  if (added.empty()) return;
+  set_library_threads(engine->compute.n_threads);
+  logits_valid = false;
+  for (size_t done = 0; done < added.size();) {
+    const auto batch = added.subspan(done, std::min(decoder.n_batch(), added.size() - done));
+    decoder.forward(batch, tokens.size(), kv, cancel);
+    const size_t unwanted = std::clamp<size_t>(skip, done, done + batch.size()) - done;
+    tokens.insert(tokens.end(), batch.begin(), batch.end());
+    done += batch.size();
+    if (done == added.size()) {
+      decoder.logits(batch.size() - 1, 1, logits.data());
+      logits_valid = true;
+    }
+    if (sink) deliver(unwanted, batch.size() - unwanted, sink);
+    if (progress) progress(done, added.size());
+  }
+}
+
+// Rows [first_row, first_row + n_rows) of the batch that ends the sequence.
+void Session::State::deliver(size_t first_row, size_t n_rows, const LogitsSink& sink) {
+  const size_t batch_start = tokens.size() - first_row - n_rows;
+  for (size_t row = first_row; row < first_row + n_rows;) {
+    const size_t n = std::min(std::min(decoder.n_batch(), kLogitRows), first_row + n_rows - row);
+    decoder.logits(row, n, logit_rows.data());
+    sink(batch_start + row, n, {logit_rows.data(), n * n_vocab});
+    row += n;
+  }
+}
+
+Session Engine::new_session(const SessionOptions& options) const {
+  const HParams& hparams = state_->info.hparams;
+  if (options.n_batch == 0) fail(ErrorKind::usage, "batch: 0 tokens; at least 1");
+  const uint32_t n_ctx = context_length(hparams, options.n_ctx, state_->notice);
+  const uint32_t n_batch = std::min(options.n_batch, n_ctx);
+  check_memory(hparams, state_->compute.n_threads, n_ctx, n_batch, options.kv_type);
+  return Session(std::make_unique<Session::State>(state_, n_ctx, n_batch, options));
+}
+
+Session::Session(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+Session::~Session() = default;
+
+std::span<const Token> Session::tokens() const { return state_->tokens; }
+uint32_t Session::n_ctx() const { return static_cast<uint32_t>(state_->n_ctx); }
+size_t Session::kv_bytes() const { return state_->kv.size_bytes(); }
+
+void Session::sync(std::span<const Token> prompt, const Progress& progress) {
+  if (prompt.empty()) fail(ErrorKind::usage, "the prompt is empty: nothing to evaluate");
+  state_->check(0, prompt);
+  const auto& have = state_->tokens;
+  const size_t limit = std::min(have.size(), prompt.size() - 1);  // the last one is always evaluated
+  size_t same = 0;
+  while (same < limit && have[same] == prompt[same]) ++same;
+  truncate(same);
+  state_->evaluate(prompt.subspan(same), progress, {}, 0);
+}
+
+void Session::append(std::span<const Token> tokens, const Progress& progress) {
+  state_->evaluate(tokens, progress, {}, 0);
+}
+
+void Session::append_all_logits(std::span<const Token> tokens, const LogitsSink& sink, size_t skip) {
+  state_->evaluate(tokens, {}, sink, skip);
+}
+
+void Session::truncate(size_t n) {
+  if (n >= state_->tokens.size()) return;
+  state_->tokens.resize(n);
+  state_->logits_valid = false;
+}
+
+std::span<const float> Session::logits() const {
+  if (!state_->logits_valid) fail(ErrorKind::usage, "no logits: no token has been evaluated since the sequence began or was cut");
+  return {state_->logits.data(), state_->n_vocab};
+}
+
+}  // namespace duet
