@@ -7,6 +7,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace duet {
 
@@ -36,6 +37,10 @@ template <class... Parts>
 [[noreturn]] void fail(ErrorKind kind, const Parts&... parts) {
   throw Error(kind, concat(parts...));
 }
+
+// Text from a file or the network as a message may show it: in quotes, on one line, control bytes as
+// \xNN, cut after 80 bytes.
+std::string quoted(std::string_view text);
 
 // For programmer errors only, never for file or network data: stays active in release builds.
 #define DUET_ASSERT(condition)                                                              \

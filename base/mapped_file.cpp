@@ -36,7 +36,8 @@ std::string errno_text() { return std::strerror(errno); }
 
 // Opens a regular file for reading and gives its size.
 int open_regular(const fs::path& path, uint64_t& size) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  // O_NONBLOCK: opening a pipe must not wait for its writer. No effect on regular files.
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) fail(ErrorKind::io, path.string(), ": cannot open: ", errno_text());
   struct stat info {};
   if (::fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
@@ -78,14 +79,14 @@ MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
 }
 
-void MappedFile::drop(uint64_t offset, uint64_t n_bytes) const {
-  const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  if (data_ == nullptr || offset >= size_) return;
-  const uint64_t end = offset + std::min(n_bytes, size_ - offset);
-  const uint64_t first = (offset + page - 1) / page * page;  // whole pages only: neighbours stay
-  const uint64_t last = end == size_ ? end : end / page * page;
-  if (first >= last) return;
-  ::madvise(const_cast<std::byte*>(data_) + first, last - first, MADV_DONTNEED);
+void MappedFile::drop(std::span<const std::byte> part) const {
+  const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto start = reinterpret_cast<uintptr_t>(data_), stop = start + size_;
+  const auto begin = reinterpret_cast<uintptr_t>(part.data()), end = begin + part.size();
+  if (begin < start || end > stop) return;
+  const uintptr_t first = (begin + page - 1) / page * page;  // whole pages only: neighbours stay
+  const uintptr_t last = end == stop ? end : end / page * page;
+  if (first < last) ::madvise(const_cast<std::byte*>(data_) + (first - start), last - first, MADV_DONTNEED);
 }
 
 std::string read_file(const fs::path& path, uint64_t max_bytes) {
@@ -105,7 +106,11 @@ std::string read_file(const fs::path& path, uint64_t max_bytes) {
 }
 
 OutputFile::OutputFile(fs::path path, uint64_t expected_bytes) : path_(std::move(path)) {
-  if (fs::is_directory(path_)) fail(ErrorKind::io, path_.string(), ": is a folder, not a file to write");
+  std::error_code ec;
+  const fs::file_status old = fs::status(path_, ec);
+  if (fs::is_directory(old)) fail(ErrorKind::io, path_.string(), ": is a folder, not a file to write");
+  // The rename would replace a device such as /dev/null by a file.
+  if (fs::exists(old) && !fs::is_regular_file(old)) fail(ErrorKind::io, path_.string(), ": is not a regular file");
   const fs::path folder = path_.has_parent_path() ? path_.parent_path() : fs::path(".");
   struct statvfs disk {};
   if (::statvfs(folder.c_str(), &disk) != 0)

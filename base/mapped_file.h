@@ -25,8 +25,8 @@ class MappedFile {
   const std::filesystem::path& path() const { return path_; }
 
   // Tells the kernel that these bytes will not be read again soon (drops clean pages of this
-  // mapping). Best effort.
-  void drop(uint64_t offset, uint64_t n_bytes) const;
+  // mapping). Best effort; nothing happens when `part` is not of this mapping.
+  void drop(std::span<const std::byte> part) const;
 
  private:
   MappedFile() = default;

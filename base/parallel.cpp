@@ -10,9 +10,11 @@ namespace duet {
 
 void detail::run_parallel(int n_threads, size_t n, size_t grain, ChunkFn fn, void* context) {
   grain = std::max<size_t>(grain, 1);
-  const size_t n_chunks = (n + grain - 1) / grain;
+  const size_t n_chunks = n / grain + (n % grain != 0);
+  const auto run_chunk = [&](size_t i) { fn(context, i * grain, i * grain + std::min(grain, n - i * grain)); };
   if (n_threads <= 1 || n_chunks <= 1) {
-    if (n > 0) fn(context, 0, n);
+    // Chunk by chunk here too: bodies size their scratch by the grain.
+    for (size_t i = 0; i < n_chunks; ++i) run_chunk(i);
     return;
   }
   std::atomic<size_t> next{0};
@@ -24,7 +26,7 @@ void detail::run_parallel(int n_threads, size_t n, size_t grain, ChunkFn fn, voi
     // An exception must not leave an OpenMP region: keep the first, stop handing out chunks.
     for (size_t i; !failed.load(std::memory_order_relaxed) && (i = next.fetch_add(1)) < n_chunks;) {
       try {
-        fn(context, i * grain, std::min(n, (i + 1) * grain));
+        run_chunk(i);
       } catch (...) {
         if (!failed.exchange(true)) error = std::current_exception();
       }

@@ -1,5 +1,6 @@
 #include "base/units.h"
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <cmath>
@@ -51,7 +52,8 @@ std::string format_size(uint64_t n_bytes) {
 }
 
 std::string format_duration(double seconds) {
-  const auto total = static_cast<long long>(std::llround(std::max(seconds, 0.0)));
+  // An estimate may be anything: NaN counts as 0, and 1e9 s keeps the text short.
+  const long long total = seconds > 0 ? std::llround(std::min(seconds, 1e9)) : 0;
   std::array<char, 32> text{};
   const long long h = total / 3600, m = total / 60 % 60, s = total % 60;
   if (h > 0) std::snprintf(text.data(), text.size(), "%lld:%02lld:%02lld", h, m, s);

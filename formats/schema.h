@@ -30,6 +30,9 @@ struct HParams {
   bool tied_output = false;            // no output.weight: token_embd serves
   // Llama-3 rope scaling {factor, low_freq_factor, high_freq_factor, original_max}; factor 0: none.
   struct { float factor = 0, low_freq_factor = 0, high_freq_factor = 0; uint32_t n_ctx_original = 0; } llama3_rope;
+  // There is a rope_freqs tensor: in the file read, or to be written because of llama3_rope (GGUF has
+  // no keys for that scaling, only the tensor).
+  bool rope_freqs = false;
 };
 
 // From GGUF metadata; checks ranges and consistency (compatibility rules: a missing rope base of an
@@ -53,11 +56,17 @@ struct TensorSpec {
   int layer = -1;               // -1: not of a layer
   std::string gguf_name;        // merged layout: "blk.3.ffn_up_exps.weight"
   std::vector<uint64_t> shape;  // row-major: {rows, cols}, experts {n_expert, rows, cols}, norms {n}
-  bool optional = false;        // output (tied), rope_freqs
+  bool optional = false;        // rope_freqs: no source tensor in a Hugging Face folder
 };
 
-// Every tensor of the model in the order files are written. rope_freqs only with llama3_rope.
+// Every tensor of the model in the order files are written. rope_freqs only with hparams.rope_freqs,
+// output only when not tied.
 std::vector<TensorSpec> tensor_table(const HParams& hparams);
+
+// The rope_freqs tensor [n_rot / 2]: what each rotation frequency is divided by for llama3_rope
+// (transformers, _compute_llama3_parameters: long wavelengths by factor, short ones by 1, a linear
+// ramp of the reciprocal between). Needs llama3_rope.factor > 0.
+std::vector<float> llama3_rope_freqs(const HParams& hparams);
 
 // Old per-expert layout: "blk.L.ffn_gate.E.weight" (kind one of the *_exps).
 std::string split_expert_name(TensorKind kind, int layer, int expert);
