@@ -1,1 +1,71 @@
+#include "base/error.h"
 #include "runtime/kernels/kernels.h"
+#include "runtime/kernels/tables.h"
+
+namespace duet {
+namespace {
+
+struct Isa {
+  const char* name;
+  CpuFeatures needs;
+  void (*fill)(KernelTable&);
+};
+
+// Best first; the last one runs everywhere.
+constexpr Isa kIsas[] = {
+    {"scalar", 0, fill_scalar},
+};
+constexpr size_t kIsaCount = std::size(kIsas);
+
+struct Tables {
+  KernelTable storage[kIsaCount] = {};
+  std::vector<const KernelTable*> usable;
+
+  Tables() {
+    const CpuFeatures present = detect_cpu_features();
+    for (size_t i = 0; i < kIsaCount; ++i) {
+      const Isa& isa = kIsas[i];
+      if ((isa.needs & ~present) != 0) continue;
+      isa.fill(storage[i]);
+      storage[i].isa = isa.name;
+      storage[i].needs = isa.needs;
+      usable.push_back(&storage[i]);
+    }
+  }
+};
+
+const Tables& tables() {
+  static const Tables built;
+  return built;
+}
+
+std::string usable_names() {
+  std::string out;
+  for (const KernelTable* table : tables().usable) out += (out.empty() ? "" : ", ") + std::string(table->isa);
+  return out;
+}
+
+}  // namespace
+
+std::span<const KernelTable* const> usable_kernels() { return tables().usable; }
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> out;
+  for (const Isa& isa : kIsas) out.emplace_back(isa.name);
+  return out;
+}
+
+const KernelTable& select_kernels(std::string_view isa) {
+  if (isa.empty()) return *tables().usable.front();
+  for (const KernelTable* table : tables().usable) {
+    if (isa == table->isa) return *table;
+  }
+  for (const Isa& known : kIsas) {
+    if (isa != known.name) continue;
+    fail(ErrorKind::unsupported, "instruction set '", isa, "' needs ", cpu_feature_names(known.needs),
+         ", this machine has ", cpu_feature_names(detect_cpu_features()), "; usable here: ", usable_names());
+  }
+  fail(ErrorKind::unsupported, "unknown instruction set '", isa, "'; usable here: ", usable_names());
+}
+
+}  // namespace duet

@@ -4,6 +4,17 @@
 // overrides entries. Kernels are noexcept, single-threaded, allocate nothing, and serve a range of
 // rows per call, so that one indirect call is amortised and threads split rows, never sums: results
 // do not depend on the number of threads. Weight rows are 2-byte aligned, activations 4-byte.
+//
+// Sums. Within one table the bits of y[t][r] depend only on weight row r and token t, never on
+// n_rows, n_tokens or the place in the batch. Between tables they differ by rounding only:
+//   act32 formats:  y = sum over blocks of (d_w * d_x) * D [+ m_w * sum_x], D = sum of q_w * q_x
+//   act256 formats: y = sum over super-blocks of (d_w * d_x) * D [- (dmin_w * d_x) * M],
+//                   D = sum of scale * q_w * q_x, M = sum of min * bsums
+//   float formats:  y = sum of w * x, no rounding of x
+// D and M are exact 32-bit integers (below 2^28). The scalar table adds the float terms one by one
+// in block order; the SIMD tables spread D and M over 8 or 16 lanes, keep one float sum per lane in
+// block order (fused multiply-add), and add the lanes as a tree at the end. Float formats use
+// partial sums too: element i belongs to sum i % 16 (scalar), i % 32 (avx2), i % 64 (avx512).
 #pragma once
 
 #include <cstddef>
@@ -39,15 +50,21 @@ struct KvView {
   bool f16;       // IEEE half, else float
 };
 
+inline constexpr float kActFloor = 0x1p-100f;  // 127 / max stays finite
+
 struct KernelTable {
   const char* isa;     // "scalar", "avx2", "avx512"
   CpuFeatures needs;
 
-  MatmulFn matmul[kDTypeSlots];  // by DType; x in format_of(dtype).act
-  // dst = n values of x in the activation format; n a multiple of its block (1, 32, 256).
+  MatmulFn matmul[kDTypeSlots];  // by DType (null where there is none); x in format_of(dtype).act
+  // dst = n values of x in the activation format, n a multiple of its block; bit-equal in all
+  // tables. d = max|x| / 127, q = x * (127 / max|x|) to the nearest integer, ties to even. A block
+  // with max|x| < kActFloor becomes zeros; one with a NaN or infinity gets d = NaN, q = 0, so
+  // that what it touches is NaN too.
   void (*quantize_act32)(const float* x, void* dst, size_t n) noexcept;
   void (*quantize_act256)(const float* x, void* dst, size_t n) noexcept;
-  // dst[n] = values of n elements; bit-equal to Format::decode_row. By DType.
+  // dst[n] = values of n elements; bit-equal to Format::decode_row (F16: any NaN for NaN).
+  // By DType.
   void (*decode_row[kDTypeSlots])(const void* src, float* dst, size_t n) noexcept;
 
   // y = x / sqrt(mean(x^2) + eps) * w. The mean is accumulated in double or in >= 8 partial sums.

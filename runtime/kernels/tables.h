@@ -1,0 +1,14 @@
+// Internal to runtime/kernels: what each instruction-set file contributes to a table.
+//
+// A table is built by calling these in turn (dispatch.cpp); each function overrides the entries it
+// has something better for. They only store pointers, but those files are compiled with the flags
+// of their instruction set: call one only where KernelTable::needs is met.
+#pragma once
+
+#include "runtime/kernels/kernels.h"
+
+namespace duet {
+
+void fill_scalar(KernelTable& table);
+
+}  // namespace duet
