@@ -3,7 +3,8 @@
 namespace duet::cli {
 
 void add_commands(CLI::App& app) {
-  static_cast<void>(app);
+  add_convert(app);
+  add_quantize(app);
 }
 
 }  // namespace duet::cli

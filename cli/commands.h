@@ -20,6 +20,8 @@ class App;
 
 namespace duet::cli {
 
+void add_convert(CLI::App& app);
+void add_quantize(CLI::App& app);
 void add_run(CLI::App& app);
 void add_inspect(CLI::App& app);
 void add_doctor(CLI::App& app);

@@ -1,0 +1,195 @@
+#include "converters/quantize.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "base/error.h"
+#include "base/host.h"
+#include "base/parallel.h"
+#include "converters/write_queue.h"
+
+namespace duet {
+namespace {
+
+// Elements per chunk: 4M floats' worth of rows are some 10 ms to 1 s of work, 2-16 MB of blocks.
+constexpr uint64_t kChunkElems = uint64_t{4} << 20;
+constexpr size_t kBuffers = 3;  // being encoded, waiting, being written
+
+// Starts reading these mapped bytes from disk without waiting for them.
+void read_ahead(std::span<const std::byte> bytes) {
+  const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto address = reinterpret_cast<uintptr_t>(bytes.data());
+  const uintptr_t begin = address / page * page;
+  ::madvise(reinterpret_cast<void*>(begin), address - begin + bytes.size(), MADV_WILLNEED);
+}
+
+// Part of one run, encoded as one unit.
+struct Chunk {
+  const TensorJob* job = nullptr;
+  const RowRun* run = nullptr;
+  size_t job_index = 0;
+  uint64_t first_row = 0, n_rows = 0;  // output rows within the run
+  bool last_of_run = false;
+
+  size_t source_row_bytes() const { return row_bytes(*run->source.format, run->source.cols()); }
+  uint64_t source_bytes() const { return n_rows * source_row_bytes(); }
+};
+
+std::vector<Chunk> cut_chunks(const std::vector<TensorJob>& jobs) {
+  std::vector<Chunk> chunks;
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    for (const RowRun& run : jobs[i].runs) {
+      const uint64_t n_rows = run.source.rows();
+      const uint64_t step = std::max<uint64_t>(1, kChunkElems / run.source.cols());
+      for (uint64_t row = 0; row < n_rows; row += step) {
+        const uint64_t n = std::min(step, n_rows - row);
+        chunks.push_back({&jobs[i], &run, i, row, n, row + n == n_rows});
+      }
+    }
+  }
+  return chunks;
+}
+
+// A permuted run reads rows of a whole head out of order: its chunks cover it only all together.
+std::span<const std::byte> source_span(const Chunk& chunk) {
+  const std::span data = chunk.run->source.data;
+  if (chunk.run->permute_heads != 0) return data;
+  return data.subspan(chunk.first_row * chunk.source_row_bytes(), chunk.source_bytes());
+}
+
+void prefetch(const Chunk& chunk) {
+  if (chunk.run->permute_heads == 0 || chunk.first_row == 0) read_ahead(source_span(chunk));
+}
+
+void drop_source(const Chunk& chunk) {
+  if (!chunk.run->drop) return;
+  if (chunk.run->permute_heads == 0) {
+    chunk.run->drop(row_slice(chunk.run->source, chunk.first_row, chunk.n_rows));
+  } else if (chunk.last_of_run) {
+    chunk.run->drop(chunk.run->source);
+  }
+}
+
+[[noreturn]] void bad_value(const Chunk& chunk, uint64_t row) {
+  fail(ErrorKind::format, "tensor '", chunk.run->source.name, "', row ", row,
+       ": a value is not finite (NaN or infinity); the source is damaged");
+}
+
+bool all_finite(std::span<const float> values) {
+  uint32_t largest = 0;  // magnitude bits order like magnitudes, infinity and NaN above all
+  for (const float v : values) largest = std::max(largest, std::bit_cast<uint32_t>(v) & 0x7fffffffu);
+  return largest < 0x7f800000u;
+}
+
+void encode_rows(const Chunk& chunk, std::byte* out, uint64_t begin, uint64_t end) {
+  const TensorView& source = chunk.run->source;
+  const Format& to = *chunk.job->format;
+  const uint64_t cols = source.cols();
+  const size_t in_bytes = chunk.source_row_bytes(), out_bytes = row_bytes(to, cols);
+  std::vector<float> values(cols);
+  for (uint64_t i = begin; i < end; ++i) {
+    uint64_t row = chunk.first_row + i;
+    if (chunk.run->permute_heads != 0) row = rope_source_row(row, source.rows(), chunk.run->permute_heads);
+    const std::byte* in = source.data.data() + row * in_bytes;
+    const bool same = source.format == &to;
+    if (!same || chunk.job->must_be_finite) source.format->decode_row(in, values.data(), cols);
+    if (chunk.job->must_be_finite && !all_finite(values)) bad_value(chunk, row);
+    if (same) {
+      std::memcpy(out + i * out_bytes, in, out_bytes);  // bit for bit
+    } else {
+      to.encode_row(values.data(), out + i * out_bytes, cols, nullptr);
+    }
+  }
+}
+
+void encode_chunk(const Chunk& chunk, WriteQueue::Buffer& buffer, int n_threads) {
+  const uint64_t cols = chunk.run->source.cols();
+  buffer.resize(chunk.n_rows * row_bytes(*chunk.job->format, cols));
+  // Grains of 64k elements keep all threads busy to the end of a chunk.
+  const size_t grain = std::max<uint64_t>(1, (uint64_t{64} << 10) / cols);
+  parallel_for(n_threads, chunk.n_rows, grain,
+               [&](size_t begin, size_t end) { encode_rows(chunk, buffer.data(), begin, end); });
+}
+
+void check_cancel(const ConvertOptions& options) {
+  if (options.cancel != nullptr && options.cancel->load()) fail(ErrorKind::cancelled, "interrupted");
+}
+
+void write_chunks(GgufWriter& writer, const std::vector<TensorJob>& jobs, const ConvertOptions& options) {
+  const std::vector<Chunk> chunks = cut_chunks(jobs);
+  const int n_threads = thread_count(options.n_threads);
+  ConvertProgress progress;
+  progress.n_tensors = jobs.size();
+  for (const Chunk& chunk : chunks) progress.total_bytes += chunk.source_bytes();
+  WriteQueue queue(kBuffers, [&writer](std::span<const std::byte> bytes) { writer.write(bytes); });
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    check_cancel(options);
+    if (i + 1 < chunks.size()) prefetch(chunks[i + 1]);
+    WriteQueue::Buffer buffer = queue.take();
+    encode_chunk(chunks[i], buffer, n_threads);
+    queue.put(std::move(buffer));
+    drop_source(chunks[i]);
+    progress.done_bytes += chunks[i].source_bytes();
+    progress.tensor_index = chunks[i].job_index;
+    progress.tensor = chunks[i].job->name;
+    if (options.progress) options.progress(progress);
+  }
+  queue.finish();
+  check_cancel(options);
+}
+
+}  // namespace
+
+uint64_t rope_source_row(uint64_t row, uint64_t n_rows, uint32_t n_heads) {
+  const uint64_t head_dim = n_rows / n_heads, half = head_dim / 2;
+  const uint64_t head = row / head_dim, i = row % head_dim;
+  return head * head_dim + (i % 2) * half + i / 2;
+}
+
+TensorView row_slice(const TensorView& view, uint64_t first, uint64_t n) {
+  const size_t bytes = row_bytes(*view.format, view.cols());
+  return {view.name, view.format, {n, view.cols()}, view.data.subspan(first * bytes, n * bytes)};
+}
+
+ConvertPlan plan_of(const std::vector<TensorJob>& jobs, const std::string& recipe) {
+  ConvertPlan plan;
+  plan.recipe = recipe;
+  double n_elems = 0;
+  for (const TensorJob& job : jobs) {
+    PlannedTensor tensor{job.name, job.format, job.shape, 0};
+    uint64_t n = 1;
+    for (const uint64_t d : job.shape) n *= d;
+    tensor.n_bytes = n / job.shape.back() * row_bytes(*job.format, job.shape.back());
+    for (const RowRun& run : job.runs) plan.source_bytes += run.source.data.size();
+    plan.output_bytes += tensor.n_bytes;
+    n_elems += static_cast<double>(n);
+    plan.tensors.push_back(std::move(tensor));
+  }
+  if (n_elems > 0) plan.bits_per_weight = 8.0 * static_cast<double>(plan.output_bytes) / n_elems;
+  return plan;
+}
+
+void write_gguf(const std::filesystem::path& output, const std::vector<GgufKeyValue>& metadata,
+                const std::vector<TensorJob>& jobs, const ConvertOptions& options) {
+  check_overwrite(output, options.overwrite);
+  check_cancel(options);
+  GgufWriter writer(output);
+  for (const GgufKeyValue& kv : metadata) writer.set(kv.key, kv.value);
+  for (const TensorJob& job : jobs) writer.add_tensor(job.name, *job.format, job.shape);
+  writer.begin();
+  write_chunks(writer, jobs, options);
+  writer.finish();
+}
+
+void check_overwrite(const std::filesystem::path& output, bool overwrite) {
+  if (!overwrite && std::filesystem::exists(output))
+    fail(ErrorKind::io, output.string(), ": exists already; choose another name or use --force to replace it");
+}
+
+int thread_count(int n_threads) { return n_threads > 0 ? n_threads : read_host_cores().usable(); }
+
+}  // namespace duet

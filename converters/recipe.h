@@ -1,0 +1,35 @@
+// Which tensor is stored in which format: llama.cpp's mixtures, so that file sizes and perplexities
+// compare with published ones (facts: its src/llama-quant.cpp; checked against its quantizer by
+// tests/oracle/recipes_oracle.py).
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "formats/schema.h"
+#include "quant/format.h"
+
+namespace duet {
+
+// general.file_type of GGUF.
+enum class FileType : uint32_t {
+  F32 = 0, F16 = 1, Q4_0 = 2, Q8_0 = 7, Q2_K = 10, Q3_K_S = 11, Q3_K_M = 12, Q3_K_L = 13,
+  Q4_K_S = 14, Q4_K_M = 15, Q5_K_S = 16, Q5_K_M = 17, Q6_K = 18, BF16 = 32,
+};
+
+struct Recipe {
+  const char* name;
+  FileType file_type;
+  DType base;  // of every matrix without a rule of its own
+};
+
+std::span<const Recipe> all_recipes();
+// Exact upper-case name; Error(usage) naming the choices otherwise.
+const Recipe& find_recipe(std::string_view name);
+
+// Format of one tensor. Norms, the router, one-dimensional and unscaled tensors are F32 in every
+// recipe. Rows that a format's block does not divide get the next format that fits, at last F16.
+const Format& recipe_format(const Recipe& recipe, const HParams& hparams, const TensorSpec& spec);
+
+}  // namespace duet
