@@ -142,9 +142,9 @@ TinyVocabulary tiny_vocabulary(uint32_t n_vocab) {
     add(name.data(), 0, kByte);
   }
   float rank = 0;
-  for (const char* merged : {"▁t", "he", "▁a", "in", "▁the", "er", "on", "▁s", "re", "an", "and", "▁and", "ing"})
+  for (const char* merged : {"\u2581t", "he", "\u2581a", "in", "\u2581the", "er", "on", "\u2581s", "re", "an", "and", "\u2581and", "ing"})
     add(merged, -rank++, kNormal);
-  add("▁", -rank++, kNormal);
+  add("\u2581", -rank++, kNormal);
   for (char c = 'a'; c <= 'z'; ++c) add(std::string(1, c), -rank++, kNormal);
   for (const char c : std::string_view(".,!?")) add(std::string(1, c), -rank++, kNormal);
   while (out.tokens.size() < n_vocab) add(concat("<unused", out.tokens.size(), ">"), 0, kUnused);

@@ -30,8 +30,8 @@ struct TinyModelOptions {
 };
 
 HParams tiny_hparams(const TinyModelOptions& options);
-// SentencePiece-like: <unk> <s> </s>, 256 byte tokens, then pieces whose scores make "▁the" from
-// "▁t" + "he".
+// SentencePiece-like: <unk> <s> </s>, 256 byte tokens, then pieces whose scores make "_the" from
+// "_t" + "he" (_ for U+2581).
 struct TinyVocabulary {
   std::vector<std::string> tokens;
   std::vector<float> scores;
