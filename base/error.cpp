@@ -5,7 +5,7 @@
 
 namespace duet {
 
-std::string quoted(std::string_view text) {
+std::string quote(std::string_view text) {
   constexpr size_t kMost = 80;
   std::string out = "'";
   for (const char c : text.substr(0, kMost)) {

@@ -40,7 +40,7 @@ template <class... Parts>
 
 // Text from a file or the network as a message may show it: in quotes, on one line, control bytes as
 // \xNN, cut after 80 bytes.
-std::string quoted(std::string_view text);
+std::string quote(std::string_view text);
 
 // For programmer errors only, never for file or network data: stays active in release builds.
 #define DUET_ASSERT(condition)                                                              \

@@ -3,20 +3,213 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cctype>
+#include <cerrno>
+#include <charconv>
+#include <fstream>
+#include <set>
+#include <sstream>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 namespace duet {
+namespace {
 
-HostCores read_host_cores(const std::filesystem::path&) {
-  HostCores cores;
-  cpu_set_t set;
-  if (::sched_getaffinity(0, sizeof(set), &set) == 0) cores.logical = std::max(1, CPU_COUNT(&set));
-  cores.physical = cores.logical;
-  return cores;
+namespace fs = std::filesystem;
+
+// Contents of a small system file; empty when it cannot be read.
+std::string slurp(const fs::path& path) {
+  std::ifstream in(path);
+  std::ostringstream out;
+  if (in) out << in.rdbuf();
+  return out.str();
 }
 
+std::optional<int64_t> parse_int(std::string_view text) {
+  while (!text.empty() && std::isspace(static_cast<unsigned char>(text.front()))) text.remove_prefix(1);
+  int64_t value = 0;
+  const auto [end, code] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (code != std::errc{} || end == text.data()) return std::nullopt;
+  return value;
+}
+
+std::optional<int64_t> read_int(const fs::path& path) { return parse_int(slurp(path)); }
+
+// ---- cores -----------------------------------------------------------------------------------
+
+// CPUs that this process may run on. The mask grows until the kernel's fits.
+std::vector<int> affinity_cpus() {
+  std::vector<int> out;
+  for (size_t n = 1024; n <= size_t{1} << 20; n *= 2) {
+    cpu_set_t* set = CPU_ALLOC(n);
+    const size_t bytes = CPU_ALLOC_SIZE(n);
+    const bool ok = sched_getaffinity(0, bytes, set) == 0;
+    const bool too_small = !ok && errno == EINVAL;
+    for (size_t cpu = 0; ok && cpu < n; ++cpu)
+      if (CPU_ISSET_S(cpu, bytes, set)) out.push_back(static_cast<int>(cpu));
+    CPU_FREE(set);
+    if (!too_small) break;
+  }
+  return out;
+}
+
+// All CPUs of a file tree (tests) or of a system that has no affinity masks.
+std::vector<int> listed_cpus(const fs::path& folder) {
+  std::vector<int> out;
+  std::error_code ec;
+  for (const auto& entry : fs::directory_iterator(folder, ec)) {
+    const std::string name = entry.path().filename().string();
+    const auto digits = std::string_view(name).substr(std::min<size_t>(3, name.size()));
+    if (!name.starts_with("cpu") || digits.empty() || !std::all_of(digits.begin(), digits.end(), ::isdigit)) continue;
+    if (const auto cpu = parse_int(digits)) out.push_back(static_cast<int>(*cpu));
+  }
+  return out;
+}
+
+int count_physical(const std::vector<int>& cpus, const fs::path& folder) {
+  std::set<std::pair<int64_t, int64_t>> cores;
+  int n_unknown = 0;
+  for (const int cpu : cpus) {
+    const fs::path topology = folder / ("cpu" + std::to_string(cpu)) / "topology";
+    const auto package = read_int(topology / "physical_package_id"), core = read_int(topology / "core_id");
+    if (package && core) cores.emplace(*package, *core);
+    else ++n_unknown;  // no topology known: each CPU counts as a core
+  }
+  return static_cast<int>(cores.size()) + n_unknown;
+}
+
+// ---- cgroups ---------------------------------------------------------------------------------
+
+// Folders of this process's group and its ancestors for one controller, innermost first.
+struct GroupPath {
+  int version = 0;  // 0: not found
+  std::vector<fs::path> folders;
+};
+
+bool is_folder(const fs::path& path) {
+  std::error_code ec;
+  return fs::is_directory(path, ec);
+}
+
+// `group` is a path as /proc/self/cgroup has it. In a container it may name a folder that only the
+// host sees; the mount itself is then the container's group.
+std::vector<fs::path> chain(const fs::path& mount, const std::string& group) {
+  fs::path relative = fs::path(group).relative_path().lexically_normal();
+  const bool hidden = !relative.empty() && (*relative.begin() == ".." || !is_folder(mount / relative));
+  std::vector<fs::path> out;
+  for (; !hidden && !relative.empty() && relative != "."; relative = relative.parent_path()) out.push_back(mount / relative);
+  out.push_back(mount);
+  return out;
+}
+
+bool lists(std::string_view comma_list, std::string_view item) {
+  while (!comma_list.empty()) {
+    const size_t comma = comma_list.find(',');
+    if (comma_list.substr(0, comma) == item) return true;
+    if (comma == std::string_view::npos) break;
+    comma_list.remove_prefix(comma + 1);
+  }
+  return false;
+}
+
+// Lines of /proc/self/cgroup are "id:controllers:path"; v2 has the single id 0 and no controllers.
+// A hybrid system has both: the controller is then where v1 lists it.
+GroupPath find_group(const fs::path& root, const char* controller) {
+  std::istringstream lines(slurp(root / "proc/self/cgroup"));
+  const fs::path mounts = root / "sys/fs/cgroup";
+  GroupPath v2;
+  for (std::string line; std::getline(lines, line);) {
+    const size_t first = line.find(':');
+    const size_t second = first == std::string::npos ? first : line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1), group = line.substr(second + 1);
+    if (controllers.empty()) {
+      if (is_folder(mounts)) v2 = {2, chain(is_folder(mounts / "unified") ? mounts / "unified" : mounts, group)};
+    } else if (lists(controllers, controller)) {
+      const fs::path joint = mounts / controllers;  // "cpu,cpuacct"; the single name is often a link to it
+      const fs::path mount = is_folder(joint) ? joint : mounts / controller;
+      if (is_folder(mount)) return {1, chain(mount, group)};
+    }
+  }
+  return v2;
+}
+
+// CPUs that one group grants: "200000 100000" or "max 100000" (v2), two files (v1).
+std::optional<double> quota_of(const GroupPath& group, const fs::path& folder) {
+  std::optional<int64_t> quota, period;
+  if (group.version == 2) {
+    const std::string text = slurp(folder / "cpu.max");
+    const size_t space = text.find(' ');
+    quota = parse_int(text);  // "max" is no number
+    if (space != std::string::npos) period = parse_int(std::string_view(text).substr(space));
+  } else {
+    quota = read_int(folder / "cpu.cfs_quota_us");  // -1: none
+    period = read_int(folder / "cpu.cfs_period_us");
+  }
+  if (!quota || !period || *quota <= 0 || *period <= 0) return std::nullopt;
+  return static_cast<double>(*quota) / static_cast<double>(*period);
+}
+
+// Least limit of one group in bytes; v1 writes "none" as a number near 2^63.
+std::optional<uint64_t> limit_of(const GroupPath& group, const fs::path& folder) {
+  std::optional<uint64_t> least;
+  const auto names = group.version == 2 ? std::vector{"memory.max", "memory.high"} : std::vector{"memory.limit_in_bytes"};
+  for (const char* name : names) {
+    const auto value = read_int(folder / name);
+    if (!value || *value < 0 || *value >= int64_t{1} << 60) continue;
+    least = std::min(least.value_or(UINT64_MAX), static_cast<uint64_t>(*value));
+  }
+  return least;
+}
+
+// "MemTotal:  24576 kB" -> bytes; 0 when absent.
+uint64_t meminfo(const std::string& text, const std::string& field) {
+  const size_t at = text.find(field + ":");
+  if (at == std::string::npos) return 0;
+  const auto kib = parse_int(std::string_view(text).substr(at + field.size() + 1));
+  return kib && *kib > 0 ? static_cast<uint64_t>(*kib) * 1024 : 0;
+}
+
+}  // namespace
+
 int HostCores::usable() const {
-  const int quota = cgroup_quota ? static_cast<int>(*cgroup_quota) : physical;
-  return std::max(1, std::min(physical, quota));
+  if (!cgroup_quota || *cgroup_quota >= physical) return std::max(physical, 1);
+  return std::max(static_cast<int>(*cgroup_quota), 1);
+}
+
+HostCores read_host_cores(const fs::path& root) {
+  const fs::path folder = root / "sys/devices/system/cpu";
+  // The mask is this process's own: it says nothing about another file tree.
+  std::vector<int> cpus = root == "/" ? affinity_cpus() : listed_cpus(folder);
+  if (cpus.empty()) cpus = {0};
+  HostCores out;
+  out.logical = static_cast<int>(cpus.size());
+  out.physical = count_physical(cpus, folder);
+  const GroupPath group = find_group(root, "cpu");
+  for (const fs::path& level : group.folders) {
+    const auto quota = quota_of(group, level);
+    if (quota && *quota < out.cgroup_quota.value_or(1e9)) out.cgroup_quota = quota;
+  }
+  return out;
+}
+
+HostMemory read_host_memory(const fs::path& root) {
+  HostMemory out;
+  const std::string text = slurp(root / "proc/meminfo");
+  out.total_bytes = meminfo(text, "MemTotal");
+  out.available_bytes = meminfo(text, "MemAvailable");
+  const GroupPath group = find_group(root, "memory");
+  out.cgroup_version = group.version;
+  for (const fs::path& level : group.folders) {
+    const auto limit = limit_of(group, level);
+    if (!limit || *limit >= out.cgroup_limit_bytes.value_or(UINT64_MAX)) continue;
+    out.cgroup_limit_bytes = limit;
+    const auto used = read_int(level / (group.version == 2 ? "memory.current" : "memory.usage_in_bytes"));
+    out.cgroup_used_bytes = used && *used >= 0 ? std::optional(static_cast<uint64_t>(*used)) : std::nullopt;
+  }
+  return out;
 }
 
 }  // namespace duet

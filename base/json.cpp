@@ -32,12 +32,12 @@ class DocumentBuilder : public nlohmann::json_sax<Json> {
   bool end_array() override { return open_.pop_back(), true; }
   bool key(string_t& name) override {
     if (!open_.back().keys.insert(name).second)
-      fail(ErrorKind::format, source_, ": JSON key '", name, "' appears twice in one object");
+      fail(ErrorKind::format, source_, ": JSON key ", quote(name), " appears twice in one object");
     key_ = std::move(name);
     return true;
   }
   bool parse_error(size_t, const std::string&, const nlohmann::detail::exception& e) override {
-    fail(ErrorKind::format, source_, ": not valid JSON: ", e.what());
+    fail(ErrorKind::format, source_, ": not valid JSON: ", std::string_view(e.what()).substr(0, 200));
   }
 
  private:
@@ -86,10 +86,16 @@ bool has_type(const Json& value) {
   else return value.is_string();
 }
 
+// A value of the wrong type in a message: kinds with contents by name, the rest as written.
+std::string shown(const Json& value) {
+  if (value.is_object() || value.is_array()) return concat("an ", value.type_name());
+  return value.is_string() ? quote(value.get_ref<const std::string&>()) : value.dump();
+}
+
 template <class T>
 T typed(const Json& value, const char* key, const std::string& source) {
   if (!has_type<T>(value))
-    fail(ErrorKind::format, source, ": '", key, "' is ", value.dump().substr(0, 60), ", expected ", type_name<T>());
+    fail(ErrorKind::format, source, ": '", key, "' is ", shown(value), ", expected ", type_name<T>());
   return value.get<T>();
 }
 
@@ -103,7 +109,7 @@ Json parse_json(std::string_view text, const std::string& source, const JsonLimi
     Json::sax_parse(text, &builder);
     return builder.take();
   } catch (const Json::exception& e) {
-    fail(ErrorKind::format, source, ": not valid JSON: ", e.what());
+    fail(ErrorKind::format, source, ": not valid JSON: ", std::string_view(e.what()).substr(0, 200));
   }
 }
 

@@ -55,7 +55,7 @@ class PartReader {
     const auto magic = bytes_.first(std::min<size_t>(4, bytes_.size()));
     const std::string_view text(reinterpret_cast<const char*>(magic.data()), magic.size());
     if (text != "GGUF")
-      fail(ErrorKind::format, source_, ": not a GGUF file: starts with ", quoted(text), ", expected 'GGUF'");
+      fail(ErrorKind::format, source_, ": not a GGUF file: starts with ", quote(text), ", expected 'GGUF'");
     in_.take(4, "magic");
     part_.version = in_.read<uint32_t>("version");
     if (part_.version != 0 && (part_.version & 0xffffu) == 0)
@@ -89,7 +89,7 @@ class PartReader {
     for (uint64_t i = 0; i < n_keys; ++i) {
       std::string key = read_string(kMaxKeyBytes, "metadata key");
       if (key.empty()) in_.bad("metadata key ", i, " is empty");
-      if (!seen.insert(key).second) in_.bad("metadata key ", quoted(key), " appears twice");
+      if (!seen.insert(key).second) in_.bad("metadata key ", quote(key), " appears twice");
       key_ = key;
       GgufValue value = read_value();
       part_.metadata.push_back({std::move(key), std::move(value)});
@@ -98,7 +98,7 @@ class PartReader {
 
   GgufType read_type() {
     const uint32_t id = in_.read<uint32_t>("metadata type");
-    if (id >= kTypeNames.size()) in_.bad("key ", quoted(key_), ": type id ", id, " does not exist");
+    if (id >= kTypeNames.size()) in_.bad("key ", quote(key_), ": type id ", id, " does not exist");
     return static_cast<GgufType>(id);
   }
 
@@ -122,11 +122,11 @@ class PartReader {
 
   void read_array(GgufValue& value) {
     value.element_type = read_type();
-    if (value.element_type == GgufType::array) in_.bad("key ", quoted(key_), ": arrays of arrays are not accepted");
+    if (value.element_type == GgufType::array) in_.bad("key ", quote(key_), ": arrays of arrays are not accepted");
     const uint64_t n = in_.read<uint64_t>("array length");
     const uint64_t least = kLeastBytes[static_cast<size_t>(value.element_type)];
     if (n > in_.remaining() / least)
-      in_.bad("key ", quoted(key_), ": array of ", n, " elements in ", in_.remaining(), " remaining bytes");
+      in_.bad("key ", quote(key_), ": array of ", n, " elements in ", in_.remaining(), " remaining bytes");
     const GgufType type = value.element_type;
     switch (type) {
       case GgufType::f32: case GgufType::f64:
@@ -142,7 +142,7 @@ class PartReader {
 
   template <class T, class ReadOne>
   std::vector<T> read_list(uint64_t n, ReadOne read_one) {
-    if (n > kMaxMetadataBytes) in_.bad("key ", quoted(key_), ": array of ", n, " elements");
+    if (n > kMaxMetadataBytes) in_.bad("key ", quote(key_), ": array of ", n, " elements");
     charge(n * sizeof(T));
     std::vector<T> out;
     out.reserve(n);
@@ -175,7 +175,7 @@ class PartReader {
 
   bool read_bool() {
     const uint8_t raw = in_.read<uint8_t>("metadata value");
-    if (raw > 1) in_.bad("key ", quoted(key_), ": boolean with value ", unsigned{raw});
+    if (raw > 1) in_.bad("key ", quote(key_), ": boolean with value ", unsigned{raw});
     return raw == 1;
   }
 
@@ -199,7 +199,7 @@ class PartReader {
       TensorView tensor;
       tensor.name = read_string(kMaxKeyBytes, "tensor name");
       if (tensor.name.empty()) in_.bad("tensor ", i, " has no name");
-      if (!seen.insert(tensor.name).second) in_.bad("tensor ", quoted(tensor.name), " appears twice");
+      if (!seen.insert(tensor.name).second) in_.bad("tensor ", quote(tensor.name), " appears twice");
       tensor.shape = read_shape(tensor.name);
       tensor.format = read_format(tensor.name);
       places_.push_back(read_place(tensor));
@@ -210,21 +210,21 @@ class PartReader {
   // Row-major; the file has the innermost dimension first.
   std::vector<uint64_t> read_shape(const std::string& name) {
     const uint32_t n_dims = in_.read<uint32_t>("dimension count");
-    if (n_dims < 1 || n_dims > 4) in_.bad("tensor ", quoted(name), " has ", n_dims, " dimensions, expected 1 to 4");
+    if (n_dims < 1 || n_dims > 4) in_.bad("tensor ", quote(name), " has ", n_dims, " dimensions, expected 1 to 4");
     std::vector<uint64_t> shape(n_dims);
     for (uint32_t d = n_dims; d-- > 0;) {
       shape[d] = in_.read<uint64_t>("tensor dimension");
-      if (shape[d] == 0) in_.bad("tensor ", quoted(name), " has a dimension of 0");
+      if (shape[d] == 0) in_.bad("tensor ", quote(name), " has a dimension of 0");
     }
     return shape;
   }
 
   const Format* read_format(const std::string& name) {
     const uint32_t id = in_.read<uint32_t>("tensor type");
-    if (id >= kGgmlTypeCount) in_.bad("tensor ", quoted(name), " has type id ", id, ", which does not exist");
+    if (id >= kGgmlTypeCount) in_.bad("tensor ", quote(name), " has type id ", id, ", which does not exist");
     const Format* format = find_format(id);
     if (format == nullptr)
-      fail(ErrorKind::unsupported, source_, ": tensor ", quoted(name), " is of type ", ggml_type_name(id),
+      fail(ErrorKind::unsupported, source_, ": tensor ", quote(name), " is of type ", ggml_type_name(id),
            ", which duet cannot read");
     return format;
   }
@@ -233,7 +233,7 @@ class PartReader {
   Place read_place(const TensorView& tensor) {
     const Format& format = *tensor.format;
     if (tensor.cols() % format.block_elems != 0)
-      in_.bad("tensor ", quoted(tensor.name), ": rows of ", tensor.cols(), " elements are no multiple of the ",
+      in_.bad("tensor ", quote(tensor.name), ": rows of ", tensor.cols(), " elements are no multiple of the ",
               format.block_elems, " of a ", format.name, " block");
     uint64_t n_bytes = tensor.cols() / format.block_elems;
     bool fits = checked_mul(n_bytes, format.block_bytes, n_bytes);
@@ -242,7 +242,7 @@ class PartReader {
       fits = fits && checked_mul(n_elems, tensor.shape[d], n_elems);
       if (d + 1 < tensor.shape.size()) fits = fits && checked_mul(n_bytes, tensor.shape[d], n_bytes);
     }
-    if (!fits) in_.bad("tensor ", quoted(tensor.name), ": its size does not fit 64 bits");
+    if (!fits) in_.bad("tensor ", quote(tensor.name), ": its size does not fit 64 bits");
     return {in_.read<uint64_t>("tensor offset"), n_bytes};
   }
 
@@ -254,14 +254,14 @@ class PartReader {
       TensorView& tensor = part_.tensors[i];
       const Place& place = places_[i];
       if (place.offset % part_.alignment != 0)
-        in_.bad("tensor ", quoted(tensor.name), ": offset ", place.offset, " is not aligned to ", part_.alignment);
+        in_.bad("tensor ", quote(tensor.name), ": offset ", place.offset, " is not aligned to ", part_.alignment);
       if (place.offset < previous_end)
-        in_.bad("tensor ", quoted(tensor.name), ": offset ", place.offset, " lies before the end ", previous_end,
+        in_.bad("tensor ", quote(tensor.name), ": offset ", place.offset, " lies before the end ", previous_end,
                 " of the tensor listed before it (overlap or wrong order)");
       uint64_t begin = 0;
       if (!checked_add(place.offset, place.n_bytes, previous_end) || !checked_add(start, place.offset, begin) ||
           begin > bytes_.size() || place.n_bytes > bytes_.size() - begin)
-        in_.bad("tensor ", quoted(tensor.name), ": ", place.n_bytes, " bytes at data offset ", place.offset,
+        in_.bad("tensor ", quote(tensor.name), ": ", place.n_bytes, " bytes at data offset ", place.offset,
                 " lie outside the file of ", bytes_.size(), " bytes; the file is truncated or damaged");
       tensor.data = bytes_.subspan(begin, place.n_bytes);
     }

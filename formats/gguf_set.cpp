@@ -96,7 +96,7 @@ void GgufFile::State::index() {
   for (const GgufKeyValue& kv : metadata) key_index.emplace(kv.key, &kv);
   for (const TensorView& tensor : tensors) {
     if (!tensor_index.emplace(tensor.name, &tensor).second)
-      fail(ErrorKind::format, source, ": tensor ", quoted(tensor.name), " is in two parts of the set");
+      fail(ErrorKind::format, source, ": tensor ", quote(tensor.name), " is in two parts of the set");
   }
 }
 

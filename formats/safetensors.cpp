@@ -42,7 +42,7 @@ struct Entry {
 const Dtype& dtype_named(const std::string& name, const std::string& where) {
   for (const Dtype& dtype : kDtypes)
     if (name == dtype.name) return dtype;
-  fail(ErrorKind::unsupported, where, ": dtype ", quoted(name), " is not known; duet reads F32, F16 and BF16");
+  fail(ErrorKind::unsupported, where, ": dtype ", quote(name), " is not known; duet reads F32, F16 and BF16");
 }
 
 uint64_t uint_of(const Json& value, const std::string& where, const char* what) {
@@ -57,7 +57,7 @@ const Json& array_of(const Json& object, const char* key, const std::string& whe
 }
 
 Entry read_entry(const std::string& name, const Json& value, const std::string& source) {
-  const std::string where = concat(source, ": tensor ", quoted(name));
+  const std::string where = concat(source, ": tensor ", quote(name));
   if (!value.is_object()) fail(ErrorKind::format, where, ": its description is no JSON object");
   Entry entry;
   entry.name = name;
@@ -82,7 +82,7 @@ void check_coverage(const std::vector<Entry>& entries, uint64_t data_bytes, cons
   uint64_t expected = 0;
   for (const Entry& entry : entries) {
     if (entry.begin != expected)
-      fail(ErrorKind::format, source, ": tensor ", quoted(entry.name), " begins at data byte ", entry.begin, ", expected ",
+      fail(ErrorKind::format, source, ": tensor ", quote(entry.name), " begins at data byte ", entry.begin, ", expected ",
            expected, " (", entry.begin < expected ? "overlap" : "gap", ")");
     expected = entry.end;
   }
@@ -92,7 +92,7 @@ void check_coverage(const std::vector<Entry>& entries, uint64_t data_bytes, cons
 }
 
 TensorView view_of(const Entry& entry, std::span<const std::byte> data, const std::string& source) {
-  const std::string where = concat(source, ": tensor ", quoted(entry.name));
+  const std::string where = concat(source, ": tensor ", quote(entry.name));
   if (!entry.dtype->dtype)
     fail(ErrorKind::unsupported, where, " is of dtype ", entry.dtype->name, "; duet reads F32, F16 and BF16 weights");
   if (entry.shape.size() > 4) fail(ErrorKind::unsupported, where, " has ", entry.shape.size(), " dimensions, at most 4 accepted");
@@ -169,11 +169,11 @@ WeightMap read_index(const fs::path& path) {
     fail(ErrorKind::format, source, ": 'weight_map' is missing or empty");
   WeightMap out;
   for (const auto& [tensor, file] : map->items()) {
-    if (!file.is_string()) fail(ErrorKind::format, source, ": tensor ", quoted(tensor), ": its shard is no file name");
+    if (!file.is_string()) fail(ErrorKind::format, source, ": tensor ", quote(tensor), ": its shard is no file name");
     const auto name = file.get<std::string>();
     // A file beside the index, nothing else: an index must not lead to other folders.
     if (name.empty() || name == "." || name == ".." || name.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos)
-      fail(ErrorKind::format, source, ": tensor ", quoted(tensor), ": shard ", quoted(name), " is no plain file name");
+      fail(ErrorKind::format, source, ": tensor ", quote(tensor), ": shard ", quote(name), " is no plain file name");
     out[name].insert(tensor);
   }
   return out;
@@ -209,7 +209,7 @@ void Safetensors::State::add(std::span<const std::byte> bytes, const std::string
   std::string missing;
   for (const std::string& name : *wanted)
     if (!present.contains(name) && (missing.empty() || name < missing)) missing = name;
-  fail(ErrorKind::format, source, ": lacks tensor ", quoted(missing), " (", wanted->size() - n_found,
+  fail(ErrorKind::format, source, ": lacks tensor ", quote(missing), " (", wanted->size() - n_found,
        " in all) that the index places there");
 }
 

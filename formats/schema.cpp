@@ -106,12 +106,12 @@ class GgufHParams {
     const std::string* arch = file_.get_string("general.architecture");
     if (arch == nullptr) fail(ErrorKind::format, source_, ": key 'general.architecture' is missing");
     if (*arch != "llama")
-      fail(ErrorKind::unsupported, source_, ": architecture ", quoted(*arch),
+      fail(ErrorKind::unsupported, source_, ": architecture ", quote(*arch),
            " is not supported; duet runs 'llama' (Llama, Mistral, Mixtral)");
     // Biases are parts of a model that this family lacks: leaving them out would be silently wrong.
     for (const TensorView& tensor : file_.tensors())
       if (tensor.name.ends_with(".bias"))
-        fail(ErrorKind::unsupported, source_, ": tensor ", quoted(tensor.name), ": biases are not supported");
+        fail(ErrorKind::unsupported, source_, ": tensor ", quote(tensor.name), ": biases are not supported");
     if (const std::string* name = file_.get_string("general.name")) h_.name = *name;
   }
 
@@ -179,7 +179,7 @@ class GgufHParams {
     }
     const std::string* kind = file_.get_string("llama.rope.scaling.type");
     if (kind != nullptr && *kind != "none" && *kind != "linear")
-      fail(ErrorKind::unsupported, source_, ": rope scaling ", quoted(*kind), " is not supported (none, linear)");
+      fail(ErrorKind::unsupported, source_, ": rope scaling ", quote(*kind), " is not supported (none, linear)");
     auto factor = file_.get_float("llama.rope.scaling.factor");
     if (!factor) factor = file_.get_float("llama.rope.scale_linear");  // name of 2023 files
     if (factor && *factor != 0 && (kind == nullptr || *kind == "linear")) h_.rope_scale = static_cast<float>(1.0 / *factor);
@@ -222,7 +222,7 @@ class HfConfig {
     else
       family_ = family_of_type(json_get<std::string>(config_, "model_type", source_));
     if (family_ != "MixtralForCausalLM" && family_ != "MistralForCausalLM" && family_ != "LlamaForCausalLM")
-      fail(ErrorKind::unsupported, source_, ": architecture ", quoted(family_),
+      fail(ErrorKind::unsupported, source_, ": architecture ", quote(family_),
            " is not supported; duet converts MixtralForCausalLM, MistralForCausalLM and LlamaForCausalLM");
   }
 
@@ -238,7 +238,7 @@ class HfConfig {
       if (json_get_or<bool>(config_, key, false, source_))
         fail(ErrorKind::unsupported, source_, ": '", key, "' is true: biases are not supported");
     const auto act = json_get_or<std::string>(config_, "hidden_act", "silu", source_);
-    if (act != "silu") fail(ErrorKind::unsupported, source_, ": hidden_act ", quoted(act), " is not supported (silu)");
+    if (act != "silu") fail(ErrorKind::unsupported, source_, ": hidden_act ", quote(act), " is not supported (silu)");
     if (const auto q = config_.find("quantization_config"); q != config_.end() && !q->is_null())
       fail(ErrorKind::unsupported, source_, ": the weights are quantized ('quantization_config'); convert the original model");
     if (json_get_or<double>(config_, "partial_rotary_factor", 1.0, source_) != 1.0)
@@ -286,7 +286,7 @@ class HfConfig {
     } else if (kind == "llama3") {
       read_llama3(scaling);
     } else if (kind != "default") {
-      fail(ErrorKind::unsupported, source_, ": rope scaling ", quoted(kind), " is not supported (default, linear, llama3)");
+      fail(ErrorKind::unsupported, source_, ": rope scaling ", quote(kind), " is not supported (default, linear, llama3)");
     }
   }
 
