@@ -1,0 +1,255 @@
+// run: one prompt in, the model's continuation or answer out.
+#include <poll.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <cstdio>
+#include <optional>
+#include <random>
+
+#include "base/error.h"
+#include "base/units.h"
+#include "cli/commands.h"
+#include "cli/console.h"
+#include "cli/model_options.h"
+#include "cli/options.h"
+
+namespace duet::cli {
+namespace {
+
+struct RunOptions {
+  ModelOptions model;
+  std::optional<std::string> prompt, file;
+  std::string template_name;
+  int64_t n_predict = 512;  // -1: until the end of the answer or of the context
+  SamplerParams sampling;
+  std::optional<uint64_t> seed;
+  bool raw = false, ignore_eos = false, json = false;
+};
+
+// Why generation ended; in --json under "stop".
+enum class Stop { eos, length, context, interrupted };
+
+struct Generation {
+  std::string text;
+  std::vector<Token> ids;  // without the end-of-generation token
+  size_t n_prompt = 0;
+  double prefill_seconds = 0, decode_seconds = 0;
+  size_t n_decoded = 0;  // tokens that decode_seconds evaluated
+  Stop stop = Stop::length;
+};
+
+const char* stop_name(Stop stop) {
+  switch (stop) {
+    case Stop::eos: return "eos";
+    case Stop::length: return "length";
+    case Stop::context: return "context";
+    case Stop::interrupted: return "interrupted";
+  }
+  return "";
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// ---- the prompt --------------------------------------------------------------------------------
+
+// Whether to read standard input. Beside a prompt only what was clearly piped or redirected in counts:
+// programs start others with sockets and devices on it that never end.
+bool stdin_has_text(bool have_prompt) {
+  struct stat info {};
+  if (::fstat(STDIN_FILENO, &info) != 0) return false;
+  return S_ISFIFO(info.st_mode) || S_ISREG(info.st_mode) || (!have_prompt && ::isatty(STDIN_FILENO) == 0);
+}
+
+// A pipe that nobody writes to would look like a hang: say what is being waited for.
+void tell_when_waiting() {
+  struct pollfd input {STDIN_FILENO, POLLIN, 0};
+  if (::poll(&input, 1, 2000) == 0)
+    note("waiting for text on standard input; when none is to come, add < /dev/null");
+}
+
+// -p, then -f, then piped text, each on its own lines. The last newline of a file is not part of
+// the prompt: editors and echo put it there.
+std::string assemble_prompt(const RunOptions& options) {
+  std::string prompt = options.prompt.value_or("");
+  auto append = [&](std::string text) {
+    if (text.ends_with('\n')) text.pop_back();
+    if (!prompt.empty() && prompt.back() != '\n' && !text.empty()) prompt += '\n';
+    prompt += text;
+  };
+  const bool have_prompt = options.prompt.has_value() || options.file.has_value();
+  if (options.file) append(read_text(*options.file));
+  if (options.file != "-" && stdin_has_text(have_prompt)) {
+    tell_when_waiting();
+    append(read_text("-"));
+  }
+  if (!have_prompt && prompt.empty())
+    fail(ErrorKind::usage, "run: no prompt; give -p TEXT, -f FILE, or pipe text in");
+  return prompt;
+}
+
+std::optional<ChatTemplate> choose_template(const RunOptions& options, const Engine& engine) {
+  if (options.raw) return std::nullopt;
+  if (!options.template_name.empty()) return ChatTemplate::named(options.template_name);
+  return engine.chat_template();
+}
+
+std::vector<Token> prompt_ids(const Tokenizer& tokenizer, const std::optional<ChatTemplate>& chat, const std::string& prompt) {
+  if (chat) {
+    const std::vector<ChatMessage> messages = parse_messages(Json::array({{{"role", "user"}, {"content", prompt}}}));
+    return tokenizer.encode(chat->render(messages, Json()), true);
+  }
+  const Segment segment{prompt, false};
+  return tokenizer.encode({&segment, 1}, tokenizer.add_bos());
+}
+
+// ---- generation --------------------------------------------------------------------------------
+
+class Generator {
+ public:
+  // `is_answer`: the text starts a turn of its own instead of continuing the prompt.
+  Generator(const RunOptions& options, const Engine& engine, Session& session, bool is_answer)
+      : options_(options), tokenizer_(engine.tokenizer()), session_(session), sampler_(options.sampling),
+        stream_(tokenizer_, is_answer) {}
+
+  Generation run(const std::vector<Token>& prompt) {
+    out_.n_prompt = prompt.size();
+    try {
+      prefill(prompt);
+      out_.stop = decode();
+    } catch (const Error& e) {
+      if (e.kind() != ErrorKind::cancelled) throw;
+      out_.stop = Stop::interrupted;
+    }
+    emit(stream_.finish());
+    return std::move(out_);
+  }
+
+ private:
+  void prefill(const std::vector<Token>& prompt) {
+    const auto start = std::chrono::steady_clock::now();
+    ProgressBar bar("prompt", ProgressBar::Unit::tokens);
+    session_.sync(prompt, [&](size_t done, size_t total) { bar.update(done, total); });
+    out_.prefill_seconds = seconds_since(start);
+    for (Token token : prompt) sampler_.accept(token);
+  }
+
+  bool length_reached() const {
+    return options_.n_predict >= 0 && out_.ids.size() >= static_cast<size_t>(options_.n_predict);
+  }
+
+  Stop decode() {
+    const auto start = std::chrono::steady_clock::now();
+    while (!length_reached()) {
+      if (interrupted()) return Stop::interrupted;
+      const Token token = sampler_.sample(session_.logits());
+      if (tokenizer_.is_eog(token) && !options_.ignore_eos) return Stop::eos;
+      sampler_.accept(token);
+      out_.ids.push_back(token);
+      emit(stream_.push(token));
+      if (length_reached()) break;
+      if (session_.tokens().size() >= session_.n_ctx()) return Stop::context;
+      session_.append({&token, 1});
+      ++out_.n_decoded;
+      out_.decode_seconds = seconds_since(start);
+    }
+    return Stop::length;
+  }
+
+  void emit(const std::string& text) {
+    out_.text += text;
+    if (options_.json || text.empty()) return;
+    print(text);
+    flush_stdout();
+  }
+
+  const RunOptions& options_;
+  const Tokenizer& tokenizer_;
+  Session& session_;
+  Sampler sampler_;
+  TextStream stream_;
+  Generation out_;
+};
+
+double per_second(size_t n, double seconds) { return seconds > 0 ? static_cast<double>(n) / seconds : 0; }
+
+void print_status(const ModelInfo& info, const Session& session) {
+  std::fprintf(stderr, "[%s | %s | %s | %s, %d threads | ctx %u, %s KV]\n", info.hparams.name.c_str(), info.types.c_str(),
+               format_size(info.file_bytes).c_str(), info.isa.c_str(), info.n_threads, session.n_ctx(),
+               format_size(session.kv_bytes()).c_str());
+}
+
+void print_statistics(const RunOptions& options, const Generation& g) {
+  std::fprintf(stderr, "[prompt %zu tok, %.1f tok/s | generated %zu tok, %.1f tok/s | stop: %s | seed %llu]\n",
+               g.n_prompt, per_second(g.n_prompt, g.prefill_seconds), g.ids.size(),
+               per_second(g.n_decoded, g.decode_seconds), stop_name(g.stop),
+               static_cast<unsigned long long>(options.sampling.seed));
+}
+
+Json to_json(const RunOptions& options, const Generation& g) {
+  return {{"text", g.text},
+          {"ids", g.ids},
+          {"prompt_tokens", g.n_prompt},
+          {"generated_tokens", g.ids.size()},
+          {"prefill_s", g.prefill_seconds},
+          {"prefill_tok_s", per_second(g.n_prompt, g.prefill_seconds)},
+          {"decode_tok_s", per_second(g.n_decoded, g.decode_seconds)},
+          {"stop", stop_name(g.stop)},
+          {"seed", options.sampling.seed}};
+}
+
+void run_generate(RunOptions options) {
+  const std::string prompt = assemble_prompt(options);
+  options.sampling.seed = options.seed ? *options.seed : std::random_device{}();
+  const Engine engine = open_engine(options.model);
+  const std::optional<ChatTemplate> chat = choose_template(options, engine);
+  const std::vector<Token> ids = prompt_ids(engine.tokenizer(), chat, prompt);
+  Session session = open_session(engine, options.model);
+  if (ids.size() > session.n_ctx())
+    fail(ErrorKind::usage, "the prompt has ", ids.size(), " tokens, the context ", session.n_ctx(),
+         "; shorten it or give --ctx ", ids.size() + 512);
+  print_status(engine.info(), session);
+  const Generation result = Generator(options, engine, session, chat.has_value()).run(ids);
+  if (options.json) print_json(to_json(options, result));
+  else print("\n");
+  flush_stdout();
+  print_statistics(options, result);
+  if (result.stop == Stop::interrupted) throw Quit{kExitInterrupted};
+}
+
+void add_sampling_options(CLI::App& command, RunOptions& options) {
+  SamplerParams& s = options.sampling;
+  command.add_option("--temp", s.temperature, "Temperature; 0 always takes the likeliest token")->capture_default_str();
+  command.add_option("--top-k", s.top_k, "Keep the K likeliest tokens; 0: off")->capture_default_str();
+  command.add_option("--top-p", s.top_p, "Keep the likeliest tokens that make up P; 1: off")->capture_default_str();
+  command.add_option("--min-p", s.min_p, "Drop tokens below P times the likeliest; 0: off")->capture_default_str();
+  command.add_option("--repeat-penalty", s.repeat_penalty, "Weakens tokens of the last 64; 1: off")->capture_default_str();
+  command.add_option("--presence-penalty", s.presence_penalty, "Subtracted once from tokens of the last 64")->capture_default_str();
+  command.add_option("--frequency-penalty", s.frequency_penalty, "Subtracted per occurrence in the last 64")->capture_default_str();
+  command.add_option("--seed", options.seed, "Seed of the draws [default: random; shown with the statistics]");
+}
+
+}  // namespace
+
+void add_run(CLI::App& app) {
+  CLI::App& command = *app.add_subcommand("run", "Generate text: the answer to, or the continuation of, a prompt");
+  auto options = std::make_shared<RunOptions>();
+  add_model_options(command, options->model, "the model's, at most 4096");
+  command.add_option("-p,--prompt", options->prompt, "The prompt");
+  command.add_option("-f,--file", options->file, "File of text that follows -p; - is standard input. Piped text follows both");
+  command.add_option("-n,--n-predict", options->n_predict, "Most tokens to generate; -1: until the end of the answer or of the context")
+      ->check(CLI::Range(int64_t{-1}, int64_t{1} << 32))->capture_default_str();
+  add_sampling_options(command, *options);
+  command.add_flag("--raw", options->raw, "Continue the prompt as it stands: no chat template");
+  command.add_option("--template", options->template_name, "Chat template by name [default: the model's own, none for a base model]");
+  command.add_flag("--ignore-eos", options->ignore_eos, "Go on past the end of the answer (for benchmarks)");
+  command.add_flag("--json", options->json, "One JSON document: {text, ids, prompt_tokens, prefill_s, decode_tok_s, stop, ...}");
+  add_environment(command);
+  command.callback([options] { run_generate(*options); });
+}
+
+}  // namespace duet::cli
