@@ -12,15 +12,18 @@
 
 #include "formats/gguf.h"
 #include "formats/schema.h"
+#include "runtime/vocabulary.h"
 
 namespace duet {
 
-using Token = int32_t;
-
-// A piece of a rendered prompt. Only markup may become control tokens; text never does.
+// A piece of a rendered prompt. Only markup may become control tokens; text never does. Neighbours
+// with no control token between them are tokenized as one text, except where one stands apart.
 struct Segment {
   std::string text;
   bool is_markup = false;
+  // Tokenized by itself and, in a SentencePiece vocabulary, always behind a dummy space (what
+  // mistral-common does with each message, whatever add_space_prefix says).
+  bool apart = false;
 };
 
 // Immutable and thread-safe.
@@ -37,6 +40,7 @@ class Tokenizer {
   std::optional<Token> bos() const;
   std::optional<Token> eos() const;
   bool add_bos() const;          // whether prompts start with BOS by default
+  bool dummy_space() const;      // SentencePiece: text begins with a space that is not its own
   bool is_eog(Token token) const;  // any declared end-of-generation token (EOS, EOT, <|im_end|> ...)
   bool is_control(Token token) const;
   std::optional<Token> find(std::string_view piece) const;  // exact piece, any type
@@ -55,6 +59,8 @@ class Tokenizer {
   std::string decode(std::span<const Token> tokens, bool show_control = false) const;
 
  private:
+  friend class TextStream;
+  void append_piece(Token token, bool show_control, bool& at_start, std::string& out) const;
   struct State;
   explicit Tokenizer(std::unique_ptr<const State> state);
   std::unique_ptr<const State> state_;

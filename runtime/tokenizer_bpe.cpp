@@ -90,6 +90,7 @@ void BpeEncoder::read_merges(const PieceMap& map, const std::vector<std::string>
     const auto whole = map.find(std::string(merge.substr(0, space)) + std::string(merge.substr(space + 1)));
     if (!left || !right || !whole)
       fail(ErrorKind::format, source, ": merge ", rank, " names a token that is not in the vocabulary");
+    if (vocab_.type(*whole) == TokenType::control) continue;  // never out of plain text
     merges_.try_emplace(pair_key(*left, *right), Merge{static_cast<uint32_t>(rank), *whole});
   }
 }
@@ -99,10 +100,14 @@ void BpeEncoder::find_whole_words() {
   Scratch scratch;
   std::vector<Token> ids;
   for (size_t i = 0; i < words_.size(); ++i) {
-    if (words_[i].empty() || words_[i].size() > kMaxWholeWord) continue;
+    if (words_[i].empty()) continue;
+    if (pre_.whole_words_first || words_[i].size() > kMaxWholeWord) {
+      encodes_to_itself_[i] = pre_.whole_words_first;
+      continue;
+    }
     ids.clear();
     merge_word(words_[i], scratch, ids);
-    encodes_to_itself_[i] = pre_.whole_words_first || (ids.size() == 1 && ids[0] == static_cast<Token>(i));
+    encodes_to_itself_[i] = ids.size() == 1 && ids[0] == static_cast<Token>(i);
   }
 }
 

@@ -63,6 +63,16 @@ int hex_digit(char c) {
 
 }  // namespace
 
+std::string unescape_spaces(std::string_view piece) {
+  std::string out;
+  while (!piece.empty()) {
+    const bool space = piece.starts_with(kSpace);
+    out += space ? ' ' : piece[0];
+    piece.remove_prefix(space ? kSpace.size() : 1);
+  }
+  return out;
+}
+
 std::optional<unsigned char> byte_of_piece(std::string_view piece) {
   if (piece.size() != 6 || !piece.starts_with("<0x") || piece[5] != '>') return std::nullopt;
   const int high = hex_digit(piece[3]), low = hex_digit(piece[4]);
@@ -182,7 +192,7 @@ void SpmEncoder::merge_word(std::string_view word, Scratch& scratch, std::vector
     at += n;
   }
   symbols.back().next = -1;
-  merge_symbols(symbols, scratch.heap, [&](const Symbol& left, const Symbol& right, MergeCandidate& merged) {
+  merge_symbols(symbols, scratch.heap, [&](const Symbol& left, const Symbol&, MergeCandidate& merged) {
     merged.id = mergeable(word.substr(left.begin, merged.n_bytes));
     if (merged.id == kNone) return false;
     merged.priority = static_cast<double>(vocab_.scores[static_cast<size_t>(merged.id)]);

@@ -15,6 +15,8 @@ namespace duet {
 
 struct Symbol;
 
+// Spaces for U+2581.
+std::string unescape_spaces(std::string_view piece);
 // The byte of a piece "<0xAB>".
 std::optional<unsigned char> byte_of_piece(std::string_view piece);
 
