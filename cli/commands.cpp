@@ -5,6 +5,7 @@ namespace duet::cli {
 void add_commands(CLI::App& app) {
   add_convert(app);
   add_quantize(app);
+  add_make_synthetic(app);
 }
 
 }  // namespace duet::cli

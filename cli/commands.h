@@ -22,6 +22,7 @@ namespace duet::cli {
 
 void add_convert(CLI::App& app);
 void add_quantize(CLI::App& app);
+void add_make_synthetic(CLI::App& app);
 void add_run(CLI::App& app);
 void add_inspect(CLI::App& app);
 void add_doctor(CLI::App& app);

@@ -1,0 +1,349 @@
+// Models of random weights for benchmarks: blocks are made directly out of random bits with chosen
+// scales, as fast as they can be written, not by encoding floats.
+//
+// Scales: every matrix has elements of magnitude 1/sqrt(inputs), so that each output is as large as
+// an input; the two that add to the residual stream (attn_output, ffn_down) are smaller by
+// sqrt(2 * n_layer), as GPT-2 initializes them. With embeddings of magnitude 1 the stream then stays
+// dominated by the token itself: activations neither explode nor vanish, and what attention makes
+// common to all tokens stays too weak to draw the router towards some experts.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <optional>
+
+#include "base/error.h"
+#include "base/parallel.h"
+#include "converters/convert.h"
+#include "converters/hf_tokenizer.h"
+#include "converters/quantize.h"
+#include "converters/write_queue.h"
+#include "quant/f16.h"
+
+namespace duet {
+namespace {
+
+constexpr size_t kChunkBytes = size_t{16} << 20;
+constexpr size_t kGrainBlocks = 4096;  // a multiple of 8: every range starts on a random word
+
+// ---- random bits ---------------------------------------------------------------------------------
+
+// Word `index` of the stream `key` (splitmix64: Steele, Lea, Flood 2014): any part of any tensor can
+// be made by itself, in any order.
+uint64_t random_word(uint64_t key, uint64_t index) {
+  uint64_t z = key + index * 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// One stream per tensor and expert; the same in both layouts.
+uint64_t stream_key(uint64_t seed, const TensorSpec& spec, uint64_t expert) {
+  uint64_t key = random_word(seed, static_cast<uint64_t>(spec.kind) + 1);
+  key = random_word(key, static_cast<uint64_t>(spec.layer + 1));
+  return random_word(key, expert);
+}
+
+// Uniform, mean 0, standard deviation 1.
+float random_float(uint64_t key, uint64_t index) {
+  constexpr float kSqrt12 = 3.46410162f;
+  return (static_cast<float>(random_word(key, index) >> 40) * 0x1p-24f - 0.5f) * kSqrt12;
+}
+
+// ---- blocks --------------------------------------------------------------------------------------
+
+// Where a block holds its half-precision scale, and its offset if it has one. With random bits in
+// all other fields, offset = ratio * scale makes the mean of the values zero.
+struct ScaleFields {
+  DType dtype;
+  size_t scale_at;
+  std::optional<size_t> offset_at = {};
+  float ratio = 0;
+};
+constexpr ScaleFields kScaleFields[] = {
+    {DType::Q4_0, offsetof(BlockQ4_0, d)},
+    {DType::Q4_1, offsetof(BlockQ4_1, d), offsetof(BlockQ4_1, m), -7.5f},
+    {DType::Q5_0, offsetof(BlockQ5_0, d)},
+    {DType::Q5_1, offsetof(BlockQ5_1, d), offsetof(BlockQ5_1, m), -15.5f},
+    {DType::Q8_0, offsetof(BlockQ8_0, d)},
+    {DType::Q2_K, offsetof(BlockQ2_K, d), offsetof(BlockQ2_K, dmin), 1.5f},
+    {DType::Q3_K, offsetof(BlockQ3_K, d)},
+    {DType::Q4_K, offsetof(BlockQ4_K, d), offsetof(BlockQ4_K, dmin), 7.5f},
+    {DType::Q5_K, offsetof(BlockQ5_K, d), offsetof(BlockQ5_K, dmin), 15.5f},
+    {DType::Q6_K, offsetof(BlockQ6_K, d)},
+    {DType::IQ4_NL, offsetof(BlockIQ4_NL, d)},
+    {DType::IQ4_XS, offsetof(BlockIQ4_XS, d)},
+};
+
+const ScaleFields* scale_fields(DType dtype) {
+  const auto it = std::find_if(std::begin(kScaleFields), std::end(kScaleFields), [&](auto& f) { return f.dtype == dtype; });
+  return it == std::end(kScaleFields) ? nullptr : it;
+}
+
+uint16_t load_u16(const std::byte* at) {
+  uint16_t value;
+  std::memcpy(&value, at, sizeof(value));
+  return value;
+}
+void store_u16(std::byte* at, unsigned value) {
+  const auto half = static_cast<uint16_t>(value);
+  std::memcpy(at, &half, sizeof(half));
+}
+
+// Blocks [first, first + n) of the stream, first a multiple of 8. The scale keeps a random sign:
+// formats whose levels are not symmetric would otherwise have a mean, which wide rows add up.
+void fill_blocks(const Format& format, const ScaleFields& fields, float scale, uint64_t key, uint64_t first, size_t n, std::byte* out) {
+  const size_t n_bytes = n * format.block_bytes;
+  const uint64_t first_word = first * format.block_bytes / 8;
+  for (size_t i = 0; i < n_bytes; i += 8) {
+    const uint64_t word = random_word(key, first_word + i / 8);
+    std::memcpy(out + i, &word, std::min<size_t>(8, n_bytes - i));
+  }
+  const unsigned d = f32_to_f16(scale), offset = f32_to_f16(scale * fields.ratio);
+  for (std::byte* block = out; block < out + n_bytes; block += format.block_bytes) {
+    const unsigned sign = load_u16(block + fields.scale_at) & 0x8000u;
+    store_u16(block + fields.scale_at, d ^ sign);
+    if (fields.offset_at) store_u16(block + *fields.offset_at, offset ^ sign);
+  }
+}
+
+// Standard deviation of the values of random blocks whose scale is 1.
+float unit_deviation(const Format& format, const ScaleFields& fields) {
+  constexpr size_t kBlocks = 1024;
+  std::vector<std::byte> blocks(kBlocks * format.block_bytes);
+  std::vector<float> values(kBlocks * format.block_elems);
+  fill_blocks(format, fields, 1.0f, 1, 0, kBlocks, blocks.data());
+  format.decode_row(blocks.data(), values.data(), values.size());
+  double sum = 0;
+  for (const float v : values) sum += double{v} * double{v};
+  return static_cast<float>(std::sqrt(sum / static_cast<double>(values.size())));
+}
+
+void fill_floats(const Format& format, float scale, uint64_t key, uint64_t first, size_t n, std::byte* out) {
+  std::vector<float> values(n);
+  for (size_t i = 0; i < n; ++i) values[i] = scale * random_float(key, first + i);
+  format.encode_row(values.data(), out, n, nullptr);
+}
+
+// ---- tensors -------------------------------------------------------------------------------------
+
+// One matrix of one stream: a tensor, or an expert's slice of one.
+struct Payload {
+  const TensorSpec* spec;
+  const Format* format;
+  uint64_t n_elems, key;
+  float deviation;  // of the elements; 0: all ones (norms)
+
+  uint64_t n_blocks() const { return n_elems / format->block_elems; }
+  uint64_t n_bytes() const { return n_blocks() * format->block_bytes; }
+};
+
+struct OutputTensor {
+  std::string name;
+  std::vector<uint64_t> shape;
+  std::vector<Payload> parts;
+};
+
+void fill(const Payload& part, float unit, uint64_t first, size_t n, std::byte* out) {
+  const ScaleFields* fields = scale_fields(part.format->dtype);
+  if (fields != nullptr) return fill_blocks(*part.format, *fields, part.deviation / unit, part.key, first, n, out);
+  if (part.deviation > 0) return fill_floats(*part.format, part.deviation, part.key, first, n, out);
+  const std::vector<float> ones(n, 1.0f);
+  std::memcpy(out, ones.data(), n * sizeof(float));
+}
+
+bool adds_to_residual(TensorKind kind) { return kind == TensorKind::attn_output || kind == TensorKind::ffn_down_exps; }
+
+float deviation_of(const HParams& hparams, const TensorSpec& spec) {
+  if (spec.shape.size() < 2) return 0;
+  if (spec.kind == TensorKind::token_embd) return 1;
+  double deviation = 1 / std::sqrt(static_cast<double>(spec.shape.back()));
+  if (adds_to_residual(spec.kind)) deviation /= std::sqrt(2.0 * hparams.n_layer);
+  return static_cast<float>(deviation);
+}
+
+const Format& format_for(const TensorSpec& spec, const Format& type) {
+  if (spec.shape.size() < 2 || spec.kind == TensorKind::ffn_gate_inp) return format_of(DType::F32);
+  if (spec.kind == TensorKind::output) return format_of(type.dtype == DType::Q8_0 ? DType::Q8_0 : DType::Q6_K);
+  return type;
+}
+
+std::vector<OutputTensor> lay_out(const HParams& hparams, const std::vector<TensorSpec>& specs, const Format& type,
+                                  const SyntheticOptions& options) {
+  std::vector<OutputTensor> tensors;
+  for (const TensorSpec& spec : specs) {
+    const bool experts = spec.shape.size() == 3;
+    const uint64_t n_parts = experts ? spec.shape[0] : 1;
+    const std::vector<uint64_t> part_shape(spec.shape.begin() + (experts ? 1 : 0), spec.shape.end());
+    uint64_t n_elems = 1;
+    for (const uint64_t d : part_shape) n_elems *= d;
+    for (uint64_t e = 0; e < n_parts; ++e) {
+      const bool own_tensor = e == 0 || options.split_experts;
+      if (own_tensor && experts && options.split_experts)
+        tensors.push_back({split_expert_name(spec.kind, spec.layer, static_cast<int>(e)), part_shape, {}});
+      else if (own_tensor)
+        tensors.push_back({spec.gguf_name, spec.shape, {}});
+      tensors.back().parts.push_back({&spec, &format_for(spec, type), n_elems, stream_key(options.seed, spec, e), deviation_of(hparams, spec)});
+    }
+  }
+  return tensors;
+}
+
+// ---- the model -----------------------------------------------------------------------------------
+
+HParams shape_of(const SyntheticOptions& options) {
+  struct Shape { const char* name; uint32_t n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab, n_ctx; };
+  constexpr Shape kShapes[] = {{"8x7b", 32, 4096, 14336, 32, 8, 128, 32000, 32768},
+                               {"8x22b", 56, 6144, 16384, 48, 8, 128, 32000, 65536},
+                               {"tiny", 4, 256, 512, 8, 2, 32, 512, 2048}};
+  for (const Shape& s : kShapes) {
+    if (options.shape != s.name) continue;
+    HParams h;
+    h.name = concat("synthetic ", s.name, " ", options.type);
+    h.n_layer = options.n_layer > 0 ? options.n_layer : s.n_layer;
+    h.n_embd = s.n_embd; h.n_ff = s.n_ff; h.n_vocab = s.n_vocab; h.n_ctx_train = s.n_ctx;
+    h.n_head = s.n_head; h.n_head_kv = s.n_head_kv; h.head_dim = h.n_rot = s.head_dim;
+    h.n_expert = 8; h.n_expert_used = 2;
+    h.rope_freq_base = 1e6f;
+    return h;
+  }
+  fail(ErrorKind::usage, "unknown shape '", options.shape, "'; choose one of: 8x7b 8x22b tiny");
+}
+
+// A SentencePiece vocabulary of invented pieces: specials, bytes, ASCII, then letters glued to pairs,
+// to pairs with a leading space, to quadruples, so that every piece can be merged from two shorter.
+Vocab invent_vocab(uint32_t n_vocab) {
+  Vocab vocab;
+  vocab.model = "llama";
+  vocab.pre = "default";
+  const auto add = [&](std::string text, TokenType type) {
+    if (vocab.tokens.size() >= n_vocab) return;
+    const bool merged = type == TokenType::normal;
+    vocab.scores.push_back(merged ? -static_cast<double>(vocab.tokens.size()) : 0.0);
+    vocab.tokens.push_back(std::move(text));
+    vocab.types.push_back(type);
+  };
+  add("<unk>", TokenType::unknown);
+  add("<s>", TokenType::control);
+  add("</s>", TokenType::control);
+  constexpr const char* kHex = "0123456789ABCDEF";
+  for (size_t b = 0; b < 256; ++b) add(std::string("<0x") + kHex[b / 16] + kHex[b % 16] + ">", TokenType::byte);
+  const std::string space = "\xe2\x96\x81";
+  add(space, TokenType::normal);
+  for (char c = '!'; c <= '~'; ++c) add(std::string(1, c), TokenType::normal);
+  std::vector<std::string> pairs;
+  const std::string letters = "etaoinsrhldcumfpgwybvkxjqz";
+  for (const char c : letters) add(space + c, TokenType::normal);
+  for (const char a : letters)
+    for (const char b : letters) pairs.push_back({a, b});
+  for (const std::string& pair : pairs) add(pair, TokenType::normal);
+  for (const std::string& pair : pairs) add(space + pair, TokenType::normal);
+  for (size_t i = 0; vocab.tokens.size() < n_vocab; ++i) add(pairs[i / pairs.size()] + pairs[i % pairs.size()], TokenType::normal);
+  vocab.unk = 0;
+  vocab.bos = 1;
+  vocab.eos = 2;
+  vocab.add_bos = true;
+  vocab.add_eos = false;
+  vocab.add_space_prefix = true;
+  return vocab;
+}
+
+uint32_t file_type_of(const Format& type) {
+  switch (type.dtype) {
+    case DType::Q4_1: return 3;
+    case DType::Q5_0: return 8;
+    case DType::Q5_1: return 9;
+    case DType::IQ4_NL: return 25;
+    case DType::IQ4_XS: return 30;
+    default: break;
+  }
+  for (const Recipe& recipe : all_recipes()) {
+    if (recipe.base == type.dtype) return static_cast<uint32_t>(recipe.file_type);
+  }
+  return 1024;  // llama.cpp's "guessed"
+}
+
+const Format& find_type(const std::string& name) {
+  if (const Format* format = find_format(name)) return *format;
+  std::string choices;
+  for (const Format& format : all_formats()) choices += concat(choices.empty() ? "" : " ", format.name);
+  fail(ErrorKind::usage, "unknown type '", name, "'; choose one of: ", choices);
+}
+
+void declare(GgufWriter& writer, const HParams& hparams, const Format& type, const std::vector<OutputTensor>& tensors) {
+  for (GgufKeyValue& kv : hparams_metadata(hparams)) writer.set(kv.key, kv.value);
+  writer.set("general.file_type", GgufValue::u32(file_type_of(type)));
+  writer.set("general.quantization_version", GgufValue::u32(2));
+  for (GgufKeyValue& kv : vocab_metadata(invent_vocab(hparams.n_vocab))) writer.set(kv.key, kv.value);
+  for (const OutputTensor& tensor : tensors) writer.add_tensor(tensor.name, *tensor.parts[0].format, tensor.shape);
+}
+
+class Generator {
+ public:
+  Generator(GgufWriter& writer, const SyntheticOptions& options)
+      : options_(options), n_threads_(thread_count(options.n_threads)),
+        queue_(3, [&writer](std::span<const std::byte> bytes) { writer.write(bytes); }) {
+    for (const Format& format : all_formats()) {
+      const ScaleFields* fields = scale_fields(format.dtype);
+      if (fields != nullptr) unit_[static_cast<size_t>(format.dtype)] = unit_deviation(format, *fields);
+    }
+  }
+
+  void run(const std::vector<OutputTensor>& tensors) {
+    progress_.n_tensors = tensors.size();
+    for (const OutputTensor& tensor : tensors)
+      for (const Payload& part : tensor.parts) progress_.total_bytes += part.n_bytes();
+    for (const OutputTensor& tensor : tensors) {
+      progress_.tensor = tensor.name;
+      for (const Payload& part : tensor.parts) make(part);
+      ++progress_.tensor_index;
+    }
+    queue_.finish();
+    check_cancel();
+  }
+
+ private:
+  void check_cancel() const {
+    if (options_.cancel != nullptr && options_.cancel->load()) fail(ErrorKind::cancelled, "interrupted");
+  }
+
+  void make(const Payload& part) {
+    const size_t block_bytes = part.format->block_bytes;
+    const uint64_t step = kChunkBytes / block_bytes / kGrainBlocks * kGrainBlocks;
+    for (uint64_t first = 0; first < part.n_blocks(); first += step) {
+      check_cancel();
+      const size_t n = std::min(step, part.n_blocks() - first);
+      WriteQueue::Buffer buffer = queue_.take();
+      buffer.resize(n * block_bytes);
+      parallel_for(n_threads_, n, kGrainBlocks, [&](size_t begin, size_t end) {
+        fill(part, unit_[static_cast<size_t>(part.format->dtype)], first + begin, end - begin, buffer.data() + begin * block_bytes);
+      });
+      progress_.done_bytes += buffer.size();
+      queue_.put(std::move(buffer));
+      if (options_.progress) options_.progress(progress_);
+    }
+  }
+
+  const SyntheticOptions& options_;
+  int n_threads_;
+  std::array<float, kDTypeSlots> unit_{};  // unit_deviation of each format
+  ConvertProgress progress_;
+  WriteQueue queue_;
+};
+
+}  // namespace
+
+void make_synthetic(const std::filesystem::path& output, const SyntheticOptions& options) {
+  check_overwrite(output, options.overwrite);
+  const Format& type = find_type(options.type);
+  const HParams hparams = shape_of(options);
+  const std::vector<TensorSpec> specs = tensor_table(hparams);
+  const std::vector<OutputTensor> tensors = lay_out(hparams, specs, type, options);
+  GgufWriter writer(output);
+  declare(writer, hparams, type, tensors);
+  writer.begin();
+  Generator(writer, options).run(tensors);
+  writer.finish();
+}
+
+}  // namespace duet
