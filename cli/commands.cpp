@@ -3,6 +3,7 @@
 namespace duet::cli {
 
 void add_commands(CLI::App& app) {
+  add_doctor(app);
   add_convert(app);
   add_quantize(app);
   add_make_synthetic(app);
