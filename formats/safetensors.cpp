@@ -1,6 +1,7 @@
 #include "formats/safetensors.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <map>
 #include <optional>
 #include <unordered_map>
@@ -96,6 +97,9 @@ TensorView view_of(const Entry& entry, std::span<const std::byte> data, const st
   if (!entry.dtype->dtype)
     fail(ErrorKind::unsupported, where, " is of dtype ", entry.dtype->name, "; duet reads F32, F16 and BF16 weights");
   if (entry.shape.size() > 4) fail(ErrorKind::unsupported, where, " has ", entry.shape.size(), " dimensions, at most 4 accepted");
+  // Kernels read 16-bit values in place. Writers pad the header to 8 bytes, so this is rare.
+  if (reinterpret_cast<uintptr_t>(data.data() + entry.begin) % 2 != 0)
+    fail(ErrorKind::unsupported, where, " begins at an odd byte of the file; rewrite the file with a current safetensors library");
   if (entry.begin == entry.end) fail(ErrorKind::unsupported, where, " has no elements");
   TensorView view;
   view.name = entry.name;

@@ -23,10 +23,10 @@ struct TinyModelOptions {
   bool tied_output = false;
   uint32_t sliding_window = 0;
   float rope_freq_base = 10000.0f;
-  std::string chat_template;     // tokenizer.chat_template when not empty
+  std::string chat_template = {};  // tokenizer.chat_template when not empty
   uint64_t seed = 1;
-  std::vector<std::string> omit_keys;     // metadata keys to leave out
-  std::vector<std::string> omit_tensors;  // tensors to leave out
+  std::vector<std::string> omit_keys = {};     // metadata keys to leave out
+  std::vector<std::string> omit_tensors = {};  // tensors to leave out
 };
 
 HParams tiny_hparams(const TinyModelOptions& options);
