@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "quant/format.h"
+#include "quant/scale_search.h"
 
 namespace duet {
 
@@ -16,6 +17,27 @@ template <class Block, size_t kElems, void (*kDecode)(const Block&, float*) noex
 void decode_blocks(const void* src, float* dst, size_t n) noexcept {
   const auto* block = static_cast<const Block*>(src);
   for (size_t i = 0; i < n; i += kElems) kDecode(*block++, dst + i);
+}
+
+template <class Block, size_t kElems, void (*kEncode)(const float*, const float*, Block&) noexcept>
+void encode_blocks(const float* src, void* dst, size_t n, const float* importance) noexcept {
+  auto* block = static_cast<Block*>(dst);
+  for (size_t i = 0; i < n; i += kElems) {
+    kEncode(src + i, importance != nullptr ? importance + i : nullptr, *block++);
+  }
+}
+
+// Blocks of 32 elements, searched four at a time.
+template <class Block, int kQMax, bool kHasOffset, void (*kPack)(const BlockFit&, Block&) noexcept>
+void encode_fitted(const float* src, void* dst, size_t n, const float* importance) noexcept {
+  auto* block = static_cast<Block*>(dst);
+  BlockFit fits[4];
+  for (size_t i = 0; i < n; i += 128) {
+    const size_t n_blocks = (n - i < 128 ? n - i : 128) / 32;
+    fit_blocks({kQMax, kHasOffset}, src + i, importance != nullptr ? importance + i : nullptr,
+               n_blocks, fits);
+    for (size_t b = 0; b < n_blocks; ++b) kPack(fits[b], *block++);
+  }
 }
 
 template <class Block, size_t kElems, bool (*kFinite)(const Block&) noexcept>
@@ -45,6 +67,27 @@ inline void unpack_5bit(const uint8_t qs[16], const uint8_t qh[4], uint8_t q[32]
   for (size_t j = 0; j < 16; ++j) {
     q[j] = static_cast<uint8_t>((qs[j] & 15) | (((qh[j / 8] >> (j % 8)) & 1) << 4));
     q[j + 16] = static_cast<uint8_t>((qs[j] >> 4) | (((qh[2 + j / 8] >> (j % 8)) & 1) << 4));
+  }
+}
+
+inline void pack_nibbles(const uint8_t q[32], uint8_t qs[16]) {
+  for (size_t j = 0; j < 16; ++j)
+    qs[j] = static_cast<uint8_t>((q[j] & 15) | ((q[j + 16] & 15) << 4));
+}
+inline void pack_5bit(const uint8_t q[32], uint8_t qs[16], uint8_t qh[4]) {
+  pack_nibbles(q, qs);
+  for (size_t i = 0; i < 4; ++i) {
+    int bits = 0;
+    for (size_t j = 0; j < 8; ++j) bits |= (q[8 * i + j] >> 4) << j;
+    qh[i] = static_cast<uint8_t>(bits);
+  }
+}
+
+// Q2_K and Q3_K: bits 2k and 2k + 1 of byte 32 h + l belong to element 128 h + 32 k + l.
+inline void pack_2bit(const uint8_t q[256], uint8_t qs[64]) {
+  for (size_t i = 0; i < 64; ++i) {
+    const uint8_t* e = q + 128 * (i / 32) + i % 32;
+    qs[i] = static_cast<uint8_t>(e[0] | (e[32] << 2) | (e[64] << 4) | (e[96] << 6));
   }
 }
 

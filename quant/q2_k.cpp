@@ -18,13 +18,26 @@ void decode(const BlockQ2_K& b, float* y) noexcept {
   }
 }
 
+void encode(const float* x, const float* importance, BlockQ2_K& b) noexcept {
+  AffineSuperFit fit;
+  fit_affine_super({.group_elems = 16, .q_max = 3, .scale_max = 15}, x, importance, fit);
+  b.d = fit.d;
+  b.dmin = fit.dmin;
+  for (size_t g = 0; g < 16; ++g)
+    b.scales[g] = static_cast<uint8_t>(fit.scale[g] | (fit.min[g] << 4));
+  pack_2bit(fit.q, b.qs);
+}
+
 }  // namespace
 
 extern const Format kFormatQ2_K;
-const Format kFormatQ2_K = {
-    DType::Q2_K,       "Q2_K",
-    kSuperBlock,       sizeof(BlockQ2_K),
-    ActFormat::act256, decode_blocks<BlockQ2_K, kSuperBlock, decode>,
-    nullptr,           all_blocks_finite<BlockQ2_K, kSuperBlock, d_dmin_finite>};
+const Format kFormatQ2_K = {DType::Q2_K,
+                            "Q2_K",
+                            kSuperBlock,
+                            sizeof(BlockQ2_K),
+                            ActFormat::act256,
+                            decode_blocks<BlockQ2_K, kSuperBlock, decode>,
+                            encode_blocks<BlockQ2_K, kSuperBlock, encode>,
+                            all_blocks_finite<BlockQ2_K, kSuperBlock, d_dmin_finite>};
 
 }  // namespace duet

@@ -32,12 +32,40 @@ void decode(const BlockQ3_K& b, float* y) noexcept {
   }
 }
 
+void pack_scales(const int8_t scales[16], uint8_t out[12]) {
+  for (size_t i = 0; i < 12; ++i) out[i] = 0;
+  for (size_t g = 0; g < 16; ++g) {
+    const int v = scales[g] + 32;
+    out[g % 8] = static_cast<uint8_t>(out[g % 8] | ((v & 15) << (g / 8 * 4)));
+    out[8 + g % 4] = static_cast<uint8_t>(out[8 + g % 4] | ((v >> 4) << (g / 4 * 2)));
+  }
+}
+
+void encode(const float* x, const float* importance, BlockQ3_K& b) noexcept {
+  SymmetricSuperFit fit;
+  fit_symmetric_super({.zero = 4, .scale_max = 31}, x, importance, fit);
+  b.d = fit.d;
+  pack_scales(fit.scale, b.scales);
+  uint8_t low[kSuperBlock];
+  for (size_t i = 0; i < kSuperBlock; ++i) low[i] = fit.q[i] & 3;
+  pack_2bit(low, b.qs);
+  for (size_t l = 0; l < 32; ++l) {
+    int bits = 0;
+    for (size_t k = 0; k < 8; ++k) bits |= (fit.q[32 * k + l] >> 2) << k;
+    b.hmask[l] = static_cast<uint8_t>(bits);
+  }
+}
+
 }  // namespace
 
 extern const Format kFormatQ3_K;
-const Format kFormatQ3_K = {DType::Q3_K,       "Q3_K",
-                            kSuperBlock,       sizeof(BlockQ3_K),
-                            ActFormat::act256, decode_blocks<BlockQ3_K, kSuperBlock, decode>,
-                            nullptr,           all_blocks_finite<BlockQ3_K, kSuperBlock, d_finite>};
+const Format kFormatQ3_K = {DType::Q3_K,
+                            "Q3_K",
+                            kSuperBlock,
+                            sizeof(BlockQ3_K),
+                            ActFormat::act256,
+                            decode_blocks<BlockQ3_K, kSuperBlock, decode>,
+                            encode_blocks<BlockQ3_K, kSuperBlock, encode>,
+                            all_blocks_finite<BlockQ3_K, kSuperBlock, d_finite>};
 
 }  // namespace duet

@@ -15,12 +15,21 @@ void decode(const BlockQ4_0& b, float* y) noexcept {
   }
 }
 
+void pack(const BlockFit& fit, BlockQ4_0& b) noexcept {
+  b.d = fit.d;
+  pack_nibbles(fit.q, b.qs);
+}
+
 }  // namespace
 
 extern const Format kFormatQ4_0;
-const Format kFormatQ4_0 = {DType::Q4_0,      "Q4_0",
-                            kElems,           sizeof(BlockQ4_0),
-                            ActFormat::act32, decode_blocks<BlockQ4_0, kElems, decode>,
-                            nullptr,          all_blocks_finite<BlockQ4_0, kElems, d_finite>};
+const Format kFormatQ4_0 = {DType::Q4_0,
+                            "Q4_0",
+                            kElems,
+                            sizeof(BlockQ4_0),
+                            ActFormat::act32,
+                            decode_blocks<BlockQ4_0, kElems, decode>,
+                            encode_fitted<BlockQ4_0, 15, false, pack>,
+                            all_blocks_finite<BlockQ4_0, kElems, d_finite>};
 
 }  // namespace duet

@@ -15,12 +15,22 @@ void decode(const BlockQ4_1& b, float* y) noexcept {
   }
 }
 
+void pack(const BlockFit& fit, BlockQ4_1& b) noexcept {
+  b.d = fit.d;
+  b.m = fit.m;
+  pack_nibbles(fit.q, b.qs);
+}
+
 }  // namespace
 
 extern const Format kFormatQ4_1;
-const Format kFormatQ4_1 = {DType::Q4_1,      "Q4_1",
-                            kElems,           sizeof(BlockQ4_1),
-                            ActFormat::act32, decode_blocks<BlockQ4_1, kElems, decode>,
-                            nullptr,          all_blocks_finite<BlockQ4_1, kElems, d_m_finite>};
+const Format kFormatQ4_1 = {DType::Q4_1,
+                            "Q4_1",
+                            kElems,
+                            sizeof(BlockQ4_1),
+                            ActFormat::act32,
+                            decode_blocks<BlockQ4_1, kElems, decode>,
+                            encode_fitted<BlockQ4_1, 15, true, pack>,
+                            all_blocks_finite<BlockQ4_1, kElems, d_m_finite>};
 
 }  // namespace duet

@@ -20,13 +20,28 @@ void decode(const BlockQ4_K& b, float* y) noexcept {
   }
 }
 
+void encode(const float* x, const float* importance, BlockQ4_K& b) noexcept {
+  AffineSuperFit fit;
+  fit_affine_super({.group_elems = 32, .q_max = 15, .scale_max = 63}, x, importance, fit);
+  b.d = fit.d;
+  b.dmin = fit.dmin;
+  pack_k4_scales(fit.scale, fit.min, b.scales);
+  for (size_t i = 0; i < 128; ++i) {
+    const uint8_t* q = fit.q + 64 * (i / 32) + i % 32;
+    b.qs[i] = static_cast<uint8_t>(q[0] | (q[32] << 4));
+  }
+}
+
 }  // namespace
 
 extern const Format kFormatQ4_K;
-const Format kFormatQ4_K = {
-    DType::Q4_K,       "Q4_K",
-    kSuperBlock,       sizeof(BlockQ4_K),
-    ActFormat::act256, decode_blocks<BlockQ4_K, kSuperBlock, decode>,
-    nullptr,           all_blocks_finite<BlockQ4_K, kSuperBlock, d_dmin_finite>};
+const Format kFormatQ4_K = {DType::Q4_K,
+                            "Q4_K",
+                            kSuperBlock,
+                            sizeof(BlockQ4_K),
+                            ActFormat::act256,
+                            decode_blocks<BlockQ4_K, kSuperBlock, decode>,
+                            encode_blocks<BlockQ4_K, kSuperBlock, encode>,
+                            all_blocks_finite<BlockQ4_K, kSuperBlock, d_dmin_finite>};
 
 }  // namespace duet

@@ -15,12 +15,21 @@ void decode(const BlockQ5_0& b, float* y) noexcept {
   for (size_t j = 0; j < kElems; ++j) y[j] = static_cast<float>(q[j] - 16) * d;
 }
 
+void pack(const BlockFit& fit, BlockQ5_0& b) noexcept {
+  b.d = fit.d;
+  pack_5bit(fit.q, b.qs, b.qh);
+}
+
 }  // namespace
 
 extern const Format kFormatQ5_0;
-const Format kFormatQ5_0 = {DType::Q5_0,      "Q5_0",
-                            kElems,           sizeof(BlockQ5_0),
-                            ActFormat::act32, decode_blocks<BlockQ5_0, kElems, decode>,
-                            nullptr,          all_blocks_finite<BlockQ5_0, kElems, d_finite>};
+const Format kFormatQ5_0 = {DType::Q5_0,
+                            "Q5_0",
+                            kElems,
+                            sizeof(BlockQ5_0),
+                            ActFormat::act32,
+                            decode_blocks<BlockQ5_0, kElems, decode>,
+                            encode_fitted<BlockQ5_0, 31, false, pack>,
+                            all_blocks_finite<BlockQ5_0, kElems, d_finite>};
 
 }  // namespace duet

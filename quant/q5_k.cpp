@@ -22,13 +22,33 @@ void decode(const BlockQ5_K& b, float* y) noexcept {
   }
 }
 
+void encode(const float* x, const float* importance, BlockQ5_K& b) noexcept {
+  AffineSuperFit fit;
+  fit_affine_super({.group_elems = 32, .q_max = 31, .scale_max = 63}, x, importance, fit);
+  b.d = fit.d;
+  b.dmin = fit.dmin;
+  pack_k4_scales(fit.scale, fit.min, b.scales);
+  for (size_t i = 0; i < 128; ++i) {
+    const uint8_t* q = fit.q + 64 * (i / 32) + i % 32;
+    b.qs[i] = static_cast<uint8_t>((q[0] & 15) | ((q[32] & 15) << 4));
+  }
+  for (size_t l = 0; l < 32; ++l) {
+    int bits = 0;
+    for (size_t g = 0; g < 8; ++g) bits |= (fit.q[32 * g + l] >> 4) << g;
+    b.qh[l] = static_cast<uint8_t>(bits);
+  }
+}
+
 }  // namespace
 
 extern const Format kFormatQ5_K;
-const Format kFormatQ5_K = {
-    DType::Q5_K,       "Q5_K",
-    kSuperBlock,       sizeof(BlockQ5_K),
-    ActFormat::act256, decode_blocks<BlockQ5_K, kSuperBlock, decode>,
-    nullptr,           all_blocks_finite<BlockQ5_K, kSuperBlock, d_dmin_finite>};
+const Format kFormatQ5_K = {DType::Q5_K,
+                            "Q5_K",
+                            kSuperBlock,
+                            sizeof(BlockQ5_K),
+                            ActFormat::act256,
+                            decode_blocks<BlockQ5_K, kSuperBlock, decode>,
+                            encode_blocks<BlockQ5_K, kSuperBlock, encode>,
+                            all_blocks_finite<BlockQ5_K, kSuperBlock, d_dmin_finite>};
 
 }  // namespace duet

@@ -21,12 +21,32 @@ void decode(const BlockQ6_K& b, float* y) noexcept {
   }
 }
 
+void encode(const float* x, const float* importance, BlockQ6_K& b) noexcept {
+  SymmetricSuperFit fit;
+  fit_symmetric_super({.zero = 32, .scale_max = 127}, x, importance, fit);
+  b.d = fit.d;
+  for (size_t g = 0; g < 16; ++g) b.scales[g] = fit.scale[g];
+  for (size_t half = 0; half < 2; ++half) {
+    const uint8_t* q = fit.q + 128 * half;
+    for (size_t l = 0; l < 32; ++l) {
+      b.ql[64 * half + l] = static_cast<uint8_t>((q[l] & 15) | ((q[l + 64] & 15) << 4));
+      b.ql[64 * half + 32 + l] = static_cast<uint8_t>((q[l + 32] & 15) | ((q[l + 96] & 15) << 4));
+      b.qh[32 * half + l] = static_cast<uint8_t>((q[l] >> 4) | ((q[l + 32] >> 4) << 2) |
+                                                 ((q[l + 64] >> 4) << 4) | ((q[l + 96] >> 4) << 6));
+    }
+  }
+}
+
 }  // namespace
 
 extern const Format kFormatQ6_K;
-const Format kFormatQ6_K = {DType::Q6_K,       "Q6_K",
-                            kSuperBlock,       sizeof(BlockQ6_K),
-                            ActFormat::act256, decode_blocks<BlockQ6_K, kSuperBlock, decode>,
-                            nullptr,           all_blocks_finite<BlockQ6_K, kSuperBlock, d_finite>};
+const Format kFormatQ6_K = {DType::Q6_K,
+                            "Q6_K",
+                            kSuperBlock,
+                            sizeof(BlockQ6_K),
+                            ActFormat::act256,
+                            decode_blocks<BlockQ6_K, kSuperBlock, decode>,
+                            encode_blocks<BlockQ6_K, kSuperBlock, encode>,
+                            all_blocks_finite<BlockQ6_K, kSuperBlock, d_finite>};
 
 }  // namespace duet

@@ -16,11 +16,12 @@ void decode(const BlockQ8_0& b, float* y) noexcept {
 }
 
 // Rounds to nearest on the grid of the stored (half-precision) scale. A scale beyond half
-// precision saturates: such a block decodes to +-127 * 65504.
+// precision saturates: the block then decodes to at most 127 * 65504 in magnitude.
 void encode(const float* x, BlockQ8_0& b) noexcept {
   float amax = 0;
   for (size_t j = 0; j < kElems; ++j) amax = std::max(amax, std::fabs(x[j]));
   b.d = f32_to_f16(std::min(amax / 127, kF16Max));
+  if (b.d == 0 && amax > 0) b.d = 1;  // 6e-8, better than losing the block
   const float d = f16_to_f32(b.d);
   const float inverse = d > 0 ? 1 / d : 0.0f;
   for (size_t j = 0; j < kElems; ++j) {
