@@ -11,8 +11,29 @@ struct Isa {
   void (*fill)(KernelTable&);
 };
 
-// Best first; the last one runs everywhere.
+#if defined(__x86_64__)
+constexpr CpuFeatures kAvx2Needs = kCpuAvx2 | kCpuFma | kCpuF16c;
+
+void fill_avx2(KernelTable& table) {
+  fill_scalar(table);
+  add_avx2_block32(table);
+  add_avx2_k(table);
+  add_avx2_float(table);
+}
+
+void fill_avx512(KernelTable& table) {
+  fill_avx2(table);
+  add_avx512(table);
+  add_avx512_k(table);
+}
+#endif
+
+// Best first; the last one runs everywhere. AVX-512 without VNNI uses the AVX2 table.
 constexpr Isa kIsas[] = {
+#if defined(__x86_64__)
+    {"avx512", kAvx2Needs | kCpuAvx512 | kCpuAvx512Vnni, fill_avx512},
+    {"avx2", kAvx2Needs, fill_avx2},
+#endif
     {"scalar", 0, fill_scalar},
 };
 constexpr size_t kIsaCount = std::size(kIsas);

@@ -10,5 +10,12 @@
 namespace duet {
 
 void fill_scalar(KernelTable& table);
+#if defined(__x86_64__)
+void add_avx2_block32(KernelTable& table);
+void add_avx2_k(KernelTable& table);
+void add_avx2_float(KernelTable& table);
+void add_avx512(KernelTable& table);
+void add_avx512_k(KernelTable& table);
+#endif
 
 }  // namespace duet

@@ -31,6 +31,11 @@ TEST_CASE("each usable table can be forced by name, best first, scalar last") {
 TEST_CASE("usable tables are those whose needs the processor meets") {
   const CpuFeatures present = detect_cpu_features();
   for (const KernelTable* table : usable_kernels()) CHECK((table->needs & ~present) == 0);
+#if defined(__x86_64__)
+  const CpuFeatures avx2 = kCpuAvx2 | kCpuFma | kCpuF16c;
+  const bool forced_works = refusal("avx2").empty();
+  CHECK(forced_works == ((present & avx2) == avx2));
+#endif
 }
 
 TEST_CASE("an unknown instruction set is refused with the usable ones") {

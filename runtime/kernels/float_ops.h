@@ -1,0 +1,278 @@
+// Float kernels of the SIMD tables, written once over xsimd batches.
+//
+// `Isa` supplies the xsimd architecture and the few operations xsimd has no name for:
+//   using Arch;  load_f16(const void*), load_bf16(const void*), store_f16(void*, Batch),
+//   rotate_pairs(x, cs), lane_sum(Batch).
+// Ends of rows go through zero-padded copies, so nothing outside a row is read. Symbols stay inside
+// each file: unnamed namespace, builtins instead of <cmath>, xsimd's own functions carry the
+// architecture in their name.
+#pragma once
+
+#include <xsimd/xsimd.hpp>
+
+#include "runtime/kernels/matmul_tiles.h"
+
+namespace duet {
+namespace {
+
+template <class Isa>
+struct FloatOps {
+  using Batch = xsimd::batch<float, typename Isa::Arch>;
+  static constexpr size_t kWidth = sizeof(typename Batch::register_type) / sizeof(float);
+
+  static DUET_INLINE Batch load(const float* p) { return Batch::load_unaligned(p); }
+  static DUET_INLINE void store(float* p, Batch v) { v.store_unaligned(p); }
+
+  static DUET_INLINE Batch load_part(const float* p, size_t n, float pad = 0.0f) {
+    float padded[kWidth];
+    for (size_t i = 0; i < kWidth; ++i) padded[i] = pad;
+    __builtin_memcpy(padded, p, n * sizeof(float));
+    return load(padded);
+  }
+  static DUET_INLINE void store_part(float* p, Batch v, size_t n) {
+    float whole[kWidth];
+    store(whole, v);
+    __builtin_memcpy(p, whole, n * sizeof(float));
+  }
+
+  // ---- element types: kWidth elements at p; the first n of them with zeros behind ------------
+  struct F32 {
+    static constexpr size_t kBytes = 4;
+    static DUET_INLINE Batch at(const std::byte* p) {
+      float values[kWidth];  // weights are only 2-byte aligned
+      __builtin_memcpy(values, p, sizeof values);
+      return load(values);
+    }
+  };
+  struct F16 {
+    static constexpr size_t kBytes = 2;
+    static DUET_INLINE Batch at(const std::byte* p) { return Isa::load_f16(p); }
+  };
+  struct BF16 {
+    static constexpr size_t kBytes = 2;
+    static DUET_INLINE Batch at(const std::byte* p) { return Isa::load_bf16(p); }
+  };
+  template <class Type>
+  static DUET_INLINE Batch part_at(const std::byte* p, size_t n) {
+    std::byte padded[kWidth * Type::kBytes] = {};
+    __builtin_memcpy(padded, p, n * Type::kBytes);
+    return Type::at(padded);
+  }
+
+  // ---- matmul: element i belongs to partial sum i % (4 * kWidth) ------------------------------
+  template <class Type>
+  struct Matmul {
+    static constexpr size_t kRows = 1, kTokens = kWidth == 16 ? 4 : 2, kSums = 4;
+
+    template <size_t R, size_t T>
+    static void tile(const MatmulArgs& a) noexcept {
+      static_assert(R == 1);
+      Batch acc[T][kSums];
+      for (auto& token : acc) {
+        for (Batch& sum : token) sum = Batch(0.0f);
+      }
+      size_t i = 0;
+      for (; i + kSums * kWidth <= a.cols; i += kSums * kWidth) {
+#pragma GCC unroll 4
+        for (size_t s = 0; s < kSums; ++s) step<T>(a, i + s * kWidth, Type::at(a.w + (i + s * kWidth) * Type::kBytes), acc, s);
+      }
+      size_t s = 0;
+      for (; i + kWidth <= a.cols; i += kWidth, ++s) step<T>(a, i, Type::at(a.w + i * Type::kBytes), acc, s);
+      if (const size_t rest = a.cols - i; rest > 0) {
+        const Batch w = part_at<Type>(a.w + i * Type::kBytes, rest);
+        for (size_t t = 0; t < T; ++t) acc[t][s] = xsimd::fma(w, load_part(token(a, t) + i, rest), acc[t][s]);
+      }
+      for (size_t t = 0; t < T; ++t) {
+        a.y[t * a.y_stride] = Isa::lane_sum((acc[t][0] + acc[t][2]) + (acc[t][1] + acc[t][3]));
+      }
+    }
+
+    static DUET_INLINE const float* token(const MatmulArgs& a, size_t t) {
+      return reinterpret_cast<const float*>(a.x + t * a.x_stride);
+    }
+    template <size_t T>
+    static DUET_INLINE void step(const MatmulArgs& a, size_t i, Batch w, Batch (&acc)[T][kSums], size_t s) {
+#pragma GCC unroll 4
+      for (size_t t = 0; t < T; ++t) acc[t][s] = xsimd::fma(w, load(token(a, t) + i), acc[t][s]);
+    }
+  };
+
+  // ---- element-wise ---------------------------------------------------------------------------
+  // Calls each(i, n) for whole batches (n = kWidth) and once for the rest.
+  template <class Each>
+  static DUET_INLINE void for_batches(size_t n, Each each) {
+    size_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) each(i, kWidth);
+    if (i < n) each(i, n - i);
+  }
+  static DUET_INLINE Batch load_n(const float* p, size_t n, float pad = 0.0f) {
+    return n == kWidth ? load(p) : load_part(p, n, pad);
+  }
+  static DUET_INLINE void store_n(float* p, Batch v, size_t n) { n == kWidth ? store(p, v) : store_part(p, v, n); }
+
+  static void rms_norm(const float* x, const float* w, float eps, float* y, size_t n) noexcept {
+    Batch sum(0.0f);
+    for_batches(n, [&](size_t i, size_t m) {
+      const Batch v = load_n(x + i, m);
+      sum = xsimd::fma(v, v, sum);
+    });
+    const float mean = Isa::lane_sum(sum) / static_cast<float>(n);
+    const Batch scale(1.0f / __builtin_sqrtf(mean + eps));
+    for_batches(n, [&](size_t i, size_t m) { store_n(y + i, load_n(x + i, m) * scale * load_n(w + i, m), m); });
+  }
+
+  static void rope(float* x, const float* cs, size_t n_rot) noexcept {
+    for_batches(n_rot, [&](size_t i, size_t m) {
+      store_n(x + i, Isa::rotate_pairs(load_n(x + i, m), load_n(cs + i, m)), m);
+    });
+  }
+
+  static void softmax(float* x, size_t n) noexcept {
+    constexpr float kLowest = -3.4028235e38f;  // its exponential after the shift is 0
+    Batch max(kLowest);
+    for_batches(n, [&](size_t i, size_t m) { max = xsimd::max(max, load_n(x + i, m, kLowest)); });
+    float lanes[kWidth], top = kLowest;
+    store(lanes, max);
+    for (float lane : lanes) top = lane > top ? lane : top;
+    Batch sum(0.0f);
+    for_batches(n, [&](size_t i, size_t m) {
+      const Batch e = xsimd::exp(load_n(x + i, m, kLowest) - Batch(top));
+      store_n(x + i, e, m);
+      sum += m == kWidth ? e : load_part(x + i, m);
+    });
+    const Batch inverse(1.0f / Isa::lane_sum(sum));
+    for_batches(n, [&](size_t i, size_t m) { store_n(x + i, load_n(x + i, m) * inverse, m); });
+  }
+
+  static void silu_mul(const float* gate, const float* up, float* y, size_t n) noexcept {
+    for_batches(n, [&](size_t i, size_t m) {
+      const Batch g = load_n(gate + i, m);
+      store_n(y + i, g / (Batch(1.0f) + xsimd::exp(-g)) * load_n(up + i, m), m);
+    });
+  }
+
+  static void add(float* y, const float* x, size_t n) noexcept {
+    for_batches(n, [&](size_t i, size_t m) { store_n(y + i, load_n(y + i, m) + load_n(x + i, m), m); });
+  }
+
+  static void add_scaled(float* y, const float* x, float s, size_t n) noexcept {
+    for_batches(n, [&](size_t i, size_t m) {
+      store_n(y + i, xsimd::fma(Batch(s), load_n(x + i, m), load_n(y + i, m)), m);
+    });
+  }
+
+  static void f32_to_f16(const float* x, uint16_t* y, size_t n) noexcept {
+    for_batches(n, [&](size_t i, size_t m) {
+      uint16_t half[kWidth];
+      Isa::store_f16(half, load_n(x + i, m));
+      __builtin_memcpy(y + i, half, m * sizeof(uint16_t));
+    });
+  }
+
+  template <class Type>
+  static void decode_row(const void* src, float* dst, size_t n) noexcept {
+    const auto* bytes = static_cast<const std::byte*>(src);
+    for_batches(n, [&](size_t i, size_t m) {
+      const std::byte* p = bytes + i * Type::kBytes;
+      store_n(dst + i, m == kWidth ? Type::at(p) : part_at<Type>(p, m), m);
+    });
+  }
+  static void f16_to_f32(const uint16_t* x, float* y, size_t n) noexcept { decode_row<F16>(x, y, n); }
+
+  // ---- attention --------------------------------------------------------------------------------
+  // H query heads against one key: they share its conversion to float.
+  template <class Type, size_t H>
+  static DUET_INLINE void score_heads(const float* q, size_t head_dim, const std::byte* key, float scale,
+                                      float* out, size_t out_stride) {
+    Batch acc[H];
+    for (Batch& sum : acc) sum = Batch(0.0f);
+    size_t i = 0;
+    for (; i + kWidth <= head_dim; i += kWidth) {
+      const Batch k = Type::at(key + i * Type::kBytes);
+#pragma GCC unroll 4
+      for (size_t h = 0; h < H; ++h) acc[h] = xsimd::fma(k, load(q + h * head_dim + i), acc[h]);
+    }
+    if (const size_t rest = head_dim - i; rest > 0) {
+      const Batch k = part_at<Type>(key + i * Type::kBytes, rest);
+      for (size_t h = 0; h < H; ++h) acc[h] = xsimd::fma(k, load_part(q + h * head_dim + i, rest), acc[h]);
+    }
+    for (size_t h = 0; h < H; ++h) out[h * out_stride] = scale * Isa::lane_sum(acc[h]);
+  }
+
+  template <class Type>
+  static DUET_INLINE void scores(const float* q, size_t n_q, size_t head_dim, KvView keys, size_t n_keys,
+                                 float scale, float* out, size_t out_stride) {
+    for (size_t j = 0; j < n_keys; ++j) {
+      const std::byte* key = keys.base + j * keys.stride;
+      size_t h = 0;
+      for (; h + 4 <= n_q; h += 4) score_heads<Type, 4>(q + h * head_dim, head_dim, key, scale, out + h * out_stride + j, out_stride);
+      for (; h < n_q; ++h) score_heads<Type, 1>(q + h * head_dim, head_dim, key, scale, out + h * out_stride + j, out_stride);
+    }
+  }
+
+  static void attn_scores(const float* q, size_t n_q, size_t head_dim, KvView keys, size_t n_keys, float scale,
+                          float* out, size_t out_stride) noexcept {
+    if (keys.f16) scores<F16>(q, n_q, head_dim, keys, n_keys, scale, out, out_stride);
+    else scores<F32>(q, n_q, head_dim, keys, n_keys, scale, out, out_stride);
+  }
+
+  // Positions whose values stay in the L1 cache while each batch of the head passes over them.
+  static constexpr size_t kMixChunk = 32;
+
+  // Adds positions [0, n_keys) to m <= kWidth elements of H heads at out.
+  template <class Type, size_t H>
+  static DUET_INLINE void mix_batch(const float* p, size_t p_stride, size_t head_dim, KvView values, size_t n_keys,
+                                    float* out, size_t m) {
+    Batch acc[H];
+    for (size_t h = 0; h < H; ++h) acc[h] = load_n(out + h * head_dim, m);
+    for (size_t j = 0; j < n_keys; ++j) {
+      const std::byte* value = values.base + j * values.stride;
+      const Batch v = m == kWidth ? Type::at(value) : part_at<Type>(value, m);
+#pragma GCC unroll 4
+      for (size_t h = 0; h < H; ++h) acc[h] = xsimd::fma(Batch(p[h * p_stride + j]), v, acc[h]);
+    }
+    for (size_t h = 0; h < H; ++h) store_n(out + h * head_dim, acc[h], m);
+  }
+
+  template <class Type>
+  static DUET_INLINE void mix(const float* p, size_t p_stride, size_t n_q, size_t head_dim, KvView values,
+                              size_t n_keys, float* out) {
+    for (size_t i = 0; i < n_q * head_dim; ++i) out[i] = 0.0f;
+    for (size_t j = 0; j < n_keys; j += kMixChunk) {
+      const size_t n = n_keys - j < kMixChunk ? n_keys - j : kMixChunk;
+      for_batches(head_dim, [&](size_t i, size_t m) {
+        const KvView part{values.base + j * values.stride + i * Type::kBytes, values.stride, values.f16};
+        size_t h = 0;
+        for (; h + 4 <= n_q; h += 4) mix_batch<Type, 4>(p + h * p_stride + j, p_stride, head_dim, part, n, out + h * head_dim + i, m);
+        for (; h < n_q; ++h) mix_batch<Type, 1>(p + h * p_stride + j, p_stride, head_dim, part, n, out + h * head_dim + i, m);
+      });
+    }
+  }
+
+  static void attn_mix(const float* p, size_t p_stride, size_t n_q, size_t head_dim, KvView values, size_t n_keys,
+                       float* out) noexcept {
+    if (values.f16) mix<F16>(p, p_stride, n_q, head_dim, values, n_keys, out);
+    else mix<F32>(p, p_stride, n_q, head_dim, values, n_keys, out);
+  }
+
+  static void add_to(KernelTable& table) {
+    table.matmul[static_cast<size_t>(DType::F32)] = matmul_tiled<Matmul<F32>>;
+    table.matmul[static_cast<size_t>(DType::F16)] = matmul_tiled<Matmul<F16>>;
+    table.matmul[static_cast<size_t>(DType::BF16)] = matmul_tiled<Matmul<BF16>>;
+    table.decode_row[static_cast<size_t>(DType::F16)] = decode_row<F16>;
+    table.decode_row[static_cast<size_t>(DType::BF16)] = decode_row<BF16>;
+    table.rms_norm = rms_norm;
+    table.rope = rope;
+    table.softmax = softmax;
+    table.silu_mul = silu_mul;
+    table.add = add;
+    table.add_scaled = add_scaled;
+    table.f32_to_f16 = f32_to_f16;
+    table.f16_to_f32 = f16_to_f32;
+    table.attn_scores = attn_scores;
+    table.attn_mix = attn_mix;
+  }
+};
+
+}  // namespace
+}  // namespace duet
