@@ -23,7 +23,8 @@ void fill_avx2(KernelTable& table) {
 
 void fill_avx512(KernelTable& table) {
   fill_avx2(table);
-  add_avx512(table);
+  add_avx512_block32(table);
+  add_avx512_float(table);
   add_avx512_k(table);
 }
 #endif

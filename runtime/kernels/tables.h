@@ -14,7 +14,8 @@ void fill_scalar(KernelTable& table);
 void add_avx2_block32(KernelTable& table);
 void add_avx2_k(KernelTable& table);
 void add_avx2_float(KernelTable& table);
-void add_avx512(KernelTable& table);
+void add_avx512_block32(KernelTable& table);
+void add_avx512_float(KernelTable& table);
 void add_avx512_k(KernelTable& table);
 #endif
 

@@ -1,7 +1,5 @@
-// AVX-512 (F, BW, DQ, VL, VNNI): formats with blocks of 32, float kernels.
-#include <immintrin.h>
-
-#include "runtime/kernels/float_ops.h"
+// AVX-512 (F, BW, DQ, VL, VNNI): formats with blocks of 32. 256-bit registers: a block fills one,
+// and vpdpbusd replaces the two multiply-adds of AVX2.
 #include "runtime/kernels/x86_block32.h"
 
 namespace duet {
@@ -11,33 +9,8 @@ struct DotVnni {
   static DUET_INLINE __m256i dot(__m256i u, __m256i s) { return _mm256_dpbusd_epi32(__m256i{}, u, s); }
 };
 
-struct Avx512 {
-  using Arch = xsimd::avx512f;
-  using Batch = xsimd::batch<float, Arch>;
-
-  static DUET_INLINE Batch load_f16(const void* p) { return _mm512_cvtph_ps(load256(p)); }
-  static DUET_INLINE Batch load_bf16(const void* p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(p)), 16));
-  }
-  static DUET_INLINE void store_f16(void* p, Batch v) {
-    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  }
-  // (a, b) -> (a c - b s, b c + a s)
-  static DUET_INLINE Batch rotate_pairs(__m512 x, __m512 cs) {
-    const __m512 swapped = _mm512_permute_ps(x, 0xb1);
-    return _mm512_fmaddsub_ps(x, _mm512_moveldup_ps(cs), _mm512_mul_ps(swapped, _mm512_movehdup_ps(cs)));
-  }
-  static DUET_INLINE float lane_sum(__m512 v) {
-    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
-    return duet::lane_sum(_mm256_add_ps(_mm512_castps512_ps256(v), high));
-  }
-};
-
 }  // namespace
 
-void add_avx512(KernelTable& table) {
-  set_block32<DotVnni>(table);
-  FloatOps<Avx512>::add_to(table);
-}
+void add_avx512_block32(KernelTable& table) { set_block32<DotVnni>(table); }
 
 }  // namespace duet
