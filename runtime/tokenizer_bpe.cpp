@@ -10,8 +10,6 @@
 namespace duet {
 namespace {
 
-constexpr size_t kMaxWholeWord = 64;
-
 // GPT-2's alphabet: printable Latin-1 bytes are themselves, the others follow from U+0100 on.
 std::array<int, 512> make_alphabet() {
   std::array<int, 512> byte_of{};
@@ -64,7 +62,7 @@ BpeEncoder::BpeEncoder(const Vocabulary& vocab, const PieceMap& map, const std::
   word_map_ = std::make_unique<PieceMap>(words_, source);
   find_byte_tokens(source, notice);
   read_merges(map, merges, source);
-  find_whole_words();
+  reached_ = std::make_unique<std::atomic<bool>[]>(vocab.size());
 }
 
 void BpeEncoder::find_byte_tokens(const std::string& source, const NoticeFn& notice) {
@@ -95,22 +93,6 @@ void BpeEncoder::read_merges(const PieceMap& map, const std::vector<std::string>
   }
 }
 
-void BpeEncoder::find_whole_words() {
-  encodes_to_itself_.assign(vocab_.size(), false);
-  Scratch scratch;
-  std::vector<Token> ids;
-  for (size_t i = 0; i < words_.size(); ++i) {
-    if (words_[i].empty()) continue;
-    if (pre_.whole_words_first || words_[i].size() > kMaxWholeWord) {
-      encodes_to_itself_[i] = pre_.whole_words_first;
-      continue;
-    }
-    ids.clear();
-    merge_word(words_[i], scratch, ids);
-    encodes_to_itself_[i] = ids.size() == 1 && ids[0] == static_cast<Token>(i);
-  }
-}
-
 void BpeEncoder::encode(std::string_view text, std::vector<Token>& out) const {
   if (text.size() > std::numeric_limits<uint32_t>::max() / 4)
     fail(ErrorKind::usage, "text of ", text.size(), " bytes is too long to be tokenized at once; at most 1 GiB");
@@ -130,11 +112,18 @@ void BpeEncoder::encode(std::string_view text, std::vector<Token>& out) const {
 }
 
 void BpeEncoder::encode_plain(std::string_view text, Scratch& scratch, std::vector<Token>& out) const {
-  for (const std::string_view word : split(pre_, text)) {
-    const auto whole = word_map_->find(word);
-    if (whole && encodes_to_itself_[static_cast<size_t>(*whole)]) out.push_back(*whole);
-    else merge_word(word, scratch, out);
-  }
+  for (const std::string_view word : split(pre_, text)) encode_word(word, scratch, out);
+}
+
+// As in SpmEncoder: what merging reached once it always reaches.
+void BpeEncoder::encode_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const {
+  const auto whole = word_map_->find(word);
+  if (!whole) return merge_word(word, scratch, out);
+  std::atomic<bool>& reached = reached_[static_cast<size_t>(*whole)];
+  if (pre_.whole_words_first || reached.load(std::memory_order_relaxed)) return out.push_back(*whole);
+  const size_t before = out.size();
+  merge_word(word, scratch, out);
+  if (out.size() == before + 1 && out.back() == *whole) reached.store(true, std::memory_order_relaxed);
 }
 
 void BpeEncoder::merge_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -38,8 +39,8 @@ class BpeEncoder {
   struct Scratch;
   void read_merges(const PieceMap& map, const std::vector<std::string>& merges, const std::string& source);
   void find_byte_tokens(const std::string& source, const NoticeFn& notice);
-  void find_whole_words();
   void encode_plain(std::string_view text, Scratch& scratch, std::vector<Token>& out) const;
+  void encode_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const;
   void merge_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const;
 
   const Vocabulary& vocab_;
@@ -49,7 +50,7 @@ class BpeEncoder {
   std::unique_ptr<PieceMap> word_map_;
   std::array<Token, 256> byte_tokens_{};  // -1: the vocabulary lacks this byte
   std::unordered_map<uint64_t, Merge> merges_;  // left id << 32 | right id
-  std::vector<bool> encodes_to_itself_;
+  std::unique_ptr<std::atomic<bool>[]> reached_;  // by id: merging its own bytes gives it
 };
 
 }  // namespace duet

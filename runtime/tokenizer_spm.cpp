@@ -114,21 +114,7 @@ SpmEncoder::SpmEncoder(const Vocabulary& vocab, const PieceMap& map, const std::
   // Which parts an unused piece falls apart into depends on merges elsewhere in the text.
   split_words_ = split_words_ && !has_unused_;
   user_defined_ = PrefixMatcher(std::move(user_defined));
-  find_whole_words();
-}
-
-// Merging does not reach every piece from its own characters; those it reaches need no merging.
-void SpmEncoder::find_whole_words() {
-  encodes_to_itself_.assign(vocab_.size(), false);
-  Scratch scratch;
-  std::vector<Token> ids;
-  for (Token id = 0; static_cast<size_t>(id) < vocab_.size(); ++id) {
-    const std::string& piece = vocab_.piece(id);
-    if (piece.size() > kMaxWholeWord || mergeable(piece) != id) continue;
-    ids.clear();
-    merge_word(piece, scratch, ids);
-    encodes_to_itself_[static_cast<size_t>(id)] = ids.size() == 1 && ids[0] == id;
-  }
+  reached_ = std::make_unique<std::atomic<bool>[]>(vocab_.size());
 }
 
 // The piece that merging may build with this text, kNone when there is none.
@@ -155,7 +141,7 @@ void SpmEncoder::encode(std::string_view text, bool dummy_space, std::vector<Tok
       continue;
     }
     const std::string_view word = rest.substr(0, word_bytes(rest));
-    if (!encode_whole(word, out)) merge_word(word, scratch, out);
+    encode_word(word, scratch, out);
     rest.remove_prefix(word.size());
   }
 }
@@ -173,12 +159,16 @@ size_t SpmEncoder::word_bytes(std::string_view text) const {
   return text.size();
 }
 
-bool SpmEncoder::encode_whole(std::string_view word, std::vector<Token>& out) const {
-  if (word.size() > kMaxWholeWord) return false;
-  const Token id = mergeable(word);
-  if (id == kNone || !encodes_to_itself_[static_cast<size_t>(id)]) return false;
-  out.push_back(id);
-  return true;
+// Merging does not reach every piece from its own characters; one that it reached once, it always
+// reaches, which saves most words the merging.
+void SpmEncoder::encode_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const {
+  const Token whole = word.size() <= kMaxWholeWord ? mergeable(word) : kNone;
+  if (whole == kNone) return merge_word(word, scratch, out);
+  std::atomic<bool>& reached = reached_[static_cast<size_t>(whole)];
+  if (reached.load(std::memory_order_relaxed)) return out.push_back(whole);
+  const size_t before = out.size();
+  merge_word(word, scratch, out);
+  if (out.size() == before + 1 && out.back() == whole) reached.store(true, std::memory_order_relaxed);
 }
 
 void SpmEncoder::merge_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const {

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <array>
+#include <atomic>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -33,10 +35,9 @@ class SpmEncoder {
 
  private:
   struct Scratch;
-  void find_whole_words();
   Token mergeable(std::string_view piece) const;
   size_t word_bytes(std::string_view text) const;
-  bool encode_whole(std::string_view word, std::vector<Token>& out) const;
+  void encode_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const;
   void merge_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const;
   void emit(std::string_view word, const Symbol& symbol, Scratch& scratch, std::vector<Token>& out) const;
   void emit_unknown(std::string_view piece, std::vector<Token>& out) const;
@@ -48,7 +49,7 @@ class SpmEncoder {
   bool has_bytes_ = false;
   bool split_words_ = false;      // no piece reaches across the start of a word
   bool has_unused_ = false;
-  std::vector<bool> encodes_to_itself_;
+  std::unique_ptr<std::atomic<bool>[]> reached_;  // by id: merging its own characters gives it
 };
 
 }  // namespace duet
