@@ -26,13 +26,26 @@ struct SamplerParams {
 class Sampler {
  public:
   explicit Sampler(const SamplerParams& params);  // Error(usage) on NaN or out-of-range values
-  Token sample(std::span<const float> logits);    // does not accept
+  // Does not accept. Error(internal) on logits that are NaN or have no finite maximum.
+  Token sample(std::span<const float> logits);
   void accept(Token token);                       // history for the penalties (prompt tokens too)
 
  private:
+  struct Candidate {
+    float logit;
+    Token id;
+    double weight;  // of the draw, relative to the best candidate's 1
+  };
+  std::span<const float> penalized(std::span<const float> logits);
+  void select(std::span<const float> logits);
+  void cut_by_probability();
+  Token draw();
+
   SamplerParams params_;
   uint64_t rng_;
   std::vector<Token> history_;
+  std::vector<float> penalized_;       // scratch
+  std::vector<Candidate> candidates_;  // scratch: best first where an order was needed
 };
 
 }  // namespace duet
