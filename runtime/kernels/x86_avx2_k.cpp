@@ -71,13 +71,17 @@ struct KKernel {
     __m256 acc[R][T] = {};
     const size_t n_blocks = a.cols / 256;
     for (size_t b = 0; b < n_blocks; ++b) {
+#pragma GCC unroll 8
       for (size_t r = 0; r < R; ++r) {
         const BlockAct256* x[T];
+#pragma GCC unroll 8
         for (size_t t = 0; t < T; ++t) x[t] = reinterpret_cast<const BlockAct256*>(a.x + t * a.x_stride) + b;
         add_block<T>(reinterpret_cast<const Block*>(a.w + r * a.w_stride)[b], x, acc[r]);
       }
     }
+#pragma GCC unroll 8
     for (size_t r = 0; r < R; ++r) {
+#pragma GCC unroll 8
       for (size_t t = 0; t < T; ++t) a.y[t * a.y_stride + r] = lane_sum(acc[r][t]);
     }
   }
@@ -87,17 +91,19 @@ struct KKernel {
     const KScales s = load_scales(block);
     const __m256i scale = even_odd(s.scale);
     __m256i sum[T];
+#pragma GCC unroll 8
     for (size_t t = 0; t < T; ++t) sum[t] = offset_sum(s, *x[t]);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       const __m256i q = quants(block, i);
       const __m256i factor = splat_pair(scale, i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (size_t t = 0; t < T; ++t) {
         sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(products(q, load256(x[t]->qs + 32 * i)), factor));
       }
     }
     const float d = _cvtsh_ss(block.d);
+#pragma GCC unroll 8
     for (size_t t = 0; t < T; ++t) {
       acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[t]), _mm256_set1_ps(d * x[t]->d), acc[t]);
       if constexpr (kHasMinimum<Block>) {

@@ -103,13 +103,17 @@ struct KKernel512 {
     __m512 acc[R][T] = {};
     const size_t n_blocks = a.cols / 256;
     for (size_t b = 0; b < n_blocks; ++b) {
+#pragma GCC unroll 8
       for (size_t r = 0; r < R; ++r) {
         const BlockAct256* x[T];
+#pragma GCC unroll 8
         for (size_t t = 0; t < T; ++t) x[t] = reinterpret_cast<const BlockAct256*>(a.x + t * a.x_stride) + b;
         add_block<T>(reinterpret_cast<const Block*>(a.w + r * a.w_stride)[b], x, acc[r]);
       }
     }
+#pragma GCC unroll 8
     for (size_t r = 0; r < R; ++r) {
+#pragma GCC unroll 8
       for (size_t t = 0; t < T; ++t) a.y[t * a.y_stride + r] = lane_sum(acc[r][t]);
     }
   }
@@ -118,6 +122,7 @@ struct KKernel512 {
   static DUET_INLINE void add_block(const Block& block, const BlockAct256* const* x, __m512* acc) {
     const KScales s = load_scales(block);
     __m512i sum[T];
+#pragma GCC unroll 8
     for (size_t t = 0; t < T; ++t) sum[t] = offset_sum(s, *x[t]);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -131,6 +136,7 @@ struct KKernel512 {
       }
     }
     const float d = _cvtsh_ss(block.d);
+#pragma GCC unroll 8
     for (size_t t = 0; t < T; ++t) {
       acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t]), _mm512_set1_ps(d * x[t]->d), acc[t]);
       if constexpr (kHasMinimum<Block>) {

@@ -94,11 +94,13 @@ struct Block32Kernel {
     __m128 mins[R][T] = {};
     const size_t n_blocks = a.cols / 32;
     for (size_t b = 0; b < n_blocks; ++b) {
+#pragma GCC unroll 8
       for (size_t r = 0; r < R; ++r) {
         const auto& block = reinterpret_cast<const Block*>(a.w + r * a.w_stride)[b];
         const __m256i q = Unpack::quants(block);
         const __m256i magnitude = Unpack::kSigned ? _mm256_abs_epi8(q) : q;
         const __m256 d = _mm256_set1_ps(_cvtsh_ss(block.d));
+#pragma GCC unroll 8
         for (size_t t = 0; t < T; ++t) {
           const auto& act = reinterpret_cast<const BlockAct32*>(a.x + t * a.x_stride)[b];
           const __m256i x = load256(act.qs);
@@ -111,7 +113,9 @@ struct Block32Kernel {
         }
       }
     }
+#pragma GCC unroll 8
     for (size_t r = 0; r < R; ++r) {
+#pragma GCC unroll 8
       for (size_t t = 0; t < T; ++t) a.y[t * a.y_stride + r] = lane_sum(acc[r][t]) + _mm_cvtss_f32(mins[r][t]);
     }
   }
