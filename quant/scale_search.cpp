@@ -296,6 +296,16 @@ Half to_half(float v, float up, float down) {
   if ((bits & 0x7fff) == 0 && v != 0) bits |= 1;
   return {bits, f16_to_f32(bits) * down};
 }
+// The next one away from zero when the nearest falls short of v, so that the largest multiple of a
+// unit reaches what it must: small weights have units of few half-precision steps.
+Half to_half_outward(float v, float up, float down) {
+  const Half nearest = to_half(v, up, down);
+  const bool short_of_v =
+      std::fabs(nearest.value) < std::fabs(v) && (nearest.bits & 0x7fff) < 0x7bff;
+  return short_of_v ? Half{static_cast<uint16_t>(nearest.bits + 1),
+                           f16_to_f32(static_cast<uint16_t>(nearest.bits + 1)) * down}
+                    : nearest;
+}
 
 // ---- super-blocks with minima ------------------------------------------------------------------
 template <size_t N>
@@ -376,8 +386,8 @@ AffineState<N> search_affine_super(const AffineSuper<N>& b) {
     top_min = vmax(top_min, -grids[k].offset);
   }
   AffineState<N> s, best;
-  s.d = to_half(lane_max(top_scale) / b.scale_max, up, down);
-  s.dmin = to_half(lane_max(top_min) / b.scale_max, up, down);
+  s.d = to_half_outward(lane_max(top_scale) / b.scale_max, up, down);
+  s.dmin = to_half_outward(lane_max(top_min) / b.scale_max, up, down);
   const Vec inv_d = inverse(splat(s.d.value)), inv_dmin = inverse(splat(s.dmin.value));
   for (size_t k = 0; k < b.kTiles; ++k) {
     s.scale[k] = vround(vmin(grids[k].scale * inv_d, splat(b.scale_max)));
@@ -465,7 +475,7 @@ SymmetricState search_symmetric_super(const SymmetricSuper& b) {
     }
   }
   SymmetricState s, best;
-  s.d = to_half(top / (-b.scale_max - 1), up, down);
+  s.d = to_half_outward(top / (-b.scale_max - 1), up, down);
   const Vec inv_d = inverse(splat(s.d.value));
   for (size_t k = 0; k < 4; ++k) {
     s.scale[k] =
