@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr size_t kElems = size_t{1} << 18;
+constexpr size_t kElems = size_t{1} << 15;
 
 // Best of several runs, in million weights per second.
 double rate(const std::function<void()>& body) {
