@@ -378,7 +378,7 @@ Units solve_units(const AffineSuper<N>& b, AffineState<N>& s) {
 template <size_t N>
 AffineState<N> search_affine_super(const AffineSuper<N>& b) {
   const float up = b.tiles[0].up[0], down = b.tiles[0].down[0];
-  Grid grids[b.kTiles];
+  Grid grids[AffineSuper<N>::kTiles];
   Vec top_scale = splat(0), top_min = splat(0);
   for (size_t k = 0; k < b.kTiles; ++k) {
     grids[k] = search_affine(b.tiles[k], b.levels, true);
