@@ -1,9 +1,12 @@
-// Speed of the matmul kernels: bench_kernels [--threads N] [--isa NAME] [--format NAME] [--gemm] [--cpu-time]
+// Speed of the matmul kernels: bench_kernels [--threads N] [--isa NAME] [--format NAME] [--gemm]
+// [--cpu-time]
 //
 // For each format, table and number of tokens: weights read per second (GB/s) and multiply-adds
 // per second (GMAC/s) on weights larger than the L3 cache. --gemm compares oneDNN with the kernels
-// for float weights, for the threshold in runtime/kernels/onednn_gemm.h. --cpu-time counts processor
-// time per thread instead of the clock's: on a machine that others use too.
+// for float weights, for the threshold in runtime/kernels/onednn_gemm.h. --cpu-time counts
+// processor time per thread instead of the clock's: on a machine that others use too.
+#include "runtime/kernels/kernels.h"
+
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -16,7 +19,6 @@
 #include "base/host.h"
 #include "base/parallel.h"
 #include "quant/format.h"
-#include "runtime/kernels/kernels.h"
 #include "runtime/kernels/onednn_gemm.h"
 
 namespace {
@@ -38,7 +40,8 @@ struct Matrix {
   size_t n_rows;
   std::vector<std::byte> bytes;
 
-  explicit Matrix(const Format& f, size_t total_bytes) : format(f), n_rows(total_bytes / row_bytes(f, kCols)) {
+  explicit Matrix(const Format& f, size_t total_bytes)
+      : format(f), n_rows(total_bytes / row_bytes(f, kCols)) {
     bytes.resize(n_rows * row_bytes(f, kCols));
     uint64_t state = 1;
     for (std::byte& b : bytes) {  // any bits will do: NaN costs nothing extra
@@ -48,12 +51,14 @@ struct Matrix {
   }
 };
 
-std::vector<std::byte> random_activations(const Format& format, const KernelTable& kernels, size_t n_tokens) {
+std::vector<std::byte> random_activations(const Format& format, const KernelTable& kernels,
+                                          size_t n_tokens) {
   const size_t stride = act_row_bytes(format.act, kCols);
   std::vector<std::byte> out(n_tokens * stride);
   std::vector<float> row(kCols);
   for (size_t t = 0; t < n_tokens; ++t) {
-    for (size_t i = 0; i < kCols; ++i) row[i] = static_cast<float>((i * 7919 + t * 104729) % 2001) * 1e-3f - 1.0f;
+    for (size_t i = 0; i < kCols; ++i)
+      row[i] = static_cast<float>((i * 7919 + t * 104729) % 2001) * 1e-3f - 1.0f;
     std::byte* dst = out.data() + t * stride;
     if (format.act == ActFormat::f32) std::memcpy(dst, row.data(), stride);
     if (format.act == ActFormat::act32) kernels.quantize_act32(row.data(), dst, kCols);
@@ -64,7 +69,8 @@ std::vector<std::byte> random_activations(const Format& format, const KernelTabl
 
 double now(const Options& options, int n_threads) {
   using Clock = std::chrono::steady_clock;
-  if (!options.cpu_time) return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
+  if (!options.cpu_time)
+    return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
   return static_cast<double>(std::clock()) / CLOCKS_PER_SEC / n_threads;
 }
 
@@ -82,10 +88,17 @@ double best_seconds(const Options& options, int n_threads, Run run) {
   return best;
 }
 
-MatmulArgs problem(const Matrix& m, size_t n_rows, const std::vector<std::byte>& x, size_t n_tokens, float* y) {
-  return {.w = m.bytes.data(), .w_stride = row_bytes(m.format, kCols), .n_rows = n_rows, .cols = kCols,
-          .x = x.data(), .x_stride = act_row_bytes(m.format.act, kCols), .n_tokens = n_tokens,
-          .y = y, .y_stride = n_rows};
+MatmulArgs problem(const Matrix& m, size_t n_rows, const std::vector<std::byte>& x, size_t n_tokens,
+                   float* y) {
+  return {.w = m.bytes.data(),
+          .w_stride = row_bytes(m.format, kCols),
+          .n_rows = n_rows,
+          .cols = kCols,
+          .x = x.data(),
+          .x_stride = act_row_bytes(m.format.act, kCols),
+          .n_tokens = n_tokens,
+          .y = y,
+          .y_stride = n_rows};
 }
 
 // Rows split over the threads as the runtime does.
@@ -99,11 +112,12 @@ void run_kernel(const KernelTable& kernels, DType dtype, const MatmulArgs& args,
   });
 }
 
-void report(const Matrix& m, const char* what, int n_threads, size_t n_rows, size_t n_tokens, double seconds) {
+void report(const Matrix& m, const char* what, int n_threads, size_t n_rows, size_t n_tokens,
+            double seconds) {
   const double bytes = static_cast<double>(n_rows * row_bytes(m.format, kCols));
   const double macs = static_cast<double>(n_rows * kCols) * static_cast<double>(n_tokens);
-  std::printf("%-7s %-7s threads %d  tokens %4zu  %7.2f GB/s  %8.2f GMAC/s\n", m.format.name, what, n_threads, n_tokens,
-              bytes / seconds * 1e-9, macs / seconds * 1e-9);
+  std::printf("%-7s %-7s threads %d  tokens %4zu  %7.2f GB/s  %8.2f GMAC/s\n", m.format.name, what,
+              n_threads, n_tokens, bytes / seconds * 1e-9, macs / seconds * 1e-9);
   std::fflush(stdout);
 }
 
@@ -119,7 +133,8 @@ void bench_format(const Format& format, const Options& options) {
         const std::vector<std::byte> x = random_activations(format, *kernels, n_tokens);
         std::vector<float> y(n_rows * n_tokens);
         const MatmulArgs args = problem(m, n_rows, x, n_tokens, y.data());
-        const double s = best_seconds(options, n_threads, [&] { run_kernel(*kernels, format.dtype, args, n_threads); });
+        const double s = best_seconds(options, n_threads,
+                                      [&] { run_kernel(*kernels, format.dtype, args, n_threads); });
         report(m, kernels->isa, n_threads, n_rows, n_tokens, s);
       }
     }
@@ -138,16 +153,20 @@ void bench_gemm(const Format& format, const Options& options) {
       const std::vector<std::byte> x = random_activations(format, kernels, n_tokens);
       std::vector<float> y(n_rows * n_tokens);
       const MatmulArgs args = problem(m, n_rows, x, n_tokens, y.data());
-      report(m, kernels.isa, n_threads, n_rows, n_tokens,
-             best_seconds(options, n_threads, [&] { run_kernel(kernels, format.dtype, args, n_threads); }));
-      report(m, "onednn", n_threads, n_rows, n_tokens,
-             best_seconds(options, n_threads, [&] { try_gemm(kernels, format.dtype, args, n_threads, panel); }));
+      report(m, kernels.isa, n_threads, n_rows, n_tokens, best_seconds(options, n_threads, [&] {
+               run_kernel(kernels, format.dtype, args, n_threads);
+             }));
+      report(m, "onednn", n_threads, n_rows, n_tokens, best_seconds(options, n_threads, [&] {
+               try_gemm(kernels, format.dtype, args, n_threads, panel);
+             }));
     }
   }
 }
 
 int usage() {
-  std::fprintf(stderr, "usage: bench_kernels [--threads N] [--isa NAME] [--format NAME] [--gemm] [--cpu-time]\n");
+  std::fprintf(
+      stderr,
+      "usage: bench_kernels [--threads N] [--isa NAME] [--format NAME] [--gemm] [--cpu-time]\n");
   return 2;
 }
 
@@ -157,13 +176,20 @@ int main(int argc, char** argv) {
   Options options;
   for (int i = 1; i < argc; ++i) {
     const std::string arg = argv[i];
-    if (arg == "--gemm") options.gemm = true;
-    else if (arg == "--cpu-time") options.cpu_time = true;
-    else if (i + 1 == argc) return usage();
-    else if (arg == "--threads") options.threads = {std::atoi(argv[++i])};
-    else if (arg == "--isa") options.isa = argv[++i];
-    else if (arg == "--format") options.format = argv[++i];
-    else return usage();
+    if (arg == "--gemm")
+      options.gemm = true;
+    else if (arg == "--cpu-time")
+      options.cpu_time = true;
+    else if (i + 1 == argc)
+      return usage();
+    else if (arg == "--threads")
+      options.threads = {std::atoi(argv[++i])};
+    else if (arg == "--isa")
+      options.isa = argv[++i];
+    else if (arg == "--format")
+      options.format = argv[++i];
+    else
+      return usage();
   }
   if (options.threads.empty()) {
     options.threads = {1};
@@ -171,8 +197,10 @@ int main(int argc, char** argv) {
   }
   for (const Format& format : all_formats()) {
     if (!options.format.empty() && options.format != format.name) continue;
-    if (!options.gemm) bench_format(format, options);
-    else if (format.act == ActFormat::f32) bench_gemm(format, options);
+    if (!options.gemm)
+      bench_format(format, options);
+    else if (format.act == ActFormat::f32)
+      bench_gemm(format, options);
   }
   return 0;
 }

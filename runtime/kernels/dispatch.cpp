@@ -63,7 +63,8 @@ const Tables& tables() {
 
 std::string usable_names() {
   std::string out;
-  for (const KernelTable* table : tables().usable) out += (out.empty() ? "" : ", ") + std::string(table->isa);
+  for (const KernelTable* table : tables().usable)
+    out += (out.empty() ? "" : ", ") + std::string(table->isa);
   return out;
 }
 
@@ -84,10 +85,12 @@ const KernelTable& select_kernels(std::string_view isa) {
   }
   for (const Isa& known : kIsas) {
     if (isa != known.name) continue;
-    fail(ErrorKind::unsupported, "instruction set '", isa, "' needs ", cpu_feature_names(known.needs),
-         ", this machine has ", cpu_feature_names(detect_cpu_features()), "; usable here: ", usable_names());
+    fail(ErrorKind::unsupported, "instruction set '", isa, "' needs ",
+         cpu_feature_names(known.needs), ", this machine has ",
+         cpu_feature_names(detect_cpu_features()), "; usable here: ", usable_names());
   }
-  fail(ErrorKind::unsupported, "unknown instruction set '", isa, "'; usable here: ", usable_names());
+  fail(ErrorKind::unsupported, "unknown instruction set '", isa,
+       "'; usable here: ", usable_names());
 }
 
 }  // namespace duet

@@ -74,13 +74,16 @@ struct FloatOps {
       size_t i = 0;
       for (; i + kSums * kWidth <= a.cols; i += kSums * kWidth) {
 #pragma GCC unroll 4
-        for (size_t s = 0; s < kSums; ++s) step<T>(a, i + s * kWidth, Type::at(a.w + (i + s * kWidth) * Type::kBytes), acc, s);
+        for (size_t s = 0; s < kSums; ++s)
+          step<T>(a, i + s * kWidth, Type::at(a.w + (i + s * kWidth) * Type::kBytes), acc, s);
       }
       size_t s = 0;
-      for (; i + kWidth <= a.cols; i += kWidth, ++s) step<T>(a, i, Type::at(a.w + i * Type::kBytes), acc, s);
+      for (; i + kWidth <= a.cols; i += kWidth, ++s)
+        step<T>(a, i, Type::at(a.w + i * Type::kBytes), acc, s);
       if (const size_t rest = a.cols - i; rest > 0) {
         const Batch w = part_at<Type>(a.w + i * Type::kBytes, rest);
-        for (size_t t = 0; t < T; ++t) acc[t][s] = xsimd::fma(w, load_part(token(a, t) + i, rest), acc[t][s]);
+        for (size_t t = 0; t < T; ++t)
+          acc[t][s] = xsimd::fma(w, load_part(token(a, t) + i, rest), acc[t][s]);
       }
       for (size_t t = 0; t < T; ++t) {
         a.y[t * a.y_stride] = Isa::lane_sum((acc[t][0] + acc[t][2]) + (acc[t][1] + acc[t][3]));
@@ -91,7 +94,8 @@ struct FloatOps {
       return reinterpret_cast<const float*>(a.x + t * a.x_stride);
     }
     template <size_t T>
-    static DUET_INLINE void step(const MatmulArgs& a, size_t i, Batch w, Batch (&acc)[T][kSums], size_t s) {
+    static DUET_INLINE void step(const MatmulArgs& a, size_t i, Batch w, Batch (&acc)[T][kSums],
+                                 size_t s) {
 #pragma GCC unroll 4
       for (size_t t = 0; t < T; ++t) acc[t][s] = xsimd::fma(w, load(token(a, t) + i), acc[t][s]);
     }
@@ -108,7 +112,9 @@ struct FloatOps {
   static DUET_INLINE Batch load_n(const float* p, size_t n, float pad = 0.0f) {
     return n == kWidth ? load(p) : load_part(p, n, pad);
   }
-  static DUET_INLINE void store_n(float* p, Batch v, size_t n) { n == kWidth ? store(p, v) : store_part(p, v, n); }
+  static DUET_INLINE void store_n(float* p, Batch v, size_t n) {
+    n == kWidth ? store(p, v) : store_part(p, v, n);
+  }
 
   static void rms_norm(const float* x, const float* w, float eps, float* y, size_t n) noexcept {
     Batch sum(0.0f);
@@ -118,7 +124,9 @@ struct FloatOps {
     });
     const float mean = Isa::lane_sum(sum) / static_cast<float>(n);
     const Batch scale(1.0f / __builtin_sqrtf(mean + eps));
-    for_batches(n, [&](size_t i, size_t m) { store_n(y + i, load_n(x + i, m) * scale * load_n(w + i, m), m); });
+    for_batches(n, [&](size_t i, size_t m) {
+      store_n(y + i, load_n(x + i, m) * scale * load_n(w + i, m), m);
+    });
   }
 
   static void rope(float* x, const float* cs, size_t n_rot) noexcept {
@@ -152,7 +160,8 @@ struct FloatOps {
   }
 
   static void add(float* y, const float* x, size_t n) noexcept {
-    for_batches(n, [&](size_t i, size_t m) { store_n(y + i, load_n(y + i, m) + load_n(x + i, m), m); });
+    for_batches(
+        n, [&](size_t i, size_t m) { store_n(y + i, load_n(y + i, m) + load_n(x + i, m), m); });
   }
 
   static void add_scaled(float* y, const float* x, float s, size_t n) noexcept {
@@ -177,13 +186,15 @@ struct FloatOps {
       store_n(dst + i, m == kWidth ? Type::at(p) : part_at<Type>(p, m), m);
     });
   }
-  static void f16_to_f32(const uint16_t* x, float* y, size_t n) noexcept { decode_row<F16>(x, y, n); }
+  static void f16_to_f32(const uint16_t* x, float* y, size_t n) noexcept {
+    decode_row<F16>(x, y, n);
+  }
 
   // ---- attention --------------------------------------------------------------------------------
   // H query heads against one key: they share its conversion to float.
   template <class Type, size_t H>
-  static DUET_INLINE void score_heads(const float* q, size_t head_dim, const std::byte* key, float scale,
-                                      float* out, size_t out_stride) {
+  static DUET_INLINE void score_heads(const float* q, size_t head_dim, const std::byte* key,
+                                      float scale, float* out, size_t out_stride) {
     Batch acc[H];
     for (Batch& sum : acc) sum = Batch(0.0f);
     size_t i = 0;
@@ -194,26 +205,33 @@ struct FloatOps {
     }
     if (const size_t rest = head_dim - i; rest > 0) {
       const Batch k = part_at<Type>(key + i * Type::kBytes, rest);
-      for (size_t h = 0; h < H; ++h) acc[h] = xsimd::fma(k, load_part(q + h * head_dim + i, rest), acc[h]);
+      for (size_t h = 0; h < H; ++h)
+        acc[h] = xsimd::fma(k, load_part(q + h * head_dim + i, rest), acc[h]);
     }
     for (size_t h = 0; h < H; ++h) out[h * out_stride] = scale * Isa::lane_sum(acc[h]);
   }
 
   template <class Type>
-  static DUET_INLINE void scores(const float* q, size_t n_q, size_t head_dim, KvView keys, size_t n_keys,
-                                 float scale, float* out, size_t out_stride) {
+  static DUET_INLINE void scores(const float* q, size_t n_q, size_t head_dim, KvView keys,
+                                 size_t n_keys, float scale, float* out, size_t out_stride) {
     for (size_t j = 0; j < n_keys; ++j) {
       const std::byte* key = keys.base + j * keys.stride;
       size_t h = 0;
-      for (; h + 4 <= n_q; h += 4) score_heads<Type, 4>(q + h * head_dim, head_dim, key, scale, out + h * out_stride + j, out_stride);
-      for (; h < n_q; ++h) score_heads<Type, 1>(q + h * head_dim, head_dim, key, scale, out + h * out_stride + j, out_stride);
+      for (; h + 4 <= n_q; h += 4)
+        score_heads<Type, 4>(q + h * head_dim, head_dim, key, scale, out + h * out_stride + j,
+                             out_stride);
+      for (; h < n_q; ++h)
+        score_heads<Type, 1>(q + h * head_dim, head_dim, key, scale, out + h * out_stride + j,
+                             out_stride);
     }
   }
 
-  static void attn_scores(const float* q, size_t n_q, size_t head_dim, KvView keys, size_t n_keys, float scale,
-                          float* out, size_t out_stride) noexcept {
-    if (keys.f16) scores<F16>(q, n_q, head_dim, keys, n_keys, scale, out, out_stride);
-    else scores<F32>(q, n_q, head_dim, keys, n_keys, scale, out, out_stride);
+  static void attn_scores(const float* q, size_t n_q, size_t head_dim, KvView keys, size_t n_keys,
+                          float scale, float* out, size_t out_stride) noexcept {
+    if (keys.f16)
+      scores<F16>(q, n_q, head_dim, keys, n_keys, scale, out, out_stride);
+    else
+      scores<F32>(q, n_q, head_dim, keys, n_keys, scale, out, out_stride);
   }
 
   // Positions whose values stay in the L1 cache while each batch of the head passes over them.
@@ -221,8 +239,8 @@ struct FloatOps {
 
   // Adds positions [0, n_keys) to m <= kWidth elements of H heads at out.
   template <class Type, size_t H>
-  static DUET_INLINE void mix_batch(const float* p, size_t p_stride, size_t head_dim, KvView values, size_t n_keys,
-                                    float* out, size_t m) {
+  static DUET_INLINE void mix_batch(const float* p, size_t p_stride, size_t head_dim, KvView values,
+                                    size_t n_keys, float* out, size_t m) {
     Batch acc[H];
     for (size_t h = 0; h < H; ++h) acc[h] = load_n(out + h * head_dim, m);
     for (size_t j = 0; j < n_keys; ++j) {
@@ -235,24 +253,31 @@ struct FloatOps {
   }
 
   template <class Type>
-  static DUET_INLINE void mix(const float* p, size_t p_stride, size_t n_q, size_t head_dim, KvView values,
-                              size_t n_keys, float* out) {
+  static DUET_INLINE void mix(const float* p, size_t p_stride, size_t n_q, size_t head_dim,
+                              KvView values, size_t n_keys, float* out) {
     for (size_t i = 0; i < n_q * head_dim; ++i) out[i] = 0.0f;
     for (size_t j = 0; j < n_keys; j += kMixChunk) {
       const size_t n = n_keys - j < kMixChunk ? n_keys - j : kMixChunk;
       for_batches(head_dim, [&](size_t i, size_t m) {
-        const KvView part{values.base + j * values.stride + i * Type::kBytes, values.stride, values.f16};
+        const KvView part{values.base + j * values.stride + i * Type::kBytes, values.stride,
+                          values.f16};
         size_t h = 0;
-        for (; h + 4 <= n_q; h += 4) mix_batch<Type, 4>(p + h * p_stride + j, p_stride, head_dim, part, n, out + h * head_dim + i, m);
-        for (; h < n_q; ++h) mix_batch<Type, 1>(p + h * p_stride + j, p_stride, head_dim, part, n, out + h * head_dim + i, m);
+        for (; h + 4 <= n_q; h += 4)
+          mix_batch<Type, 4>(p + h * p_stride + j, p_stride, head_dim, part, n,
+                             out + h * head_dim + i, m);
+        for (; h < n_q; ++h)
+          mix_batch<Type, 1>(p + h * p_stride + j, p_stride, head_dim, part, n,
+                             out + h * head_dim + i, m);
       });
     }
   }
 
-  static void attn_mix(const float* p, size_t p_stride, size_t n_q, size_t head_dim, KvView values, size_t n_keys,
-                       float* out) noexcept {
-    if (values.f16) mix<F16>(p, p_stride, n_q, head_dim, values, n_keys, out);
-    else mix<F32>(p, p_stride, n_q, head_dim, values, n_keys, out);
+  static void attn_mix(const float* p, size_t p_stride, size_t n_q, size_t head_dim, KvView values,
+                       size_t n_keys, float* out) noexcept {
+    if (values.f16)
+      mix<F16>(p, p_stride, n_q, head_dim, values, n_keys, out);
+    else
+      mix<F32>(p, p_stride, n_q, head_dim, values, n_keys, out);
   }
 
   static void add_to(KernelTable& table) {

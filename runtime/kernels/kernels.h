@@ -31,15 +31,15 @@ namespace duet {
 
 // y[t * y_stride + r] = sum over c of W[r][c] * x[t][c], for r in [0, n_rows), t in [0, n_tokens).
 struct MatmulArgs {
-  const std::byte* w;   // [n_rows, cols] in the weight format
-  size_t w_stride;      // bytes from row to row
+  const std::byte* w;  // [n_rows, cols] in the weight format
+  size_t w_stride;     // bytes from row to row
   size_t n_rows;
-  size_t cols;          // a multiple of the format's block
-  const std::byte* x;   // [n_tokens, cols] in the format's ActFormat
-  size_t x_stride;      // bytes from token to token
+  size_t cols;         // a multiple of the format's block
+  const std::byte* x;  // [n_tokens, cols] in the format's ActFormat
+  size_t x_stride;     // bytes from token to token
   size_t n_tokens;
   float* y;
-  size_t y_stride;      // floats from token to token
+  size_t y_stride;  // floats from token to token
 };
 using MatmulFn = void (*)(const MatmulArgs&) noexcept;
 
@@ -53,7 +53,7 @@ struct KvView {
 inline constexpr float kActFloor = 0x1p-100f;  // 127 / max stays finite
 
 struct KernelTable {
-  const char* isa;     // "scalar", "avx2", "avx512"
+  const char* isa;  // "scalar", "avx2", "avx512"
   CpuFeatures needs;
 
   MatmulFn matmul[kDTypeSlots];  // by DType (null where there is none); x in format_of(dtype).act
@@ -72,9 +72,10 @@ struct KernelTable {
   // Rotates pairs (x[2i], x[2i+1]) by the angle whose cosine and sine are cs[2i], cs[2i+1];
   // n_rot elements. Interleaved pairs, as GGUF "llama" files are laid out.
   void (*rope)(float* x, const float* cs, size_t n_rot) noexcept;
-  void (*softmax)(float* x, size_t n) noexcept;                          // in place; n >= 1
-  void (*silu_mul)(const float* gate, const float* up, float* y, size_t n) noexcept;  // silu(gate) * up
-  void (*add)(float* y, const float* x, size_t n) noexcept;              // y += x
+  void (*softmax)(float* x, size_t n) noexcept;  // in place; n >= 1
+  void (*silu_mul)(const float* gate, const float* up, float* y,
+                   size_t n) noexcept;                                       // silu(gate) * up
+  void (*add)(float* y, const float* x, size_t n) noexcept;                  // y += x
   void (*add_scaled)(float* y, const float* x, float s, size_t n) noexcept;  // y += s * x
   void (*f32_to_f16)(const float* x, uint16_t* y, size_t n) noexcept;
   void (*f16_to_f32)(const uint16_t* x, float* y, size_t n) noexcept;

@@ -41,7 +41,8 @@ void matmul_tiled(const MatmulArgs& a) noexcept {
     const size_t end = group + kRowGroup < a.n_rows ? group + kRowGroup : a.n_rows;
     size_t t = 0;
     for (; t + Kernel::kTokens <= a.n_tokens; t += Kernel::kTokens) {
-      for (size_t r = group; r < end; ++r) Kernel::template tile<1, Kernel::kTokens>(sub_problem(a, r, t));
+      for (size_t r = group; r < end; ++r)
+        Kernel::template tile<1, Kernel::kTokens>(sub_problem(a, r, t));
     }
     for (; t + 2 <= a.n_tokens; t += 2) {
       for (size_t r = group; r < end; ++r) Kernel::template tile<1, 2>(sub_problem(a, r, t));

@@ -19,11 +19,18 @@ bool float_aligned(const void* p, size_t stride_bytes) {
 }
 
 // y[:, first .. first + rows) = x * w^T for weights already in float.
-void multiply_panel(const MatmulArgs& args, const float* w, size_t w_stride, size_t first, size_t rows) {
-  sgemm({.m = args.n_tokens, .n = rows, .k = args.cols,
-         .a = reinterpret_cast<const float*>(args.x), .lda = args.x_stride / sizeof(float),
-         .b = w, .ldb = w_stride, .b_transposed = true,
-         .c = args.y + first, .ldc = args.y_stride});
+void multiply_panel(const MatmulArgs& args, const float* w, size_t w_stride, size_t first,
+                    size_t rows) {
+  sgemm({.m = args.n_tokens,
+         .n = rows,
+         .k = args.cols,
+         .a = reinterpret_cast<const float*>(args.x),
+         .lda = args.x_stride / sizeof(float),
+         .b = w,
+         .ldb = w_stride,
+         .b_transposed = true,
+         .c = args.y + first,
+         .ldc = args.y_stride});
 }
 
 }  // namespace
@@ -31,22 +38,25 @@ void multiply_panel(const MatmulArgs& args, const float* w, size_t w_stride, siz
 void sgemm(const SgemmArgs& g) {
   const auto dim = [](size_t n) { return static_cast<dnnl_dim_t>(n); };
   const dnnl_status_t status =
-      dnnl_sgemm('N', g.b_transposed ? 'T' : 'N', dim(g.m), dim(g.n), dim(g.k), g.alpha, g.a, dim(g.lda), g.b,
-                 dim(g.ldb), 0.0f, g.c, dim(g.ldc));
+      dnnl_sgemm('N', g.b_transposed ? 'T' : 'N', dim(g.m), dim(g.n), dim(g.k), g.alpha, g.a,
+                 dim(g.lda), g.b, dim(g.ldb), 0.0f, g.c, dim(g.ldc));
   if (status != dnnl_success) {
-    fail(ErrorKind::internal, "oneDNN sgemm of ", g.m, " x ", g.n, " x ", g.k, " failed with status ", int{status});
+    fail(ErrorKind::internal, "oneDNN sgemm of ", g.m, " x ", g.n, " x ", g.k,
+         " failed with status ", int{status});
   }
 }
 
 size_t gemm_panel_floats(size_t max_cols) { return kPanelRows * max_cols; }
 
-bool try_gemm(const KernelTable& kernels, DType dtype, const MatmulArgs& args, int n_threads, std::span<float> panel) {
+bool try_gemm(const KernelTable& kernels, DType dtype, const MatmulArgs& args, int n_threads,
+              std::span<float> panel) {
   if (dtype != DType::F32 && dtype != DType::F16 && dtype != DType::BF16) return false;
   if (kernels.needs == 0) return false;
   if (args.n_tokens < kGemmMinTokens || !float_aligned(args.x, args.x_stride)) return false;
   if (dtype == DType::F32) {
     if (!float_aligned(args.w, args.w_stride)) return false;
-    multiply_panel(args, reinterpret_cast<const float*>(args.w), args.w_stride / sizeof(float), 0, args.n_rows);
+    multiply_panel(args, reinterpret_cast<const float*>(args.w), args.w_stride / sizeof(float), 0,
+                   args.n_rows);
     return true;
   }
   const size_t panel_rows = std::min(kPanelRows, panel.size() / args.cols);

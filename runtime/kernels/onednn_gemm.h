@@ -18,7 +18,7 @@ struct SgemmArgs {
   const float* b;  // [k, n], or [n, k] when transposed
   size_t ldb;
   bool b_transposed;
-  float* c;        // [m, n]
+  float* c;  // [m, n]
   size_t ldc;
   float alpha = 1.0f;
 };
@@ -36,6 +36,7 @@ size_t gemm_panel_floats(size_t max_cols);
 // F16 and BF16 weights are converted panel by panel into `panel` on n_threads threads. Returns
 // false, having done nothing, to decline: quantized weights, too few tokens, the scalar table (the
 // reference stays free of libraries), x or weights not aligned to float, a panel that holds no row.
-bool try_gemm(const KernelTable& kernels, DType dtype, const MatmulArgs& args, int n_threads, std::span<float> panel);
+bool try_gemm(const KernelTable& kernels, DType dtype, const MatmulArgs& args, int n_threads,
+              std::span<float> panel);
 
 }  // namespace duet

@@ -64,7 +64,9 @@ void unpack(const BlockIQ4_NL& b, Unpacked32& out) {
 }
 
 template <class Block>
-constexpr bool kHasMinimum32 = requires(Block b) { b.m; };
+constexpr bool kHasMinimum32 = requires(Block b) {
+  b.m;
+};
 
 template <class Block>
 void matmul32(const MatmulArgs& a) noexcept {
@@ -178,7 +180,9 @@ void unpack(const BlockIQ4_XS& b, Unpacked256& out) {
 }
 
 template <class Block>
-constexpr bool kHasMinimum256 = requires(Block b) { b.dmin; };
+constexpr bool kHasMinimum256 = requires(Block b) {
+  b.dmin;
+};
 
 // sum over 16 groups of scale[g] * dot of the group; below 2^28 in magnitude for every format.
 int32_t scaled_dot(const Unpacked256& w, const int8_t* x) {
@@ -287,7 +291,8 @@ float quantize_block(const float* x, size_t n, int8_t* q) {
   const float max = std::bit_cast<float>(max_bits);
   const bool finite = max_bits < 0x7f800000u;
   const float inverse = finite && max >= kActFloor ? 127.0f / max : 0.0f;
-  for (size_t i = 0; i < n; ++i) q[i] = inverse == 0.0f ? int8_t{0} : static_cast<int8_t>(round_even(x[i] * inverse));
+  for (size_t i = 0; i < n; ++i)
+    q[i] = inverse == 0.0f ? int8_t{0} : static_cast<int8_t>(round_even(x[i] * inverse));
   if (!finite) return std::bit_cast<float>(0x7fc00000u);
   return inverse == 0.0f ? 0.0f : max / 127.0f;
 }
@@ -363,10 +368,12 @@ void f16_to_f32_row(const uint16_t* x, float* y, size_t n) noexcept {
   for (size_t i = 0; i < n; ++i) y[i] = f16_to_f32(x[i]);
 }
 
-float load_kv(const std::byte* p, bool f16, size_t i) { return f16 ? load_f16(p, i) : load_f32(p, i); }
+float load_kv(const std::byte* p, bool f16, size_t i) {
+  return f16 ? load_f16(p, i) : load_f32(p, i);
+}
 
-void attn_scores(const float* q, size_t n_q, size_t head_dim, KvView keys, size_t n_keys, float scale,
-                 float* out, size_t out_stride) noexcept {
+void attn_scores(const float* q, size_t n_q, size_t head_dim, KvView keys, size_t n_keys,
+                 float scale, float* out, size_t out_stride) noexcept {
   for (size_t j = 0; j < n_keys; ++j) {
     const std::byte* key = keys.base + j * keys.stride;
     for (size_t h = 0; h < n_q; ++h) {
@@ -376,14 +383,15 @@ void attn_scores(const float* q, size_t n_q, size_t head_dim, KvView keys, size_
   }
 }
 
-void attn_mix(const float* p, size_t p_stride, size_t n_q, size_t head_dim, KvView values, size_t n_keys,
-              float* out) noexcept {
+void attn_mix(const float* p, size_t p_stride, size_t n_q, size_t head_dim, KvView values,
+              size_t n_keys, float* out) noexcept {
   for (size_t i = 0; i < n_q * head_dim; ++i) out[i] = 0.0f;
   for (size_t j = 0; j < n_keys; ++j) {
     const std::byte* value = values.base + j * values.stride;
     for (size_t h = 0; h < n_q; ++h) {
       const float weight = p[h * p_stride + j];
-      for (size_t i = 0; i < head_dim; ++i) out[h * head_dim + i] += weight * load_kv(value, values.f16, i);
+      for (size_t i = 0; i < head_dim; ++i)
+        out[h * head_dim + i] += weight * load_kv(value, values.f16, i);
     }
   }
 }

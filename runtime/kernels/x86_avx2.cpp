@@ -17,7 +17,8 @@ DUET_INLINE __m256i load_bits(const float* p) { return load256(p); }
 DUET_INLINE uint32_t max_magnitude_bits(const float* x, size_t n) {
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   __m256i max = {};
-  for (size_t i = 0; i < n; i += 8) max = _mm256_max_epu32(max, _mm256_and_si256(load_bits(x + i), magnitude));
+  for (size_t i = 0; i < n; i += 8)
+    max = _mm256_max_epu32(max, _mm256_and_si256(load_bits(x + i), magnitude));
   __m128i m = _mm_max_epu32(_mm256_castsi256_si128(max), _mm256_extracti128_si256(max, 1));
   m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
   m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
@@ -41,8 +42,11 @@ DUET_INLINE BlockScale block_scale(const float* x, size_t n) {
 DUET_INLINE __m256i quantize32(const float* x, float inverse) {
   if (inverse == 0.0f) return __m256i{};
   const __m256 scale = _mm256_set1_ps(inverse);
-  const auto eight = [&](int i) { return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), scale)); };
-  const __m256i low = _mm256_packs_epi32(eight(0), eight(1)), high = _mm256_packs_epi32(eight(2), eight(3));
+  const auto eight = [&](int i) {
+    return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), scale));
+  };
+  const __m256i low = _mm256_packs_epi32(eight(0), eight(1)),
+                high = _mm256_packs_epi32(eight(2), eight(3));
   // The packs work within 128-bit halves: put the groups of four back in order.
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
@@ -50,7 +54,8 @@ DUET_INLINE __m256i quantize32(const float* x, float inverse) {
 
 // Sum of bytes: the lower and the upper 16.
 DUET_INLINE void sum_halves(__m256i q, int* low, int* high) {
-  const __m256i sums = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(1));
+  const __m256i sums =
+      _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(1));
   __m256i s = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0x4e));
   s = _mm256_add_epi32(s, _mm256_shuffle_epi32(s, 0xb1));
   *low = _mm_cvtsi128_si32(_mm256_castsi256_si128(s));

@@ -11,7 +11,9 @@ struct Avx2 {
   using Arch = xsimd::fma3<xsimd::avx2>;
   using Batch = xsimd::batch<float, Arch>;
 
-  static DUET_INLINE __m128i load16x8(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static DUET_INLINE __m128i load16x8(const void* p) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  }
   static DUET_INLINE Batch load_f16(const void* p) { return _mm256_cvtph_ps(load16x8(p)); }
   static DUET_INLINE Batch load_bf16(const void* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16x8(p)), 16));
@@ -22,7 +24,8 @@ struct Avx2 {
   // (a, b) -> (a c - b s, b c + a s)
   static DUET_INLINE Batch rotate_pairs(__m256 x, __m256 cs) {
     const __m256 swapped = _mm256_permute_ps(x, 0xb1);
-    return _mm256_fmaddsub_ps(x, _mm256_moveldup_ps(cs), _mm256_mul_ps(swapped, _mm256_movehdup_ps(cs)));
+    return _mm256_fmaddsub_ps(x, _mm256_moveldup_ps(cs),
+                              _mm256_mul_ps(swapped, _mm256_movehdup_ps(cs)));
   }
   static DUET_INLINE float lane_sum(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

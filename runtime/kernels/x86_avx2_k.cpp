@@ -28,10 +28,13 @@ DUET_INLINE __m256i quants(const BlockQ3_K& b, int i) {
   return _mm256_or_si256(low, shifted_bits(load256(b.hmask), 2 - i, 4));
 }
 
-DUET_INLINE __m256i quants(const BlockQ4_K& b, int i) { return nibbles_of(b.qs + 32 * (i / 2), i % 2 == 1); }
+DUET_INLINE __m256i quants(const BlockQ4_K& b, int i) {
+  return nibbles_of(b.qs + 32 * (i / 2), i % 2 == 1);
+}
 
 DUET_INLINE __m256i quants(const BlockQ5_K& b, int i) {
-  return _mm256_or_si256(nibbles_of(b.qs + 32 * (i / 2), i % 2 == 1), shifted_bits(load256(b.qh), 4 - i, 16));
+  return _mm256_or_si256(nibbles_of(b.qs + 32 * (i / 2), i % 2 == 1),
+                         shifted_bits(load256(b.qh), 4 - i, 16));
 }
 
 DUET_INLINE __m256i quants(const BlockQ6_K& b, int i) {
@@ -59,7 +62,8 @@ DUET_INLINE __m256i even_odd(__m256i scale) {
 }
 
 DUET_INLINE __m256i splat_pair(__m256i scale_even_odd, int i) {
-  return _mm256_shuffle_epi8(scale_even_odd, _mm256_set1_epi16(static_cast<int16_t>(0x0100 + 0x0202 * i)));
+  return _mm256_shuffle_epi8(scale_even_odd,
+                             _mm256_set1_epi16(static_cast<int16_t>(0x0100 + 0x0202 * i)));
 }
 
 template <class Block>
@@ -75,7 +79,8 @@ struct KKernel {
       for (size_t r = 0; r < R; ++r) {
         const BlockAct256* x[T];
 #pragma GCC unroll 8
-        for (size_t t = 0; t < T; ++t) x[t] = reinterpret_cast<const BlockAct256*>(a.x + t * a.x_stride) + b;
+        for (size_t t = 0; t < T; ++t)
+          x[t] = reinterpret_cast<const BlockAct256*>(a.x + t * a.x_stride) + b;
         add_block<T>(reinterpret_cast<const Block*>(a.w + r * a.w_stride)[b], x, acc[r]);
       }
     }
@@ -99,7 +104,8 @@ struct KKernel {
       const __m256i factor = splat_pair(scale, i);
 #pragma GCC unroll 8
       for (size_t t = 0; t < T; ++t) {
-        sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(products(q, load256(x[t]->qs + 32 * i)), factor));
+        sum[t] = _mm256_add_epi32(
+            sum[t], _mm256_madd_epi16(products(q, load256(x[t]->qs + 32 * i)), factor));
       }
     }
     const float d = _cvtsh_ss(block.d);
@@ -116,7 +122,8 @@ struct KKernel {
 
   // Pairs of products as 16-bit lanes.
   static DUET_INLINE __m256i products(__m256i q, __m256i x) {
-    if constexpr (kSignedQuants<Block>) return _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(x, q));
+    if constexpr (kSignedQuants<Block>)
+      return _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(x, q));
     return _mm256_maddubs_epi16(q, x);
   }
 

@@ -6,7 +6,9 @@ namespace duet {
 namespace {
 
 struct DotVnni {
-  static DUET_INLINE __m256i dot(__m256i u, __m256i s) { return _mm256_dpbusd_epi32(__m256i{}, u, s); }
+  static DUET_INLINE __m256i dot(__m256i u, __m256i s) {
+    return _mm256_dpbusd_epi32(__m256i{}, u, s);
+  }
 };
 
 }  // namespace

@@ -11,18 +11,22 @@ struct Avx512 {
   using Arch = xsimd::avx512f;
   using Batch = xsimd::batch<float, Arch>;
 
-  static DUET_INLINE __m256i load16x16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static DUET_INLINE __m256i load16x16(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
   static DUET_INLINE Batch load_f16(const void* p) { return _mm512_cvtph_ps(load16x16(p)); }
   static DUET_INLINE Batch load_bf16(const void* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load16x16(p)), 16));
   }
   static DUET_INLINE void store_f16(void* p, Batch v) {
-    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(__mmask16{0xffff}, v, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(static_cast<__m256i*>(p),
+                        _mm512_maskz_cvtps_ph(__mmask16{0xffff}, v, _MM_FROUND_TO_NEAREST_INT));
   }
   // (a, b) -> (a c - b s, b c + a s)
   static DUET_INLINE Batch rotate_pairs(__m512 x, __m512 cs) {
     const __m512 swapped = _mm512_permute_ps(x, 0xb1);
-    return _mm512_fmaddsub_ps(x, _mm512_moveldup_ps(cs), _mm512_mul_ps(swapped, _mm512_movehdup_ps(cs)));
+    return _mm512_fmaddsub_ps(x, _mm512_moveldup_ps(cs),
+                              _mm512_mul_ps(swapped, _mm512_movehdup_ps(cs)));
   }
   static DUET_INLINE float lane_sum(__m512 v) {
     const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));

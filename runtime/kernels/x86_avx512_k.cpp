@@ -12,11 +12,14 @@ DUET_INLINE __m512i both_halves(const uint8_t* p) { return _mm512_broadcast_i64x
 
 // 16-bit lanes of the lower half shifted right by `low`, of the upper half by `high`.
 DUET_INLINE __m512i shift_halves(__m512i v, int low, int high) {
-  const __m256i l = _mm256_set1_epi16(static_cast<int16_t>(low)), h = _mm256_set1_epi16(static_cast<int16_t>(high));
+  const __m256i l = _mm256_set1_epi16(static_cast<int16_t>(low)),
+                h = _mm256_set1_epi16(static_cast<int16_t>(high));
   return _mm512_srlv_epi16(v, _mm512_inserti64x4(_mm512_castsi256_si512(l), h, 1));
 }
 
-DUET_INLINE __m512i masked(__m512i v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask))); }
+DUET_INLINE __m512i masked(__m512i v, int mask) {
+  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask)));
+}
 
 // Adds `value` where bit 2 i (lower half) or 2 i + 1 (upper half) of the 32 bytes is set.
 DUET_INLINE __m512i add_high_bit(__m512i q, const uint8_t* bits, int i, int value) {
@@ -38,9 +41,13 @@ DUET_INLINE __m512i four_bits(const uint8_t* qs, int i) {
 }
 
 DUET_INLINE __m512i quants(const BlockQ2_K& b, int i) { return two_bits(b.qs, i); }
-DUET_INLINE __m512i quants(const BlockQ3_K& b, int i) { return add_high_bit(two_bits(b.qs, i), b.hmask, i, 4); }
+DUET_INLINE __m512i quants(const BlockQ3_K& b, int i) {
+  return add_high_bit(two_bits(b.qs, i), b.hmask, i, 4);
+}
 DUET_INLINE __m512i quants(const BlockQ4_K& b, int i) { return four_bits(b.qs, i); }
-DUET_INLINE __m512i quants(const BlockQ5_K& b, int i) { return add_high_bit(four_bits(b.qs, i), b.qh, i, 16); }
+DUET_INLINE __m512i quants(const BlockQ5_K& b, int i) {
+  return add_high_bit(four_bits(b.qs, i), b.qh, i, 16);
+}
 
 DUET_INLINE __m512i quants(const BlockQ6_K& b, int i) {
   const __m512i v = _mm512_loadu_si512(b.ql + 64 * (i / 2));
@@ -107,7 +114,8 @@ struct KKernel512 {
       for (size_t r = 0; r < R; ++r) {
         const BlockAct256* x[T];
 #pragma GCC unroll 8
-        for (size_t t = 0; t < T; ++t) x[t] = reinterpret_cast<const BlockAct256*>(a.x + t * a.x_stride) + b;
+        for (size_t t = 0; t < T; ++t)
+          x[t] = reinterpret_cast<const BlockAct256*>(a.x + t * a.x_stride) + b;
         add_block<T>(reinterpret_cast<const Block*>(a.w + r * a.w_stride)[b], x, acc[r]);
       }
     }
@@ -130,7 +138,8 @@ struct KKernel512 {
       const __m512i factor = spread_scale<Block>(s.scale, i);
 #pragma GCC unroll 8
       for (size_t t = 0; t < T; ++t) {
-        const __m512i dot = _mm512_dpbusd_epi32(__m512i{}, q, _mm512_loadu_si512(x[t]->qs + 64 * i));
+        const __m512i dot =
+            _mm512_dpbusd_epi32(__m512i{}, q, _mm512_loadu_si512(x[t]->qs + 64 * i));
         sum[t] = kWideQuants<Block> ? _mm512_add_epi32(sum[t], _mm512_mullo_epi32(dot, factor))
                                     : _mm512_dpwssd_epi32(sum[t], dot, factor);
       }
@@ -151,7 +160,8 @@ struct KKernel512 {
   static DUET_INLINE __m512i offset_sum(const KScales& s, const BlockAct256& x) {
     if constexpr (kOffsetShift<Block> == 0) return __m512i{};
     const __m256i offset = _mm256_slli_epi16(s.scale, kOffsetShift<Block>);
-    return _mm512_zextsi256_si512(_mm256_sub_epi32(__m256i{}, _mm256_madd_epi16(offset, load256(x.bsums))));
+    return _mm512_zextsi256_si512(
+        _mm256_sub_epi32(__m256i{}, _mm256_madd_epi16(offset, load256(x.bsums))));
   }
 };
 

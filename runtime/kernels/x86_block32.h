@@ -12,8 +12,12 @@
 namespace duet {
 namespace {
 
-DUET_INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-DUET_INLINE __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+DUET_INLINE __m128i load128(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+DUET_INLINE __m256i load256(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
 
 // Lanes added as a tree: (i, i+4), then (i, i+2), then (i, i+1).
 DUET_INLINE float lane_sum(__m256 v) {
@@ -32,7 +36,8 @@ DUET_INLINE __m256i nibbles(const uint8_t* qs) {
 DUET_INLINE __m256i fifth_bits(const uint8_t* qh) {
   int32_t bits;
   __builtin_memcpy(&bits, qh, 4);
-  const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i byte_of =
+      _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   const __m256i bit_of = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
   const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte_of);
   const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of), bit_of);
@@ -43,7 +48,9 @@ DUET_INLINE __m256i fifth_bits(const uint8_t* qh) {
 struct UnpackQ4_0 {
   using Block = BlockQ4_0;
   static constexpr bool kSigned = true;
-  static DUET_INLINE __m256i quants(const Block& b) { return _mm256_sub_epi8(nibbles(b.qs), _mm256_set1_epi8(8)); }
+  static DUET_INLINE __m256i quants(const Block& b) {
+    return _mm256_sub_epi8(nibbles(b.qs), _mm256_set1_epi8(8));
+  }
 };
 
 struct UnpackQ4_1 {
@@ -64,7 +71,9 @@ struct UnpackQ5_0 {
 struct UnpackQ5_1 {
   using Block = BlockQ5_1;
   static constexpr bool kSigned = false;
-  static DUET_INLINE __m256i quants(const Block& b) { return _mm256_or_si256(nibbles(b.qs), fifth_bits(b.qh)); }
+  static DUET_INLINE __m256i quants(const Block& b) {
+    return _mm256_or_si256(nibbles(b.qs), fifth_bits(b.qh));
+  }
 };
 
 struct UnpackQ8_0 {
@@ -108,7 +117,8 @@ struct Block32Kernel {
           const __m256 scale = _mm256_mul_ps(d, _mm256_broadcast_ss(&act.d));
           acc[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, acc[r][t]);
           if constexpr (!Unpack::kSigned) {
-            mins[r][t] = _mm_fmadd_ss(_mm_set_ss(_cvtsh_ss(block.m)), _mm_load_ss(&act.sum), mins[r][t]);
+            mins[r][t] =
+                _mm_fmadd_ss(_mm_set_ss(_cvtsh_ss(block.m)), _mm_load_ss(&act.sum), mins[r][t]);
           }
         }
       }
@@ -116,7 +126,8 @@ struct Block32Kernel {
 #pragma GCC unroll 8
     for (size_t r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (size_t t = 0; t < T; ++t) a.y[t * a.y_stride + r] = lane_sum(acc[r][t]) + _mm_cvtss_f32(mins[r][t]);
+      for (size_t t = 0; t < T; ++t)
+        a.y[t * a.y_stride + r] = lane_sum(acc[r][t]) + _mm_cvtss_f32(mins[r][t]);
     }
   }
 };

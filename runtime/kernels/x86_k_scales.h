@@ -13,7 +13,9 @@ struct KScales {
 };
 
 template <class Block>
-constexpr bool kHasMinimum = requires(Block b) { b.dmin; };
+constexpr bool kHasMinimum = requires(Block b) {
+  b.dmin;
+};
 
 // Unsigned quants carry this much above their value, so that they fit vpdpbusd and vpmaddubsw.
 template <class Block>
@@ -35,7 +37,8 @@ DUET_INLINE KScales load_scales(const BlockQ3_K& b) {
   const auto six_bits = [&](uint32_t low, int high_at) {
     return static_cast<int>((low & 0x0f0f0f0fu) | (((s[2] >> high_at) & 0x03030303u) << 4));
   };
-  const __m128i v = _mm_setr_epi32(six_bits(s[0], 0), six_bits(s[1], 2), six_bits(s[0] >> 4, 4), six_bits(s[1] >> 4, 6));
+  const __m128i v = _mm_setr_epi32(six_bits(s[0], 0), six_bits(s[1], 2), six_bits(s[0] >> 4, 4),
+                                   six_bits(s[1] >> 4, 6));
   return {_mm256_cvtepi8_epi16(_mm_sub_epi8(v, _mm_set1_epi8(32))), __m256i{}};
 }
 
@@ -56,16 +59,19 @@ DUET_INLINE KScales load_scales_6bit(const uint8_t* packed) {
 DUET_INLINE KScales load_scales(const BlockQ4_K& b) { return load_scales_6bit(b.scales); }
 DUET_INLINE KScales load_scales(const BlockQ5_K& b) { return load_scales_6bit(b.scales); }
 
-DUET_INLINE KScales load_scales(const BlockQ6_K& b) { return {_mm256_cvtepi8_epi16(load128(b.scales)), __m256i{}}; }
+DUET_INLINE KScales load_scales(const BlockQ6_K& b) {
+  return {_mm256_cvtepi8_epi16(load128(b.scales)), __m256i{}};
+}
 
 DUET_INLINE KScales load_scales(const BlockIQ4_XS& b) {
   int32_t packed;
   __builtin_memcpy(&packed, b.scales_l, 4);
   const __m128i bytes = _mm_cvtsi32_si128(packed), low4 = _mm_set1_epi8(15);
-  const __m128i low = _mm_cvtepu8_epi16(_mm_unpacklo_epi8(_mm_and_si128(bytes, low4),
-                                                          _mm_and_si128(_mm_srli_epi16(bytes, 4), low4)));
+  const __m128i low = _mm_cvtepu8_epi16(
+      _mm_unpacklo_epi8(_mm_and_si128(bytes, low4), _mm_and_si128(_mm_srli_epi16(bytes, 4), low4)));
   // Lane j: bits 2j, 2j+1 of scales_h moved to the top by a multiplication, then down to bits 4, 5.
-  const __m128i to_top = _mm_setr_epi16(1 << 14, 1 << 12, 1 << 10, 1 << 8, 1 << 6, 1 << 4, 1 << 2, 1);
+  const __m128i to_top =
+      _mm_setr_epi16(1 << 14, 1 << 12, 1 << 10, 1 << 8, 1 << 6, 1 << 4, 1 << 2, 1);
   const __m128i top = _mm_mullo_epi16(_mm_set1_epi16(static_cast<int16_t>(b.scales_h)), to_top);
   const __m128i high = _mm_slli_epi16(_mm_srli_epi16(top, 14), 4);
   const __m128i v = _mm_sub_epi16(_mm_or_si128(low, high), _mm_set1_epi16(32));

@@ -24,7 +24,8 @@ std::vector<std::vector<float>> activation_rows(size_t n, Rng& rng) {
   std::vector<float>& ties = rows.emplace_back(n);
   for (size_t i = 0; i < n; ++i) ties[i] = static_cast<float>(rng.below(254)) - 126.5f;
   for (size_t i = 0; i < n; i += 32) ties[i] = 127.0f;
-  for (float bad : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::quiet_NaN(), kInf, -kInf}) {
+  for (float bad : {std::numeric_limits<float>::quiet_NaN(),
+                    -std::numeric_limits<float>::quiet_NaN(), kInf, -kInf}) {
     rows.push_back(rows.front());
     rows.back()[rng.below(n)] = bad;
   }
@@ -50,7 +51,9 @@ void check_act_bits(const KernelTable& table) {
   }
 }
 TEST_CASE("activation blocks equal scalar to the bit: avx2") { with_isa("avx2", check_act_bits); }
-TEST_CASE("activation blocks equal scalar to the bit: avx512") { with_isa("avx512", check_act_bits); }
+TEST_CASE("activation blocks equal scalar to the bit: avx512") {
+  with_isa("avx512", check_act_bits);
+}
 
 // The rules of kernels.h, by the scalar table.
 TEST_CASE("activation blocks follow their definition") {
@@ -124,9 +127,13 @@ void check_decode(const KernelTable& table) {
     }
   }
 }
-TEST_CASE("decoded rows equal the format's to the bit: scalar") { with_isa("scalar", check_decode); }
+TEST_CASE("decoded rows equal the format's to the bit: scalar") {
+  with_isa("scalar", check_decode);
+}
 TEST_CASE("decoded rows equal the format's to the bit: avx2") { with_isa("avx2", check_decode); }
-TEST_CASE("decoded rows equal the format's to the bit: avx512") { with_isa("avx512", check_decode); }
+TEST_CASE("decoded rows equal the format's to the bit: avx512") {
+  with_isa("avx512", check_decode);
+}
 
 }  // namespace
 }  // namespace duet::test

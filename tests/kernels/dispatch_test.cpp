@@ -41,20 +41,22 @@ TEST_CASE("usable tables are those whose needs the processor meets") {
 TEST_CASE("an unknown instruction set is refused with the usable ones") {
   const std::string message = refusal("sse9");
   CHECK(message.find("'sse9'") != std::string::npos);
-  for (const KernelTable* table : usable_kernels()) CHECK(message.find(table->isa) != std::string::npos);
+  for (const KernelTable* table : usable_kernels())
+    CHECK(message.find(table->isa) != std::string::npos);
 }
 
 TEST_CASE("a compiled but unusable instruction set is refused by name") {
   for (const std::string& isa : compiled_isas()) {
     const auto usable = usable_kernels();
-    const bool can = std::any_of(usable.begin(), usable.end(), [&](const KernelTable* t) { return isa == t->isa; });
+    const bool can = std::any_of(usable.begin(), usable.end(),
+                                 [&](const KernelTable* t) { return isa == t->isa; });
     CHECK(refusal(isa).empty() == can);
   }
 }
 
 bool complete(const KernelTable& t) {
-  return t.quantize_act32 && t.quantize_act256 && t.rms_norm && t.rope && t.softmax && t.silu_mul && t.add &&
-         t.add_scaled && t.f32_to_f16 && t.f16_to_f32 && t.attn_scores && t.attn_mix;
+  return t.quantize_act32 && t.quantize_act256 && t.rms_norm && t.rope && t.softmax && t.silu_mul &&
+         t.add && t.add_scaled && t.f32_to_f16 && t.f16_to_f32 && t.attn_scores && t.attn_mix;
 }
 
 TEST_CASE("every table is complete, for every format") {

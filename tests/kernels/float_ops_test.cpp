@@ -12,7 +12,8 @@
 namespace duet::test {
 namespace {
 
-constexpr size_t kLengths[] = {1, 2, 3, 4, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 100, 127, 128, 255, 4096};
+constexpr size_t kLengths[] = {1,  2,  3,  4,  6,  7,   8,   9,   15,  16,
+                               17, 31, 32, 33, 64, 100, 127, 128, 255, 4096};
 constexpr double kEps = double{std::numeric_limits<float>::epsilon()};
 
 // n floats that end at an inaccessible page.
@@ -48,7 +49,8 @@ TEST_CASE("rms_norm: avx512") { with_isa("avx512", check_rms_norm); }
 
 void check_rope(const KernelTable& table) {
   Rng rng(2);
-  for (size_t n : {size_t{2}, size_t{4}, size_t{6}, size_t{14}, size_t{16}, size_t{32}, size_t{50}, size_t{128}}) {
+  for (size_t n : {size_t{2}, size_t{4}, size_t{6}, size_t{14}, size_t{16}, size_t{32}, size_t{50},
+                   size_t{128}}) {
     const Floats x(n, rng, 2.0f), cs(n);
     for (size_t i = 0; i < n; i += 2) {
       const float angle = 4.0f * rng.symmetric();
@@ -58,7 +60,8 @@ void check_rope(const KernelTable& table) {
     const std::vector<float> in = x.copy();
     table.rope(x.data(), cs.data(), n);
     for (size_t i = 0; i < n; i += 2) {
-      const double a = double{in[i]}, b = double{in[i + 1]}, c = double{cs[i]}, s = double{cs[i + 1]};
+      const double a = double{in[i]}, b = double{in[i + 1]}, c = double{cs[i]},
+                   s = double{cs[i + 1]};
       const double bound = 2.0 * kEps * (std::abs(a) + std::abs(b));
       INFO("n ", n, " pair ", i);
       CHECK(std::abs(double{x[i]} - (a * c - b * s)) <= bound);
@@ -102,16 +105,20 @@ void check_softmax_masked(const KernelTable& table) {
     std::vector<float> kept;
     const size_t keep = rng.below(n);
     for (size_t i = 0; i < n; ++i) {
-      if (i != keep && rng.below(2) == 0) x.data()[i] = -std::numeric_limits<float>::infinity();
-      else kept.push_back(x[i]);
+      if (i != keep && rng.below(2) == 0)
+        x.data()[i] = -std::numeric_limits<float>::infinity();
+      else
+        kept.push_back(x[i]);
     }
     const std::vector<float> in = x.copy();
     table.softmax(x.data(), n);
     select_kernels("scalar").softmax(kept.data(), kept.size());
     for (size_t i = 0, k = 0; i < n; ++i) {
       INFO("n ", n, " i ", i);
-      if (std::isinf(in[i])) CHECK(x[i] == 0.0f);
-      else CHECK(std::abs(x[i] - kept[k++]) <= 1e-6f);
+      if (std::isinf(in[i]))
+        CHECK(x[i] == 0.0f);
+      else
+        CHECK(std::abs(x[i] - kept[k++]) <= 1e-6f);
     }
   }
 }
@@ -128,7 +135,8 @@ void check_silu_mul(const KernelTable& table) {
       for (size_t i = 0; i < n; ++i) {
         const double g = double{gate[i]}, exact = g / (1.0 + std::exp(-g)) * double{up[i]};
         INFO("magnitude ", magnitude, " n ", n, " gate ", gate[i]);
-        CHECK(std::abs(double{y[i]} - exact) <= (8.0 + std::abs(g)) * kEps * std::abs(exact) + 1e-35);
+        CHECK(std::abs(double{y[i]} - exact) <=
+              (8.0 + std::abs(g)) * kEps * std::abs(exact) + 1e-35);
       }
     }
   }
@@ -172,7 +180,8 @@ void check_f16(const KernelTable& table) {
   CHECK(wrong == 0);
   Rng rng(7);
   for (size_t i = 0; i < n; ++i) {
-    const uint32_t low = rng.below(4) == 0 ? 0x1000u : static_cast<uint32_t>(rng.next()) & 0x1fffu;  // ties too
+    const uint32_t low =
+        rng.below(4) == 0 ? 0x1000u : static_cast<uint32_t>(rng.next()) & 0x1fffu;  // ties too
     const uint32_t bits = (static_cast<uint32_t>(rng.next()) & 0x8fffe000u) | 0x30000000u | low;
     std::memcpy(&wide[i], &bits, 4);
   }
@@ -198,13 +207,18 @@ struct Cache {
   GuardedBuffer bytes;
 
   Cache(size_t n, size_t dim, bool half, Rng& rng)
-      : head_dim(dim), stride((half ? 2 : 4) * (dim + 6)), f16(half), bytes(n * stride - (half ? 2 : 4) * 6) {
+      : head_dim(dim),
+        stride((half ? 2 : 4) * (dim + 6)),
+        f16(half),
+        bytes(n * stride - (half ? 2 : 4) * 6) {
     for (size_t j = 0; j < n; ++j) {
       for (size_t i = 0; i < dim; ++i) {
         const float v = rng.symmetric();
         const uint16_t h = f32_to_f16(v);
-        if (half) std::memcpy(bytes.data() + j * stride + 2 * i, &h, 2);
-        else std::memcpy(bytes.data() + j * stride + 4 * i, &v, 4);
+        if (half)
+          std::memcpy(bytes.data() + j * stride + 2 * i, &h, 2);
+        else
+          std::memcpy(bytes.data() + j * stride + 4 * i, &v, 4);
       }
     }
   }
@@ -221,8 +235,9 @@ struct Cache {
 struct AttentionCase {
   size_t n_q, head_dim, n_keys;
 };
-constexpr AttentionCase kAttention[] = {{1, 32, 1},  {4, 128, 37}, {4, 32, 33}, {2, 64, 100}, {7, 80, 65},
-                                        {5, 20, 31}, {8, 128, 64}, {1, 7, 5},   {3, 96, 129}};
+constexpr AttentionCase kAttention[] = {{1, 32, 1},   {4, 128, 37}, {4, 32, 33},
+                                        {2, 64, 100}, {7, 80, 65},  {5, 20, 31},
+                                        {8, 128, 64}, {1, 7, 5},    {3, 96, 129}};
 
 void check_scores(const KernelTable& table) {
   Rng rng(8);
@@ -230,7 +245,8 @@ void check_scores(const KernelTable& table) {
     for (bool f16 : {false, true}) {
       const Cache keys(c.n_keys, c.head_dim, f16, rng);
       const Floats q(c.n_q * c.head_dim, rng, 1.0f), out(c.n_q * c.n_keys + 3 * (c.n_q - 1));
-      table.attn_scores(q.data(), c.n_q, c.head_dim, keys.view(), c.n_keys, 0.125f, out.data(), c.n_keys + 3);
+      table.attn_scores(q.data(), c.n_q, c.head_dim, keys.view(), c.n_keys, 0.125f, out.data(),
+                        c.n_keys + 3);
       for (size_t h = 0; h < c.n_q; ++h) {
         for (size_t j = 0; j < c.n_keys; ++j) {
           double exact = 0.0, abs_sum = 0.0;
@@ -238,8 +254,10 @@ void check_scores(const KernelTable& table) {
             exact += double{q[h * c.head_dim + i]} * keys.at(j, i);
             abs_sum += std::abs(double{q[h * c.head_dim + i]} * keys.at(j, i));
           }
-          INFO("n_q ", c.n_q, " head_dim ", c.head_dim, " n_keys ", c.n_keys, " f16 ", f16, " h ", h, " j ", j);
-          CHECK(std::abs(double{out[h * (c.n_keys + 3) + j]} - 0.125 * exact) <= sum_bound(0.125 * abs_sum));
+          INFO("n_q ", c.n_q, " head_dim ", c.head_dim, " n_keys ", c.n_keys, " f16 ", f16, " h ",
+               h, " j ", j);
+          CHECK(std::abs(double{out[h * (c.n_keys + 3) + j]} - 0.125 * exact) <=
+                sum_bound(0.125 * abs_sum));
         }
       }
     }
@@ -264,7 +282,8 @@ void check_mix(const KernelTable& table) {
             exact += double{p[h * p_stride + j]} * values.at(j, i);
             abs_sum += std::abs(double{p[h * p_stride + j]} * values.at(j, i));
           }
-          INFO("n_q ", c.n_q, " head_dim ", c.head_dim, " n_keys ", c.n_keys, " f16 ", f16, " h ", h, " i ", i);
+          INFO("n_q ", c.n_q, " head_dim ", c.head_dim, " n_keys ", c.n_keys, " f16 ", f16, " h ",
+               h, " i ", i);
           CHECK(std::abs(double{out[h * c.head_dim + i]} - exact) <= sum_bound(abs_sum));
         }
       }
@@ -291,9 +310,15 @@ void check_attention_invariance(const KernelTable& table) {
     CHECK(std::memcmp(out.data(), mixed.data() + h * dim, dim * sizeof(float)) == 0);
   }
 }
-TEST_CASE("attention bits do not depend on the batch: scalar") { with_isa("scalar", check_attention_invariance); }
-TEST_CASE("attention bits do not depend on the batch: avx2") { with_isa("avx2", check_attention_invariance); }
-TEST_CASE("attention bits do not depend on the batch: avx512") { with_isa("avx512", check_attention_invariance); }
+TEST_CASE("attention bits do not depend on the batch: scalar") {
+  with_isa("scalar", check_attention_invariance);
+}
+TEST_CASE("attention bits do not depend on the batch: avx2") {
+  with_isa("avx2", check_attention_invariance);
+}
+TEST_CASE("attention bits do not depend on the batch: avx512") {
+  with_isa("avx512", check_attention_invariance);
+}
 
 }  // namespace
 }  // namespace duet::test

@@ -21,11 +21,18 @@ struct Problem {
 
   Problem(const Format& f, size_t rows, size_t n_cols, size_t tokens,
           GuardedBuffer::Side side = GuardedBuffer::Side::after)
-      : format(f), n_rows(rows), cols(n_cols), n_tokens(tokens), w_stride(row_bytes(f, n_cols)),
-        x_stride(act_row_bytes(f.act, n_cols)), w(rows * w_stride, side), x(tokens * x_stride, side) {}
+      : format(f),
+        n_rows(rows),
+        cols(n_cols),
+        n_tokens(tokens),
+        w_stride(row_bytes(f, n_cols)),
+        x_stride(act_row_bytes(f.act, n_cols)),
+        w(rows * w_stride, side),
+        x(tokens * x_stride, side) {}
 
   void randomize(Rng& rng) {
-    for (size_t r = 0; r < n_rows; ++r) fill_random_weights(format, w.data() + r * w_stride, cols, rng);
+    for (size_t r = 0; r < n_rows; ++r)
+      fill_random_weights(format, w.data() + r * w_stride, cols, rng);
     std::vector<float> values(cols);
     for (size_t t = 0; t < n_tokens; ++t) {
       for (float& v : values) v = rng.symmetric();
@@ -42,15 +49,23 @@ struct Problem {
   }
 
   // y[n_tokens, n_rows] of the rows and tokens asked for.
-  std::vector<float> run(const KernelTable& table, size_t r0, size_t rows, size_t t0, size_t tokens) const {
+  std::vector<float> run(const KernelTable& table, size_t r0, size_t rows, size_t t0,
+                         size_t tokens) const {
     GuardedBuffer y(rows * tokens * sizeof(float));
-    table.matmul[static_cast<size_t>(format.dtype)](
-        {.w = w.data() + r0 * w_stride, .w_stride = w_stride, .n_rows = rows, .cols = cols,
-         .x = x.data() + t0 * x_stride, .x_stride = x_stride, .n_tokens = tokens,
-         .y = y.as<float>(), .y_stride = rows});
+    table.matmul[static_cast<size_t>(format.dtype)]({.w = w.data() + r0 * w_stride,
+                                                     .w_stride = w_stride,
+                                                     .n_rows = rows,
+                                                     .cols = cols,
+                                                     .x = x.data() + t0 * x_stride,
+                                                     .x_stride = x_stride,
+                                                     .n_tokens = tokens,
+                                                     .y = y.as<float>(),
+                                                     .y_stride = rows});
     return {y.as<float>(), y.as<float>() + rows * tokens};
   }
-  std::vector<float> run(const KernelTable& table) const { return run(table, 0, n_rows, 0, n_tokens); }
+  std::vector<float> run(const KernelTable& table) const {
+    return run(table, 0, n_rows, 0, n_tokens);
+  }
 
   // Activations as the kernels see them: after their rounding to 8 bits.
   std::vector<double> token(size_t t) const {
@@ -73,7 +88,9 @@ struct Problem {
 
 // Largest |d * q| + |m| of a weight in the row over the largest |weight|: how far a difference of
 // the two cancels; the bound is on the terms, not on the difference. 8 is generous for one scale.
-double cancellation(const Format& format) { return scale_fields(format.dtype).dmin >= 0 ? 8.0 : 1.0; }
+double cancellation(const Format& format) {
+  return scale_fields(format.dtype).dmin >= 0 ? 8.0 : 1.0;
+}
 
 void check_close(const Problem& p, const std::vector<float>& y) {
   std::vector<float> w(p.cols);
@@ -87,7 +104,8 @@ void check_close(const Problem& p, const std::vector<float>& y) {
         abs_sum += std::abs(double{w[i]} * x[i]);
       }
       const double error = std::abs(double{y[t * p.n_rows + r]} - exact);
-      INFO(p.format.name, " rows ", p.n_rows, " cols ", p.cols, " tokens ", p.n_tokens, " at ", r, ",", t);
+      INFO(p.format.name, " rows ", p.n_rows, " cols ", p.cols, " tokens ", p.n_tokens, " at ", r,
+           ",", t);
       CHECK(error <= sum_bound(cancellation(p.format) * abs_sum));
     }
   }
@@ -138,8 +156,10 @@ void check_exact(const KernelTable& table) {
     for (size_t r = 0; r < p.n_rows; ++r) {
       std::byte* row = p.w.data() + r * p.w_stride;
       for (float& v : values) v = static_cast<float>(static_cast<int>(rng.below(255)) - 127);
-      if (format.block_elems == 1) format.encode_row(values.data(), row, cols, nullptr);
-      else fill_weights_with_scale(format, row, cols, f32_to_f16(1.0f), f32_to_f16(0.5f), rng);
+      if (format.block_elems == 1)
+        format.encode_row(values.data(), row, cols, nullptr);
+      else
+        fill_weights_with_scale(format, row, cols, f32_to_f16(1.0f), f32_to_f16(0.5f), rng);
     }
     for (size_t t = 0; t < p.n_tokens; ++t) {
       for (float& v : values) v = static_cast<float>(static_cast<int>(rng.below(3)) - 1);
@@ -160,7 +180,9 @@ TEST_CASE("matmul of exact inputs is bit-equal: avx512") { with_isa("avx512", ch
 void check_batch_invariance(const KernelTable& table) {
   Rng rng(4);
   for (const Format& format : all_formats()) {
-    const size_t cols = format.block_elems == 1 ? 515 : format.block_elems == 32 ? 15 * 32 : 5 * 256;
+    const size_t cols = format.block_elems == 1    ? 515
+                        : format.block_elems == 32 ? 15 * 32
+                                                   : 5 * 256;
     Problem p(format, 37, cols, 33);
     p.randomize(rng);
     const std::vector<float> all = p.run(table);
@@ -169,7 +191,8 @@ void check_batch_invariance(const KernelTable& table) {
       bool same = true;
       for (size_t t = 0; t < tokens; ++t)
         for (size_t r = 0; r < rows; ++r)
-          same = same && std::memcmp(&part[t * rows + r], &all[(t0 + t) * p.n_rows + r0 + r], sizeof(float)) == 0;
+          same = same && std::memcmp(&part[t * rows + r], &all[(t0 + t) * p.n_rows + r0 + r],
+                                     sizeof(float)) == 0;
       INFO(format.name, " rows ", r0, "+", rows, " tokens ", t0, "+", tokens);
       CHECK(same);
     };
@@ -183,9 +206,15 @@ void check_batch_invariance(const KernelTable& table) {
     check_part(1, 32, 0, p.n_tokens);
   }
 }
-TEST_CASE("matmul bits do not depend on the batch: scalar") { with_isa("scalar", check_batch_invariance); }
-TEST_CASE("matmul bits do not depend on the batch: avx2") { with_isa("avx2", check_batch_invariance); }
-TEST_CASE("matmul bits do not depend on the batch: avx512") { with_isa("avx512", check_batch_invariance); }
+TEST_CASE("matmul bits do not depend on the batch: scalar") {
+  with_isa("scalar", check_batch_invariance);
+}
+TEST_CASE("matmul bits do not depend on the batch: avx2") {
+  with_isa("avx2", check_batch_invariance);
+}
+TEST_CASE("matmul bits do not depend on the batch: avx512") {
+  with_isa("avx512", check_batch_invariance);
+}
 
 // No byte before the first row or after the last is touched; weights at odd multiples of 2 bytes.
 void check_page_ends(const KernelTable& table) {
@@ -219,17 +248,29 @@ void check_misaligned(const KernelTable& table) {
       std::vector<std::byte> w(p.w.size() + offset);
       std::memcpy(w.data() + offset, p.w.data(), p.w.size());
       std::vector<float> y(12);
-      table.matmul[static_cast<size_t>(format.dtype)](
-          {.w = w.data() + offset, .w_stride = p.w_stride, .n_rows = 4, .cols = cols, .x = p.x.data(),
-           .x_stride = p.x_stride, .n_tokens = 3, .y = y.data(), .y_stride = 4});
+      table.matmul[static_cast<size_t>(format.dtype)]({.w = w.data() + offset,
+                                                       .w_stride = p.w_stride,
+                                                       .n_rows = 4,
+                                                       .cols = cols,
+                                                       .x = p.x.data(),
+                                                       .x_stride = p.x_stride,
+                                                       .n_tokens = 3,
+                                                       .y = y.data(),
+                                                       .y_stride = 4});
       INFO(format.name, " offset ", offset);
       CHECK(y == expected);
     }
   }
 }
-TEST_CASE("matmul reads weights at any 2-byte alignment: scalar") { with_isa("scalar", check_misaligned); }
-TEST_CASE("matmul reads weights at any 2-byte alignment: avx2") { with_isa("avx2", check_misaligned); }
-TEST_CASE("matmul reads weights at any 2-byte alignment: avx512") { with_isa("avx512", check_misaligned); }
+TEST_CASE("matmul reads weights at any 2-byte alignment: scalar") {
+  with_isa("scalar", check_misaligned);
+}
+TEST_CASE("matmul reads weights at any 2-byte alignment: avx2") {
+  with_isa("avx2", check_misaligned);
+}
+TEST_CASE("matmul reads weights at any 2-byte alignment: avx512") {
+  with_isa("avx512", check_misaligned);
+}
 
 // Row and token strides larger than the rows; y between the rows of the result stays as it was.
 void check_strides(const KernelTable& table) {
@@ -240,12 +281,19 @@ void check_strides(const KernelTable& table) {
     p.randomize(rng);
     const std::vector<float> all = p.run(table);
     std::vector<float> y(3 * 10, -7.0f);
-    table.matmul[static_cast<size_t>(format.dtype)](
-        {.w = p.w.data(), .w_stride = 2 * p.w_stride, .n_rows = 4, .cols = cols, .x = p.x.data(),
-         .x_stride = 2 * p.x_stride, .n_tokens = 3, .y = y.data(), .y_stride = 10});
+    table.matmul[static_cast<size_t>(format.dtype)]({.w = p.w.data(),
+                                                     .w_stride = 2 * p.w_stride,
+                                                     .n_rows = 4,
+                                                     .cols = cols,
+                                                     .x = p.x.data(),
+                                                     .x_stride = 2 * p.x_stride,
+                                                     .n_tokens = 3,
+                                                     .y = y.data(),
+                                                     .y_stride = 10});
     INFO(format.name);
     for (size_t t = 0; t < 3; ++t) {
-      for (size_t r = 0; r < 10; ++r) CHECK(y[t * 10 + r] == (r < 4 ? all[2 * t * 8 + 2 * r] : -7.0f));
+      for (size_t r = 0; r < 10; ++r)
+        CHECK(y[t * 10 + r] == (r < 4 ? all[2 * t * 8 + 2 * r] : -7.0f));
     }
   }
 }
@@ -296,9 +344,15 @@ void check_nan_activation(const KernelTable& table) {
     }
   }
 }
-TEST_CASE("a NaN activation shows in its token only: scalar") { with_isa("scalar", check_nan_activation); }
-TEST_CASE("a NaN activation shows in its token only: avx2") { with_isa("avx2", check_nan_activation); }
-TEST_CASE("a NaN activation shows in its token only: avx512") { with_isa("avx512", check_nan_activation); }
+TEST_CASE("a NaN activation shows in its token only: scalar") {
+  with_isa("scalar", check_nan_activation);
+}
+TEST_CASE("a NaN activation shows in its token only: avx2") {
+  with_isa("avx2", check_nan_activation);
+}
+TEST_CASE("a NaN activation shows in its token only: avx512") {
+  with_isa("avx512", check_nan_activation);
+}
 
 }  // namespace
 }  // namespace duet::test

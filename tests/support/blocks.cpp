@@ -26,21 +26,36 @@ void store_half(std::byte* block, int offset, uint16_t half) {
 ScaleFields scale_fields(DType dtype) {
   const auto at = [](size_t d) { return static_cast<int>(d); };
   switch (dtype) {
-    case DType::Q4_1: return {at(offsetof(BlockQ4_1, d)), at(offsetof(BlockQ4_1, m))};
-    case DType::Q5_1: return {at(offsetof(BlockQ5_1, d)), at(offsetof(BlockQ5_1, m))};
-    case DType::Q2_K: return {at(offsetof(BlockQ2_K, d)), at(offsetof(BlockQ2_K, dmin))};
-    case DType::Q4_K: return {at(offsetof(BlockQ4_K, d)), at(offsetof(BlockQ4_K, dmin))};
-    case DType::Q5_K: return {at(offsetof(BlockQ5_K, d)), at(offsetof(BlockQ5_K, dmin))};
-    case DType::Q3_K: return {at(offsetof(BlockQ3_K, d)), -1};
-    case DType::Q6_K: return {at(offsetof(BlockQ6_K, d)), -1};
-    case DType::Q4_0: case DType::Q5_0: case DType::Q8_0:
-    case DType::IQ4_NL: case DType::IQ4_XS: return {0, -1};
-    case DType::F32: case DType::F16: case DType::BF16: break;
+    case DType::Q4_1:
+      return {at(offsetof(BlockQ4_1, d)), at(offsetof(BlockQ4_1, m))};
+    case DType::Q5_1:
+      return {at(offsetof(BlockQ5_1, d)), at(offsetof(BlockQ5_1, m))};
+    case DType::Q2_K:
+      return {at(offsetof(BlockQ2_K, d)), at(offsetof(BlockQ2_K, dmin))};
+    case DType::Q4_K:
+      return {at(offsetof(BlockQ4_K, d)), at(offsetof(BlockQ4_K, dmin))};
+    case DType::Q5_K:
+      return {at(offsetof(BlockQ5_K, d)), at(offsetof(BlockQ5_K, dmin))};
+    case DType::Q3_K:
+      return {at(offsetof(BlockQ3_K, d)), -1};
+    case DType::Q6_K:
+      return {at(offsetof(BlockQ6_K, d)), -1};
+    case DType::Q4_0:
+    case DType::Q5_0:
+    case DType::Q8_0:
+    case DType::IQ4_NL:
+    case DType::IQ4_XS:
+      return {0, -1};
+    case DType::F32:
+    case DType::F16:
+    case DType::BF16:
+      break;
   }
   return {};
 }
 
-void fill_weights_with_scale(const Format& format, void* dst, size_t n, uint16_t d, uint16_t dmin, Rng& rng) {
+void fill_weights_with_scale(const Format& format, void* dst, size_t n, uint16_t d, uint16_t dmin,
+                             Rng& rng) {
   const ScaleFields fields = scale_fields(format.dtype);
   auto* block = static_cast<std::byte*>(dst);
   rng.fill({block, row_bytes(format, n)});
@@ -54,9 +69,11 @@ void fill_random_weights(const Format& format, void* dst, size_t n, Rng& rng) {
   if (format.act == ActFormat::f32) return fill_random_floats(format, dst, n, rng);
   auto* block = static_cast<std::byte*>(dst);
   for (size_t i = 0; i < n / format.block_elems; ++i, block += format.block_bytes) {
-    const uint16_t sign = static_cast<uint16_t>((rng.next() & 1u) << 15);  // negative scales occur in files
+    const uint16_t sign =
+        static_cast<uint16_t>((rng.next() & 1u) << 15);  // negative scales occur in files
     fill_weights_with_scale(format, block, format.block_elems,
-                            static_cast<uint16_t>(random_scale(rng) | sign), random_scale(rng), rng);
+                            static_cast<uint16_t>(random_scale(rng) | sign), random_scale(rng),
+                            rng);
   }
 }
 

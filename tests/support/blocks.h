@@ -10,7 +10,8 @@ namespace duet::test {
 void fill_random_weights(const Format& format, void* dst, size_t n, Rng& rng);
 
 // As above with every block scale `d` and minimum `dmin`/`m` set to the halves given.
-void fill_weights_with_scale(const Format& format, void* dst, size_t n, uint16_t d, uint16_t dmin, Rng& rng);
+void fill_weights_with_scale(const Format& format, void* dst, size_t n, uint16_t d, uint16_t dmin,
+                             Rng& rng);
 
 // Byte offsets of the half-precision fields in a block of a quantized format; -1 where absent.
 struct ScaleFields {

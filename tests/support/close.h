@@ -39,7 +39,8 @@ class Rng {
   uint64_t state_;
 };
 
-// Bytes between two inaccessible pages: reading or writing one byte past the guarded end is a crash.
+// Bytes between two inaccessible pages: reading or writing one byte past the guarded end is a
+// crash.
 class GuardedBuffer {
  public:
   enum class Side { after, before };  // which end touches an inaccessible page
