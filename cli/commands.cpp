@@ -3,10 +3,17 @@
 namespace duet::cli {
 
 void add_commands(CLI::App& app) {
+  add_run(app);
+  add_inspect(app);
   add_doctor(app);
   add_convert(app);
   add_quantize(app);
   add_make_synthetic(app);
+  add_perplexity(app);
+  add_logits(app);
+  add_tokenize(app);
+  add_detokenize(app);
+  add_template(app);
 }
 
 }  // namespace duet::cli

@@ -242,7 +242,7 @@ void add_run(CLI::App& app) {
   command.add_option("-p,--prompt", options->prompt, "The prompt");
   command.add_option("-f,--file", options->file, "File of text that follows -p; - is standard input. Piped text follows both");
   command.add_option("-n,--n-predict", options->n_predict, "Most tokens to generate; -1: until the end of the answer or of the context")
-      ->check(CLI::Range(int64_t{-1}, int64_t{1} << 32))->capture_default_str();
+      ->check(CLI::Range(int64_t{-1}, int64_t{1} << 32).description(""))->type_name("N")->capture_default_str();
   add_sampling_options(command, *options);
   command.add_flag("--raw", options->raw, "Continue the prompt as it stands: no chat template");
   command.add_option("--template", options->template_name, "Chat template by name [default: the model's own, none for a base model]");

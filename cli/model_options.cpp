@@ -1,7 +1,6 @@
 #include "cli/model_options.h"
 
 #include <CLI/CLI.hpp>
-#include <map>
 
 #include "base/error.h"
 #include "cli/console.h"
@@ -12,14 +11,13 @@ namespace duet::cli {
 void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default) {
   command.add_option("MODEL", options.path, "GGUF file")->required();
   command.add_option("-c,--ctx", options.n_ctx, std::string("Context size in tokens [default: ") + ctx_default + "]")
-      ->check(CLI::Range(1u, 1u << 24));
+      ->check(CLI::Range(1u, 1u << 24).description(""))->type_name("N");
   add_threads_option(command, options.n_threads);
   command.add_option("-b,--batch", options.n_batch, "Tokens evaluated at once in prefill")
-      ->check(CLI::Range(1u, 1u << 16))->capture_default_str();
-  const std::map<std::string, KvType> kv_types{{"f16", KvType::f16}, {"f32", KvType::f32}};
-  const char* kv_default = options.kv_type == KvType::f16 ? "f16" : "f32";
-  command.add_option("--kv-type", options.kv_type, std::string("Type of cached keys and values: f16, f32 [default: ") + kv_default + "]")
-      ->transform(CLI::CheckedTransformer(kv_types, CLI::ignore_case).description(""));
+      ->check(CLI::Range(1u, 1u << 16).description(""))->type_name("N")->capture_default_str();
+  const auto set_kv_type = [&options](const std::string& name) { options.kv_type = name == "f32" ? KvType::f32 : KvType::f16; };
+  command.add_option_function<std::string>("--kv-type", set_kv_type, "Type of cached keys and values")
+      ->check(CLI::IsMember({"f16", "f32"}))->type_name("TYPE")->default_str(options.kv_type == KvType::f16 ? "f16" : "f32");
   command.add_option("--isa", options.isa, "Force an instruction set: scalar, avx2, avx512 [default: best usable]");
 }
 

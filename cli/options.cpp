@@ -1,10 +1,10 @@
 #include "cli/options.h"
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <array>
 #include <cctype>
 #include <cerrno>
 #include <charconv>
@@ -12,7 +12,6 @@
 #include <cstring>
 
 #include "base/error.h"
-#include "base/mapped_file.h"
 #include "cli/console.h"
 
 namespace duet::cli {
@@ -44,17 +43,18 @@ void take_from_environment(CLI::Option& option) {
   option.required(false);
 }
 
-std::string read_stdin() {
+// To the end, from anything that can be read: files, pipes, terminals.
+std::string read_all(int fd, const std::string& name) {
   std::string text;
-  std::array<char, 1 << 16> buffer;
+  std::vector<char> buffer(1 << 16);
   for (;;) {
-    const ssize_t n = ::read(STDIN_FILENO, buffer.data(), buffer.size());
+    const ssize_t n = ::read(fd, buffer.data(), buffer.size());
     if (n < 0 && errno == EINTR && !interrupted()) continue;
-    if (n < 0 && errno == EINTR) fail(ErrorKind::cancelled, "interrupted while reading standard input");
-    if (n < 0) fail(ErrorKind::io, "standard input: cannot read: ", std::strerror(errno));
+    if (n < 0 && errno == EINTR) fail(ErrorKind::cancelled, "interrupted while reading ", name);
+    if (n < 0) fail(ErrorKind::io, name, ": cannot read: ", std::strerror(errno));
     if (n == 0) return text;
     text.append(buffer.data(), static_cast<size_t>(n));
-    if (text.size() > kMaxTextBytes) fail(ErrorKind::usage, "standard input: more than 1 GiB of text");
+    if (text.size() > kMaxTextBytes) fail(ErrorKind::usage, name, ": more than 1 GiB of text");
   }
 }
 
@@ -62,7 +62,7 @@ std::string read_stdin() {
 
 void add_threads_option(CLI::App& command, int& n_threads) {
   command.add_option("-t,--threads", n_threads, "Compute threads [default: physical cores allowed by cpuset and cgroup]")
-      ->check(CLI::Range(1, 1024));
+      ->check(CLI::Range(1, 1024).description(""))->type_name("N");
 }
 
 void add_environment(CLI::App& command) {
@@ -92,7 +92,17 @@ std::vector<int32_t> parse_ids(const std::string& text) {
 }
 
 std::string read_text(const std::string& path) {
-  return path == "-" ? read_stdin() : read_file(path, kMaxTextBytes);
+  if (path == "-") return read_all(STDIN_FILENO, "standard input");
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) fail(ErrorKind::io, path, ": cannot open: ", std::strerror(errno));
+  try {
+    std::string text = read_all(fd, path);
+    ::close(fd);
+    return text;
+  } catch (...) {
+    ::close(fd);
+    throw;
+  }
 }
 
 }  // namespace duet::cli

@@ -52,7 +52,8 @@ void add_perplexity(CLI::App& app) {
   options->model.kv_type = KvType::f32;
   add_model_options(command, options->model, "512: the size of a chunk");
   command.add_option("-f,--file", options->file, "File of text; - is standard input")->required();
-  command.add_option("--chunks", options->max_chunks, "Score only the first N chunks [default: all]")->check(CLI::Range(size_t{1}, size_t{1} << 40));
+  command.add_option("--chunks", options->max_chunks, "Score only the first N chunks [default: all]")
+      ->check(CLI::Range(size_t{1}, size_t{1} << 40).description(""))->type_name("N");
   command.add_flag("--json", options->json, "One JSON document: {perplexity, nll, nll_stderr, tokens, chunks, ctx}");
   add_environment(command);
   command.callback([options] { run_perplexity(*options); });

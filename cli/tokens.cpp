@@ -42,7 +42,7 @@ void for_each_json_line(const std::string& path, const std::function<void(const 
   size_t line = 1;
   for (size_t begin = 0; begin < text.size(); ++line) {
     const size_t end = std::min(text.find('\n', begin), text.size());
-    const std::string where = concat(path, ":", line);
+    const std::string where = concat(path == "-" ? "standard input" : path, ":", line);
     body(where, parse_json(std::string_view(text).substr(begin, end - begin), where));
     begin = end + 1;
   }

@@ -106,17 +106,19 @@ void feed(int& fd, const std::string& input, size_t& done) {
 // Moves data until both output streams end; false when the time is over.
 bool pump(Child& child, ProcessResult& result) {
   const ProcessOptions& options = child.options;
-  const auto deadline = Clock::now() + std::chrono::duration<double>(options.timeout_s);
+  const Clock::time_point start = Clock::now();
+  const auto elapsed = [&] { return std::chrono::duration<double>(Clock::now() - start).count(); };
   size_t fed = 0;
   bool signalled = false;
   while (child.out.read_end >= 0 || child.err.read_end >= 0) {
     std::array<pollfd, 3> fds{{{child.out.read_end, POLLIN, 0}, {child.err.read_end, POLLIN, 0}, {child.in.write_end, POLLOUT, 0}}};
-    if (Clock::now() > deadline) return false;
-    if (::poll(fds.data(), fds.size(), 100) <= 0) continue;
+    if (elapsed() > options.timeout_s) return false;
+    if (::poll(fds.data(), fds.size(), 20) < 0) continue;
     if (fds[0].revents != 0) drain(child.out.read_end, result.out);
     if (fds[1].revents != 0) drain(child.err.read_end, result.err);
     if (fds[2].revents != 0) feed(child.in.write_end, *options.input, fed);
-    if (options.signal_after_bytes && !signalled && result.out.size() >= *options.signal_after_bytes) {
+    if (!signalled && ((options.signal_after_bytes && result.out.size() >= *options.signal_after_bytes) ||
+                       (options.signal_after_s && elapsed() >= *options.signal_after_s))) {
       ::kill(child.pid, options.signal);
       signalled = true;
     }

@@ -17,6 +17,7 @@ struct ProcessOptions {
   std::string stdout_path;           // a file or device instead of a pipe
   std::optional<uint64_t> file_size_limit;      // RLIMIT_FSIZE
   std::optional<size_t> signal_after_bytes;     // of stdout: then `signal` is sent once
+  std::optional<double> signal_after_s;         // the same by the clock
   int signal = 2;                    // SIGINT
   std::optional<size_t> close_stdout_after_bytes;  // as `| head -c N` does
   double timeout_s = 120;            // then killed
