@@ -92,12 +92,6 @@ std::string assemble_prompt(const RunOptions& options) {
   return prompt;
 }
 
-std::optional<ChatTemplate> choose_template(const RunOptions& options, const Engine& engine) {
-  if (options.raw) return std::nullopt;
-  if (!options.template_name.empty()) return ChatTemplate::named(options.template_name);
-  return engine.chat_template();
-}
-
 std::vector<Token> prompt_ids(const Tokenizer& tokenizer, const std::optional<ChatTemplate>& chat, const std::string& prompt) {
   if (chat) {
     const std::vector<ChatMessage> messages = parse_messages(Json::array({{{"role", "user"}, {"content", prompt}}}));
@@ -112,8 +106,8 @@ std::vector<Token> prompt_ids(const Tokenizer& tokenizer, const std::optional<Ch
 class Generator {
  public:
   // `is_answer`: the text starts a turn of its own instead of continuing the prompt.
-  Generator(const RunOptions& options, const Engine& engine, Session& session, bool is_answer)
-      : options_(options), tokenizer_(engine.tokenizer()), session_(session), sampler_(options.sampling),
+  Generator(const RunOptions& options, const Tokenizer& tokenizer, Session& session, Sampler sampler, bool is_answer)
+      : options_(options), tokenizer_(tokenizer), session_(session), sampler_(std::move(sampler)),
         stream_(tokenizer_, is_answer) {}
 
   Generation run(const std::vector<Token>& prompt) {
@@ -178,8 +172,8 @@ class Generator {
 double per_second(size_t n, double seconds) { return seconds > 0 ? static_cast<double>(n) / seconds : 0; }
 
 void print_status(const ModelInfo& info, const Session& session) {
-  std::fprintf(stderr, "[%s | %s | %s | %s, %d threads | ctx %u, %s KV]\n", info.hparams.name.c_str(), info.types.c_str(),
-               format_size(info.file_bytes).c_str(), info.isa.c_str(), info.n_threads, session.n_ctx(),
+  std::fprintf(stderr, "[%s | %s | %s | %s, %d thread%s | ctx %u, %s KV]\n", info.hparams.name.c_str(), info.types.c_str(),
+               format_size(info.file_bytes).c_str(), info.isa.c_str(), info.n_threads, info.n_threads == 1 ? "" : "s", session.n_ctx(),
                format_size(session.kv_bytes()).c_str());
 }
 
@@ -205,15 +199,18 @@ Json to_json(const RunOptions& options, const Generation& g) {
 void run_generate(RunOptions options) {
   const std::string prompt = assemble_prompt(options);
   options.sampling.seed = options.seed ? *options.seed : std::random_device{}();
+  const Sampler sampler(options.sampling);
+  std::optional<ChatTemplate> chat;
+  if (!options.template_name.empty() && !options.raw) chat = ChatTemplate::named(options.template_name);
   const Engine engine = open_engine(options.model);
-  const std::optional<ChatTemplate> chat = choose_template(options, engine);
+  if (!chat && !options.raw) chat = engine.chat_template();
   const std::vector<Token> ids = prompt_ids(engine.tokenizer(), chat, prompt);
   Session session = open_session(engine, options.model);
   if (ids.size() > session.n_ctx())
     fail(ErrorKind::usage, "the prompt has ", ids.size(), " tokens, the context ", session.n_ctx(),
          "; shorten it or give --ctx ", ids.size() + 512);
   print_status(engine.info(), session);
-  const Generation result = Generator(options, engine, session, chat.has_value()).run(ids);
+  const Generation result = Generator(options, engine.tokenizer(), session, sampler, chat.has_value()).run(ids);
   if (options.json) print_json(to_json(options, result));
   else print("\n");
   flush_stdout();

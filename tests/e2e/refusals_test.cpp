@@ -170,7 +170,7 @@ TEST_CASE("a model folder of another architecture is unsupported") {
   const TempFolder folder;
   link_demo(folder.path(), {"config.json"});
   write_text(folder / "config.json", R"({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"})");
-  CHECK(refusal(run_duet({"convert", folder.path().string(), "-o", (folder / "out.gguf").string()}), kUnsupported, "gpt2") == "");
+  CHECK(refusal(run_duet({"convert", folder.path().string(), "-o", (folder / "out.gguf").string()}), kUnsupported, "GPT2LMHeadModel") == "");
 }
 
 TEST_CASE("a truncated shard is a damaged file") {

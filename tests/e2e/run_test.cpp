@@ -47,7 +47,7 @@ TEST_CASE("run generates text and says how fast") {
 TEST_CASE("run --json prints one document with the text that streaming prints") {
   const Json json = run_json({"-p", "The package manager", "-n", "16", "--temp", "0"});
   CHECK(json["ids"].size() == 16);
-  CHECK(json["prompt_tokens"] == 4);
+  CHECK(json["prompt_tokens"] == 5);
   CHECK(json["stop"] == "length");
   CHECK(json["prefill_s"].get<double>() > 0);
   CHECK(json["decode_tok_s"].get<double>() > 0);
@@ -134,7 +134,7 @@ TEST_CASE("a full disk under stdout is an I/O error") {
 
 TEST_CASE("environment variables stand for flags, and flags win") {
   const std::vector<std::string> arguments{"-p", "The", "-n", "1"};
-  CHECK(run(arguments, {.environment = {{"DUET_THREADS", "1"}}}).err.find(" 1 thread") != std::string::npos);
+  CHECK(run(arguments, {.environment = {{"DUET_THREADS", "1"}}}).err.find(" 1 thread |") != std::string::npos);
   std::vector<std::string> with_flag = arguments;
   with_flag.insert(with_flag.end(), {"--threads", "2"});
   CHECK(run(with_flag, {.environment = {{"DUET_THREADS", "1"}}}).err.find(" 2 threads") != std::string::npos);

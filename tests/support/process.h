@@ -11,15 +11,15 @@
 namespace duet::test {
 
 struct ProcessOptions {
-  std::optional<std::string> input;  // through a pipe; without it standard input is /dev/null
-  std::vector<std::pair<std::string, std::string>> environment;  // added; DUET_* of the caller is dropped
-  std::string folder;                // working folder; "": the caller's
-  std::string stdout_path;           // a file or device instead of a pipe
-  std::optional<uint64_t> file_size_limit;      // RLIMIT_FSIZE
-  std::optional<size_t> signal_after_bytes;     // of stdout: then `signal` is sent once
-  std::optional<double> signal_after_s;         // the same by the clock
+  std::optional<std::string> input = {};  // through a pipe; without it standard input is /dev/null
+  std::vector<std::pair<std::string, std::string>> environment = {};  // added; DUET_* of the caller is dropped
+  std::string folder = {};                // working folder; "": the caller's
+  std::string stdout_path = {};           // a file or device instead of a pipe
+  std::optional<uint64_t> file_size_limit = {};      // RLIMIT_FSIZE
+  std::optional<size_t> signal_after_bytes = {};     // of stdout: then `signal` is sent once
+  std::optional<double> signal_after_s = {};         // the same by the clock
   int signal = 2;                    // SIGINT
-  std::optional<size_t> close_stdout_after_bytes;  // as `| head -c N` does
+  std::optional<size_t> close_stdout_after_bytes = {};  // as `| head -c N` does
   double timeout_s = 120;            // then killed
 };
 
