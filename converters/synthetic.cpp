@@ -52,13 +52,32 @@ float random_float(uint64_t key, uint64_t index) {
 
 // ---- blocks --------------------------------------------------------------------------------------
 
+// Makes the sub-block minimums of a block equal to its sub-block scales.
+using PairMinimumsFn = void (*)(std::byte* block);
+
+std::byte low_nibble_twice(std::byte b) { return (b & std::byte{15}) | (b << 4); }
+
+void pair_q2_k(std::byte* block) {
+  for (size_t i = 0; i < sizeof(BlockQ2_K::scales); ++i) block[i] = low_nibble_twice(block[i]);
+}
+// Q4_K and Q5_K: bytes 0-3 hold the first four scales, 4-7 the minimums, 8-11 low nibbles of the
+// other scales and high nibbles of the other minimums, whose top bits sit on top of 0-3 and 4-7.
+void pair_q4_k(std::byte* block) {
+  std::byte* scales = block + offsetof(BlockQ4_K, scales);
+  std::memcpy(scales + 4, scales, 4);
+  for (size_t i = 8; i < 12; ++i) scales[i] = low_nibble_twice(scales[i]);
+}
+static_assert(offsetof(BlockQ4_K, scales) == offsetof(BlockQ5_K, scales) && offsetof(BlockQ2_K, scales) == 0);
+
 // Where a block holds its half-precision scale, and its offset if it has one. With random bits in
-// all other fields, offset = ratio * scale makes the mean of the values zero.
+// all other fields, minimums paired with scales and offset = ratio * scale, each sub-block has mean
+// zero. (Means would carry most of the variance, and leave few independent directions.)
 struct ScaleFields {
   DType dtype;
   size_t scale_at;
   std::optional<size_t> offset_at = {};
   float ratio = 0;
+  PairMinimumsFn pair_minimums = nullptr;
 };
 constexpr ScaleFields kScaleFields[] = {
     {DType::Q4_0, offsetof(BlockQ4_0, d)},
@@ -66,10 +85,10 @@ constexpr ScaleFields kScaleFields[] = {
     {DType::Q5_0, offsetof(BlockQ5_0, d)},
     {DType::Q5_1, offsetof(BlockQ5_1, d), offsetof(BlockQ5_1, m), -15.5f},
     {DType::Q8_0, offsetof(BlockQ8_0, d)},
-    {DType::Q2_K, offsetof(BlockQ2_K, d), offsetof(BlockQ2_K, dmin), 1.5f},
+    {DType::Q2_K, offsetof(BlockQ2_K, d), offsetof(BlockQ2_K, dmin), 1.5f, pair_q2_k},
     {DType::Q3_K, offsetof(BlockQ3_K, d)},
-    {DType::Q4_K, offsetof(BlockQ4_K, d), offsetof(BlockQ4_K, dmin), 7.5f},
-    {DType::Q5_K, offsetof(BlockQ5_K, d), offsetof(BlockQ5_K, dmin), 15.5f},
+    {DType::Q4_K, offsetof(BlockQ4_K, d), offsetof(BlockQ4_K, dmin), 7.5f, pair_q4_k},
+    {DType::Q5_K, offsetof(BlockQ5_K, d), offsetof(BlockQ5_K, dmin), 15.5f, pair_q4_k},
     {DType::Q6_K, offsetof(BlockQ6_K, d)},
     {DType::IQ4_NL, offsetof(BlockIQ4_NL, d)},
     {DType::IQ4_XS, offsetof(BlockIQ4_XS, d)},
@@ -104,6 +123,7 @@ void fill_blocks(const Format& format, const ScaleFields& fields, float scale, u
     const unsigned sign = load_u16(block + fields.scale_at) & 0x8000u;
     store_u16(block + fields.scale_at, d ^ sign);
     if (fields.offset_at) store_u16(block + *fields.offset_at, offset ^ sign);
+    if (fields.pair_minimums != nullptr) fields.pair_minimums(block);
   }
 }
 
@@ -195,7 +215,7 @@ HParams shape_of(const SyntheticOptions& options) {
   struct Shape { const char* name; uint32_t n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab, n_ctx; };
   constexpr Shape kShapes[] = {{"8x7b", 32, 4096, 14336, 32, 8, 128, 32000, 32768},
                                {"8x22b", 56, 6144, 16384, 48, 8, 128, 32000, 65536},
-                               {"tiny", 4, 256, 512, 8, 2, 32, 512, 2048}};
+                               {"tiny", 4, 256, 512, 8, 2, 32, 2048, 2048}};
   for (const Shape& s : kShapes) {
     if (options.shape != s.name) continue;
     HParams h;

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "runtime/kernels/onednn_gemm.h"
-
 namespace duet {
 namespace {
 
@@ -14,14 +12,7 @@ constexpr size_t kChunkBytes = size_t{128} << 10;
 // Kernels work on tiles of rows; pieces are whole multiples.
 constexpr size_t kRowTile = 16;
 
-// Float weights with many tokens go to a library product, which wants larger pieces: as many rows
-// as a panel of converted weights holds, up to the point where more no longer helps.
-bool is_gemm(const Weight& w, size_t n_tokens) {
-  return w.format->act == ActFormat::f32 && n_tokens >= kGemmMinTokens;
-}
-
-size_t chunk_rows(const Weight& w, size_t n_tokens) {
-  if (is_gemm(w, n_tokens)) return std::clamp<size_t>(kPanelFloats / w.cols, 1, 256);
+size_t chunk_rows(const Weight& w) {
   const size_t rows = kChunkBytes / std::max<size_t>(w.row_bytes, 1) / kRowTile * kRowTile;
   return std::max(rows, kRowTile);
 }
@@ -86,19 +77,20 @@ void MatmulQueue::add(const Weight& w, const Activations& x, size_t first_row, s
   const MatmulArgs args{.w = w.data, .w_stride = w.row_bytes, .n_rows = w.rows, .cols = w.cols,
                         .x = x.data(act, first_row), .x_stride = x.stride(act), .n_tokens = n_tokens,
                         .y = y, .y_stride = y_stride};
-  const size_t rows = chunk_rows(w, n_tokens);
+  const size_t rows = chunk_rows(w);
   jobs_.push_back({&w, args, rows, n_chunks_});
   n_chunks_ += (w.rows + rows - 1) / rows;
 }
 
 void MatmulQueue::run(const Compute& compute) {
-  parallel_tasks(compute.n_threads, n_chunks_,
-                 [&](size_t worker, size_t chunk) { run_chunk(compute, worker, chunk); });
+  parallel_for(compute.n_threads, n_chunks_, 1, [&](size_t begin, size_t end) {
+    for (size_t chunk = begin; chunk < end; ++chunk) run_chunk(*compute.kernels, chunk);
+  });
   jobs_.clear();
   n_chunks_ = 0;
 }
 
-void MatmulQueue::run_chunk(const Compute& compute, size_t worker, size_t chunk) const {
+void MatmulQueue::run_chunk(const KernelTable& kernels, size_t chunk) const {
   size_t i = jobs_.size() - 1;  // a handful of jobs: the last one that begins at or before the chunk
   while (jobs_[i].first_chunk > chunk) --i;
   const Job& job = jobs_[i];
@@ -107,10 +99,7 @@ void MatmulQueue::run_chunk(const Compute& compute, size_t worker, size_t chunk)
   args.w += first * args.w_stride;
   args.y += first;
   args.n_rows = std::min(job.rows_per_chunk, args.n_rows - first);
-  const DType dtype = job.w->format->dtype;
-  const bool done = is_gemm(*job.w, args.n_tokens) &&
-                    try_gemm(*compute.kernels, dtype, args, 1, {compute.panel(worker), kPanelFloats});
-  if (!done) compute.kernels->matmul[static_cast<size_t>(dtype)](args);
+  kernels.matmul[static_cast<size_t>(job.w->format->dtype)](args);
 }
 
 }  // namespace duet
