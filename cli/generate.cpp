@@ -95,7 +95,7 @@ std::string assemble_prompt(const RunOptions& options) {
 std::vector<Token> prompt_ids(const Tokenizer& tokenizer, const std::optional<ChatTemplate>& chat, const std::string& prompt) {
   if (chat) {
     const std::vector<ChatMessage> messages = parse_messages(Json::array({{{"role", "user"}, {"content", prompt}}}));
-    return tokenizer.encode(chat->render(messages, Json()), true);
+    return tokenizer.encode(chat->render(messages, Json()), chat->wants_bos(tokenizer));
   }
   const Segment segment{prompt, false};
   return tokenizer.encode({&segment, 1}, tokenizer.add_bos());

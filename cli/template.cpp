@@ -32,9 +32,8 @@ void run_template(const TemplateOptions& options) {
   const ChatTemplate chat = choose(file, options.name);
   const Json tools = options.tools.empty() ? Json() : read_json(options.tools);
   const std::vector<Segment> segments = chat.render(parse_messages(read_json(options.messages)), tools);
-  const std::vector<Token> ids = tokenizer.encode(segments, true);
-  std::string text;
-  for (const Segment& segment : segments) text += segment.text;
+  const std::vector<Token> ids = tokenizer.encode(segments, chat.wants_bos(tokenizer));
+  const std::string text = tokenizer.decode(ids, true);  // what the model sees, spaces and BOS included
   if (options.json) return print_json(Json{{"text", text}, {"ids", ids}, {"template", chat.name()}});
   print(text + "\n");
 }

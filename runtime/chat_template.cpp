@@ -92,8 +92,10 @@ bool writes_zephyr_turns(std::string_view dense) {
 
 std::string_view recognize_vicuna(std::string_view jinja, std::string_view dense) {
   if (contains(jinja, "SYSTEM: ")) return "vicuna-orca";
-  const bool lines = contains(dense, "'USER:'+message['content']+'\\n'") || contains(dense, "'USER:'+message['content']|trim+'\\n'");
-  return lines ? "vicuna-lines" : "vicuna";
+  for (const std::string_view filter : {"", "|trim"})
+    for (const std::string_view line_break : {"'\\n'", "''"})  // the line break itself went with the spaces
+      if (contains(dense, concat("'USER:'+message['content']", filter, "+", line_break))) return "vicuna-lines";
+  return "vicuna";
 }
 
 // "" when no built-in format writes the same.
@@ -211,6 +213,11 @@ std::optional<ChatTemplate> ChatTemplate::of_model(const GgufFile& file, const N
   return named(name);
 }
 
+bool ChatTemplate::wants_bos(const Tokenizer& tokenizer) const {
+  const bool own = name_ == "mistral-v1" || name_ == "mistral-v3" || name_ == "llama2" || name_ == "llama3";
+  return tokenizer.bos().has_value() && (own || tokenizer.add_bos());
+}
+
 std::vector<Segment> ChatTemplate::render(const std::vector<ChatMessage>& messages, const Json& tools, bool add_generation_prompt) const {
   if (name_ == "mistral-v1") return render_mistral_v1(messages, tools);
   if (name_ == "mistral-v3") return render_mistral_v3(messages, tools);
@@ -259,7 +266,7 @@ std::vector<Segment> ChatTemplate::render_llama2(const std::vector<ChatMessage>&
     out.push_back({i == 0 ? "[INST] " : "<s>[INST] ", true});
     if (i == 0 && !system.empty()) {
       out.push_back({"<<SYS>>\n", true});
-      out.push_back({std::string(strip(system)), false});
+      out.push_back({system, false});
       out.push_back({"\n<</SYS>>\n\n", true});
     }
     out.push_back({content, false});

@@ -46,6 +46,9 @@ class ChatTemplate {
   static ChatTemplate recognized(std::string_view jinja, const std::string& source);
 
   const std::string& name() const { return name_; }
+  // Whether a rendered prompt is encoded with BOS: always where the format begins with it, else as
+  // the vocabulary says.
+  bool wants_bos(const Tokenizer& tokenizer) const;
   // `tools`: null or an array of OpenAI tools. add_generation_prompt opens the assistant's turn.
   // BOS is not part of the result (Tokenizer::encode adds it). Neighbours of one role are merged
   // where the format wants roles to alternate, and system messages go where it has a place for
