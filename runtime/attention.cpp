@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "runtime/kernels/onednn_gemm.h"
+
 namespace duet {
 namespace {
 
@@ -11,6 +13,25 @@ namespace {
 // and converting keys is paid once for many products, few enough that scores of a 32k context stay
 // at 4 MiB per thread.
 constexpr size_t kTileRows = 32;
+
+// Keys or values converted to float at once: with a head of 128 elements 256 KiB.
+constexpr size_t kPanelKeys = 512;
+
+constexpr size_t kGemmMinRows = 16;
+
+struct FloatRows {
+  const float* data;
+  size_t stride;  // floats from row to row
+};
+
+// n keys or values from position `first` as floats: in place, or converted into `panel`.
+FloatRows float_rows(const KernelTable& kernels, KvView view, size_t first, size_t n, size_t head_dim, float* panel) {
+  const std::byte* base = view.base + first * view.stride;
+  if (!view.f16) return {reinterpret_cast<const float*>(base), view.stride / sizeof(float)};
+  for (size_t j = 0; j < n; ++j)
+    kernels.f16_to_f32(reinterpret_cast<const uint16_t*>(base + j * view.stride), panel + j * head_dim, head_dim);
+  return {panel, head_dim};
+}
 
 size_t tile_tokens(const HParams& hparams) {
   return std::max<size_t>(kTileRows / (hparams.n_head / hparams.n_head_kv), 1);
@@ -110,9 +131,9 @@ void Attention::rotate_and_store(size_t layer_index, KvCache& kv) {
 void Attention::attend(size_t layer_index, const KvCache& kv) {
   const size_t n_tiles = (n_ + tile_tokens_ - 1) / tile_tokens_;
   // Later queries see more keys: handing out the longest tasks first evens the load.
-  parallel_tasks(compute_.n_threads, n_tiles * n_head_kv_, [&](size_t worker, size_t task) {
-    attend_tile(layer_index, kv, task % n_head_kv_, n_tiles - 1 - task / n_head_kv_,
-                scratch_.data() + worker * scratch_floats_);
+  const uint64_t n_bytes = uint64_t{n_} * (first_ + n_) * n_head_ * head_dim_ * sizeof(float);
+  parallel_tasks(compute_.threads_for(n_bytes), n_tiles * n_head_kv_, [&](size_t worker, size_t task) {
+    attend_tile(layer_index, kv, worker, task % n_head_kv_, n_tiles - 1 - task / n_head_kv_);
   });
   const ActFormats formats = act_bit(model_->layers()[layer_index].attn_output);
   parallel_for(compute_.n_threads, n_, 8, [&](size_t begin, size_t end) {
@@ -120,26 +141,61 @@ void Attention::attend(size_t layer_index, const KvCache& kv) {
   });
 }
 
-void Attention::attend_tile(size_t layer_index, const KvCache& kv, size_t head_kv, size_t tile, float* scratch) {
-  const KernelTable& kernels = *compute_.kernels;
+void Attention::attend_tile(size_t layer_index, const KvCache& kv, size_t worker, size_t head_kv, size_t tile) {
   const size_t group = n_head_ / n_head_kv_, group_floats = group * head_dim_;
   const size_t t_begin = tile * tile_tokens_, t_end = std::min(n_, t_begin + tile_tokens_);
   const size_t n_rows = (t_end - t_begin) * group;
   const size_t key_begin = first_visible(first_ + t_begin), n_keys = first_ + t_end - key_begin;
-  float* queries = scratch;                       // [n_rows, head_dim], token by token
+  float* queries = scratch_.data() + worker * scratch_floats_;  // [n_rows, head_dim], token by token
   float* mixed = queries + n_rows * head_dim_;    // [n_rows, head_dim]
   float* scores = mixed + n_rows * head_dim_;     // [n_rows, n_keys]
   const auto heads_of = [&](float* rows, size_t t) { return rows + (t * n_head_ + head_kv * group) * head_dim_; };
 
   for (size_t t = t_begin; t < t_end; ++t)
     std::memcpy(queries + (t - t_begin) * group_floats, heads_of(q_.data(), t), group_floats * sizeof(float));
-  kernels.attn_scores(queries, n_rows, head_dim_, kv.keys(layer_index, head_kv, key_begin), n_keys,
-                      1.0f / std::sqrt(static_cast<float>(head_dim_)), scores, n_keys);
+  score(queries, n_rows, kv.keys(layer_index, head_kv, key_begin), n_keys, scores, compute_.panel(worker));
   for (size_t row = 0; row < n_rows; ++row)
     mask_and_softmax(scores + row * n_keys, n_keys, key_begin, first_ + t_begin + row / group);
-  kernels.attn_mix(scores, n_keys, n_rows, head_dim_, kv.values(layer_index, head_kv, key_begin), n_keys, mixed);
+  mix(scores, n_rows, kv.values(layer_index, head_kv, key_begin), n_keys, mixed, compute_.panel(worker));
   for (size_t t = t_begin; t < t_end; ++t)
     std::memcpy(heads_of(out_.row(0), t), mixed + (t - t_begin) * group_floats, group_floats * sizeof(float));
+}
+
+// The library product wins once converted keys serve many rows. The scalar table, the reference,
+// stays free of libraries.
+bool Attention::use_gemm(size_t n_rows) const {
+  return n_rows >= kGemmMinRows && compute_.kernels->needs != 0 && (kPanelKeys + n_rows) * head_dim_ <= kPanelFloats;
+}
+
+// scores [n_rows, n_keys] = queries keys^T / sqrt(head_dim)
+void Attention::score(const float* queries, size_t n_rows, KvView keys, size_t n_keys, float* scores, float* panel) const {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim_));
+  if (!use_gemm(n_rows)) {
+    compute_.kernels->attn_scores(queries, n_rows, head_dim_, keys, n_keys, scale, scores, n_keys);
+    return;
+  }
+  for (size_t j = 0; j < n_keys; j += kPanelKeys) {
+    const size_t n = std::min(kPanelKeys, n_keys - j);
+    const FloatRows rows = float_rows(*compute_.kernels, keys, j, n, head_dim_, panel);
+    sgemm({.m = n_rows, .n = n, .k = head_dim_, .a = queries, .lda = head_dim_, .b = rows.data, .ldb = rows.stride,
+           .b_transposed = true, .c = scores + j, .ldc = n_keys, .alpha = scale});
+  }
+}
+
+// mixed [n_rows, head_dim] = scores values
+void Attention::mix(const float* scores, size_t n_rows, KvView values, size_t n_keys, float* mixed, float* panel) const {
+  if (!use_gemm(n_rows)) {
+    compute_.kernels->attn_mix(scores, n_keys, n_rows, head_dim_, values, n_keys, mixed);
+    return;
+  }
+  float* part = panel + kPanelKeys * head_dim_;
+  for (size_t j = 0; j < n_keys; j += kPanelKeys) {
+    const size_t n = std::min(kPanelKeys, n_keys - j);
+    const FloatRows rows = float_rows(*compute_.kernels, values, j, n, head_dim_, panel);
+    sgemm({.m = n_rows, .n = head_dim_, .k = n, .a = scores + j, .lda = n_keys, .b = rows.data, .ldb = rows.stride,
+           .b_transposed = false, .c = j == 0 ? mixed : part, .ldc = head_dim_});
+    if (j > 0) compute_.kernels->add(mixed, part, n_rows * head_dim_);
+  }
 }
 
 // Scores of the query at `pos` against keys key_begin...; those it must not see become weight 0.

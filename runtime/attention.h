@@ -30,7 +30,10 @@ class Attention {
  private:
   void rotate_and_store(size_t layer_index, KvCache& kv);
   void attend(size_t layer_index, const KvCache& kv);
-  void attend_tile(size_t layer_index, const KvCache& kv, size_t head_kv, size_t tile, float* scratch);
+  void attend_tile(size_t layer_index, const KvCache& kv, size_t worker, size_t head_kv, size_t tile);
+  void score(const float* queries, size_t n_rows, KvView keys, size_t n_keys, float* scores, float* panel) const;
+  void mix(const float* scores, size_t n_rows, KvView values, size_t n_keys, float* mixed, float* panel) const;
+  bool use_gemm(size_t n_rows) const;
   void mask_and_softmax(float* scores, size_t n_keys, size_t key_begin, size_t pos) const;
   size_t first_visible(size_t pos) const { return window_ > 0 && pos + 1 > window_ ? pos + 1 - window_ : 0; }
 

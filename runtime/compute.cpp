@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "runtime/kernels/onednn_gemm.h"
+
 namespace duet {
 namespace {
 
@@ -12,7 +14,14 @@ constexpr size_t kChunkBytes = size_t{128} << 10;
 // Kernels work on tiles of rows; pieces are whole multiples.
 constexpr size_t kRowTile = 16;
 
-size_t chunk_rows(const Weight& w) {
+// Float weights with many tokens go to a library product, which wants larger pieces: as many rows
+// as a panel of converted weights holds, up to the point where more no longer helps.
+bool is_gemm(const Weight& w, size_t n_tokens) {
+  return w.format->act == ActFormat::f32 && n_tokens >= kGemmMinTokens;
+}
+
+size_t chunk_rows(const Weight& w, size_t n_tokens) {
+  if (is_gemm(w, n_tokens)) return std::clamp<size_t>(kPanelFloats / w.cols, 1, 256);
   const size_t rows = kChunkBytes / std::max<size_t>(w.row_bytes, 1) / kRowTile * kRowTile;
   return std::max(rows, kRowTile);
 }
@@ -77,20 +86,21 @@ void MatmulQueue::add(const Weight& w, const Activations& x, size_t first_row, s
   const MatmulArgs args{.w = w.data, .w_stride = w.row_bytes, .n_rows = w.rows, .cols = w.cols,
                         .x = x.data(act, first_row), .x_stride = x.stride(act), .n_tokens = n_tokens,
                         .y = y, .y_stride = y_stride};
-  const size_t rows = chunk_rows(w);
+  const size_t rows = chunk_rows(w, n_tokens);
   jobs_.push_back({&w, args, rows, n_chunks_});
   n_chunks_ += (w.rows + rows - 1) / rows;
+  n_bytes_ += uint64_t{w.rows} * w.row_bytes * n_tokens;
 }
 
 void MatmulQueue::run(const Compute& compute) {
-  parallel_for(compute.n_threads, n_chunks_, 1, [&](size_t begin, size_t end) {
-    for (size_t chunk = begin; chunk < end; ++chunk) run_chunk(*compute.kernels, chunk);
-  });
+  parallel_tasks(compute.threads_for(n_bytes_), n_chunks_,
+                 [&](size_t worker, size_t chunk) { run_chunk(compute, worker, chunk); });
   jobs_.clear();
   n_chunks_ = 0;
+  n_bytes_ = 0;
 }
 
-void MatmulQueue::run_chunk(const KernelTable& kernels, size_t chunk) const {
+void MatmulQueue::run_chunk(const Compute& compute, size_t worker, size_t chunk) const {
   size_t i = jobs_.size() - 1;  // a handful of jobs: the last one that begins at or before the chunk
   while (jobs_[i].first_chunk > chunk) --i;
   const Job& job = jobs_[i];
@@ -99,7 +109,10 @@ void MatmulQueue::run_chunk(const KernelTable& kernels, size_t chunk) const {
   args.w += first * args.w_stride;
   args.y += first;
   args.n_rows = std::min(job.rows_per_chunk, args.n_rows - first);
-  kernels.matmul[static_cast<size_t>(job.w->format->dtype)](args);
+  const DType dtype = job.w->format->dtype;
+  const bool done = is_gemm(*job.w, args.n_tokens) &&
+                    try_gemm(*compute.kernels, dtype, args, 1, {compute.panel(worker), kPanelFloats});
+  if (!done) compute.kernels->matmul[static_cast<size_t>(dtype)](args);
 }
 
 }  // namespace duet

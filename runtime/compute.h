@@ -40,9 +40,18 @@ class AlignedArray {
   size_t size_ = 0;
 };
 
+// 4 MiB: what a core's share of the caches holds while products run over it.
+inline constexpr size_t kPanelFloats = size_t{1} << 20;
+
 struct Compute {
-  const KernelTable* kernels;
-  int n_threads;
+  const KernelTable* kernels = nullptr;
+  int n_threads = 1;
+  float* panels = nullptr;  // [n_threads, kPanelFloats] of scratch, for weights or keys in float
+
+  float* panel(size_t worker) const { return panels + worker * kPanelFloats; }
+  // Threads for work that touches about so many bytes: waking others costs as long as one core
+  // takes to read 64 KiB.
+  int threads_for(uint64_t n_bytes) const { return n_bytes < (uint64_t{64} << 10) ? 1 : n_threads; }
 };
 
 // Calls body(worker, task) for every task in [0, n_tasks); a worker in [0, n_threads) is one thread
@@ -102,10 +111,11 @@ class MatmulQueue {
     MatmulArgs args;         // of all rows
     size_t rows_per_chunk, first_chunk;
   };
-  void run_chunk(const KernelTable& kernels, size_t chunk) const;
+  void run_chunk(const Compute& compute, size_t worker, size_t chunk) const;
 
   std::vector<Job> jobs_;
   size_t n_chunks_ = 0;
+  uint64_t n_bytes_ = 0;  // of weights, counted once per token
 };
 
 }  // namespace duet

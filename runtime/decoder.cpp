@@ -6,16 +6,17 @@ namespace duet {
 
 Decoder::Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch)
     : model_(&model),
-      compute_(compute),
+      panels_(static_cast<size_t>(compute.n_threads) * kPanelFloats),
+      compute_{compute.kernels, compute.n_threads, panels_.data()},
       n_batch_(n_batch),
       n_embd_(model.hparams().n_embd),
       residual_(n_batch * n_embd_),
       input_(n_batch, n_embd_),
-      attention_(model, compute, n_ctx, n_batch),
-      moe_(model, compute, n_batch) {}
+      attention_(model, compute_, n_ctx, n_batch),
+      moe_(model, compute_, n_batch) {}
 
 uint64_t Decoder::bytes_needed(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch) {
-  return sizeof(float) * n_batch * 2 * hparams.n_embd + Attention::bytes_needed(hparams, n_threads, n_ctx, n_batch) +
+  return sizeof(float) * (n_batch * 2 * hparams.n_embd + static_cast<uint64_t>(n_threads) * kPanelFloats) + Attention::bytes_needed(hparams, n_threads, n_ctx, n_batch) +
          Moe::bytes_needed(hparams, n_batch);
 }
 
@@ -29,6 +30,9 @@ void Decoder::embed(std::span<const Token> tokens) {
 void Decoder::forward(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel) {
   DUET_ASSERT(!tokens.empty() && tokens.size() <= n_batch_ && first + tokens.size() <= kv.n_ctx());
   n_ = tokens.size();
+  // Library products run inside our own regions, on one thread each: the same pieces whatever the
+  // number of threads.
+  set_library_threads(1);
   const std::span<const float> hidden{residual_.data(), n_ * n_embd_};
   embed(tokens);
   attention_.begin(first, n_);

@@ -42,6 +42,7 @@ class Decoder {
   void embed(std::span<const Token> tokens);
 
   const Model* model_;
+  AlignedArray<float> panels_;    // Compute::panels
   Compute compute_;
   size_t n_batch_, n_embd_, n_ = 0;
   AlignedArray<float> residual_;  // [n_batch, n_embd]

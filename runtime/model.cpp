@@ -58,6 +58,8 @@ class ModelBinder {
   }
 
   Model run() {
+    if (model_.file_.tensors().empty())
+      fail(ErrorKind::format, model_.file_.source(), ": has no tensors, only a vocabulary; it cannot be run");
     for (const TensorSpec& spec : tensor_table(model_.hparams_)) bind(spec);
     bind_rope_factors();
     if (model_.output_.format == nullptr) model_.output_ = model_.token_embd_;

@@ -123,7 +123,8 @@ void Moe::gate_up(const Layer& layer, const Activations& input) {
 }
 
 void Moe::activate(const Layer& layer) {
-  parallel_for(compute_.n_threads, n_rows(), n_ == 1 ? 1 : 4, [&](size_t begin, size_t end) {
+  const int n_threads = compute_.threads_for(uint64_t{n_rows()} * n_ff_ * 3 * sizeof(float));
+  parallel_for(n_threads, n_rows(), n_ == 1 ? 1 : 4, [&](size_t begin, size_t end) {
     for (size_t slot = begin; slot < end; ++slot) {
       compute_.kernels->silu_mul(gate_.data() + slot * n_ff_, up_.data() + slot * n_ff_, hidden_.row(slot), n_ff_);
       hidden_.quantize(*compute_.kernels, slot, act_bit(layer.experts[static_cast<size_t>(slot_expert_[slot])].down));

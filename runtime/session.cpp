@@ -82,7 +82,6 @@ void Session::State::check(size_t n_kept, std::span<const Token> added) const {
 void Session::State::evaluate(std::span<const Token> added, const Progress& progress, const LogitsSink& sink, size_t skip) {
   check(tokens.size(), added);
   if (added.empty()) return;
-  set_library_threads(engine->compute.n_threads);
   logits_valid = false;
   for (size_t done = 0; done < added.size();) {
     const auto batch = added.subspan(done, std::min(decoder.n_batch(), added.size() - done));

@@ -42,6 +42,7 @@ class Noise {
 
 std::vector<Planned> plan(const RandomModel& model) {
   std::vector<Planned> out;
+  if (!model.keep_tensors) return out;
   for (const TensorSpec& spec : tensor_table(model.hparams)) {
     if (spec.kind == TensorKind::output && model.hparams.tied_output) continue;
     const size_t n_expert = is_experts(spec.kind) ? spec.shape[0] : 0;

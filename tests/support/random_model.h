@@ -23,6 +23,7 @@ struct RandomModel {
   std::function<DType(const std::string& name)> type = [](const std::string&) { return DType::F32; };
   DType small_type = DType::F32;
   // Faults: tensors left out; shapes and formats replaced by name.
+  bool keep_tensors = true;  // false: metadata only
   std::vector<std::string> omit = {};
   std::function<void(const std::string& name, std::vector<uint64_t>& shape, DType& type)> damage = {};
   std::vector<std::pair<std::string, std::vector<uint64_t>>> extra = {};  // F32 tensors of ones

@@ -68,6 +68,10 @@ TEST_CASE("model: a missing tensor is named") {
               {"model-missing.gguf", "'blk.1.attn_k.weight' is missing"});
 }
 
+TEST_CASE("model: a vocabulary without tensors says so") {
+  check_error({.hparams = tiny_hparams(), .keep_tensors = false}, "model-vocab.gguf", ErrorKind::format, {"no tensors, only a vocabulary"});
+}
+
 TEST_CASE("model: a missing expert of either layout is named") {
   check_error({.hparams = tiny_hparams(), .omit = {"blk.0.ffn_up_exps.weight"}}, "model-missing-exps.gguf",
               ErrorKind::format, {"'blk.0.ffn_up_exps.weight' is missing"});

@@ -164,8 +164,12 @@ TEST_CASE("forward: mixed integer and float experts run in both layouts with the
 }
 
 TEST_CASE("forward: one thread and many give the same bits") {
+  HParams h = tiny_hparams();
+  h.n_embd = 128;  // wide enough that work is shared
+  h.n_ff = 256;
+  h.head_dim = h.n_rot = 32;
   for (const DType dtype : {DType::F32, DType::BF16, DType::Q8_0}) {
-    const auto path = test::write_model({.hparams = tiny_hparams(), .type = [=](const std::string&) { return dtype; }}, "session-threads.gguf");
+    const auto path = test::write_model({.hparams = h, .type = [=](const std::string&) { return dtype; }}, "session-threads.gguf");
     const auto tokens = some_tokens(20, 97);
     for (const uint32_t n_batch : {1u, 15u}) {
       const auto one = all_logits(path, tokens, {.n_batch = n_batch, .n_threads = 1});
