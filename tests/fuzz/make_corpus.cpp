@@ -5,6 +5,7 @@
 
 #include "tests/support/gguf_builder.h"
 #include "tests/support/tiny_model.h"
+#include "tests/support/vocab.h"
 
 namespace {
 
@@ -51,11 +52,27 @@ void write_safetensors(const std::filesystem::path& folder) {
   file("seed-empty", "{}", 0);
 }
 
+void write_tokenizer(const std::filesystem::path& folder) {
+  const auto seed = [&](const char* name, const GgufBuilder& vocabulary, const std::string& text) {
+    const std::vector<std::byte> bytes = vocabulary.build();
+    const std::string gguf(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    write_text(folder / name, raw(static_cast<uint16_t>(gguf.size())) + gguf + text);
+  };
+  std::vector<VocabEntry> entries = small_spm_vocab();
+  seed("seed-spm", spm_file(entries), "the abc </s> <0x0A>\n  \xFF日 aa");
+  entries.push_back({"<tool>", 0, TokenType::user_defined});
+  entries.push_back({"abcabc", -0.5f, TokenType::unused});
+  seed("seed-spm-types", spm_file(entries).boolean("tokenizer.ggml.add_space_prefix", false), "abcabc<tool>the");
+  for (const char* pre : {"gpt-2", "llama-bpe", "tekken", "default"})
+    seed((std::string("seed-") + pre).c_str(), gpt2_file(pre, {"h e", "l l", "he ll", "Ġ w"}), "hello w <|im_end|> I'm 1234\r\n\xC0 Ab");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc != 2) return std::fputs("usage: make_fuzz_corpus FOLDER\n", stderr), 2;
   write_gguf(std::filesystem::path(argv[1]) / "gguf");
   write_safetensors(std::filesystem::path(argv[1]) / "safetensors");
+  write_tokenizer(std::filesystem::path(argv[1]) / "tokenizer");
   return 0;
 }
