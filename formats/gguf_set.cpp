@@ -1,9 +1,9 @@
 // GgufFile: one file, or the parts "-0000N-of-0000M.gguf" of a set joined, and typed look-ups.
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <cstdio>
 #include <iterator>
-#include <regex>
 #include <unordered_map>
 
 #include "base/error.h"
@@ -22,11 +22,19 @@ struct PartName {
   uint64_t number = 0, count = 0;
 };
 
+bool all_of_kind(std::string_view text, int (*kind)(int)) {
+  return !text.empty() && std::all_of(text.begin(), text.end(), [&](char c) { return kind(static_cast<unsigned char>(c)) != 0; });
+}
+
 PartName parse_part_name(const std::string& file_name) {
-  static const std::regex pattern(R"((.*)-(\d{5})-of-(\d{5})\.gguf)");
-  std::smatch match;
-  if (!std::regex_match(file_name, match, pattern)) return {};
-  return {match[1], std::stoull(match[2]), std::stoull(match[3])};
+  constexpr std::string_view kTail = "-00000-of-00000.gguf";
+  if (file_name.size() <= kTail.size()) return {};
+  const size_t at = file_name.size() - kTail.size();
+  const std::string_view tail = std::string_view(file_name).substr(at);
+  const std::string_view number = tail.substr(1, 5), count = tail.substr(10, 5);
+  const bool matches = tail[0] == '-' && tail.substr(6, 4) == "-of-" && tail.ends_with(".gguf");
+  if (!matches || !all_of_kind(number, std::isdigit) || !all_of_kind(count, std::isdigit)) return {};
+  return {file_name.substr(0, at), std::stoull(std::string(number)), std::stoull(std::string(count))};
 }
 
 std::string part_file_name(const PartName& name, uint64_t number) {
@@ -36,14 +44,25 @@ std::string part_file_name(const PartName& name, uint64_t number) {
   return name.prefix + digits.data();
 }
 
-// Files cut by `split` or an old upload tool: no part but the first starts with a header.
+// What follows ".gguf" in the names of files cut by `split` or an old upload tool: "-split-a",
+// ".part-a", ".part1of2".
+bool is_piece_suffix(std::string_view suffix) {
+  if (suffix.starts_with("-split-")) return all_of_kind(suffix.substr(7), std::isalpha);
+  if (suffix.starts_with(".part-")) return all_of_kind(suffix.substr(6), std::isalpha);
+  if (!suffix.starts_with(".part")) return false;
+  const size_t of = suffix.find("of");
+  return of != std::string_view::npos && all_of_kind(suffix.substr(5, of - 5), std::isdigit) &&
+         all_of_kind(suffix.substr(of + 2), std::isdigit);
+}
+
 void refuse_raw_piece(const fs::path& path) {
-  static const std::regex pattern(R"((.*\.gguf)(-split-[a-z]+|\.part-?[a-z]{1,2}|\.part\d+of\d+))", std::regex::icase);
-  std::smatch match;
+  constexpr std::string_view kEnding = ".gguf";
   const std::string file_name = path.filename().string();
-  if (!std::regex_match(file_name, match, pattern)) return;
-  fail(ErrorKind::unsupported, path.string(), ": a raw piece of '", match[1].str(),
-       "': join all pieces in order first (cat PIECES > ", match[1].str(), ")");
+  const size_t at = file_name.rfind(kEnding);
+  if (at == std::string::npos || !is_piece_suffix(std::string_view(file_name).substr(at + kEnding.size()))) return;
+  const std::string whole = file_name.substr(0, at + kEnding.size());
+  fail(ErrorKind::unsupported, path.string(), ": a raw piece of '", whole,
+       "': join all pieces in order first (cat PIECES > ", whole, ")");
 }
 
 uint64_t uint_or(const GgufPart& part, std::string_view key, uint64_t fallback) {

@@ -370,7 +370,7 @@ TEST_CASE("gguf set: a name alone is no set of one, a bad number is refused") {
 
 TEST_CASE("gguf: raw pieces name the way to join them") {
   const TempFolder folder;
-  for (const char* name : {"x.gguf-split-a", "x.gguf-split-b", "x.gguf.part1of2", "x.gguf.part-a"}) {
+  for (const char* name : {"x.gguf-split-a", "x.gguf-split-b", "x.gguf.part12of20", "x.gguf.part-a"}) {
     write_text(folder / name, "GGUF");
     check_thrown(thrown_by([&] { (void)GgufFile::open(folder / name); }), kUnsupported, "a raw piece of 'x.gguf': join all pieces");
   }
