@@ -22,13 +22,20 @@ constexpr const char* kExamples =
 
 int exit_code(ErrorKind kind) {
   switch (kind) {
-    case ErrorKind::internal: return 1;
-    case ErrorKind::usage: return 2;
-    case ErrorKind::io: return 3;
-    case ErrorKind::format: return 4;
-    case ErrorKind::memory: return 5;
-    case ErrorKind::unsupported: return 6;
-    case ErrorKind::cancelled: return kExitInterrupted;
+    case ErrorKind::internal:
+      return 1;
+    case ErrorKind::usage:
+      return 2;
+    case ErrorKind::io:
+      return 3;
+    case ErrorKind::format:
+      return 4;
+    case ErrorKind::memory:
+      return 5;
+    case ErrorKind::unsupported:
+      return 6;
+    case ErrorKind::cancelled:
+      return kExitInterrupted;
   }
   return 1;
 }
@@ -89,7 +96,8 @@ int run_main(int argc, char** argv) {
   } catch (const Error& e) {
     return report(e.kind(), e.what());
   } catch (const std::bad_alloc&) {
-    return report(ErrorKind::memory, "out of memory; try a smaller --ctx or --batch, or a smaller model");
+    return report(ErrorKind::memory,
+                  "out of memory; try a smaller --ctx or --batch, or a smaller model");
   } catch (const std::exception& e) {
     return report(ErrorKind::internal, e.what());
   }

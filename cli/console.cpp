@@ -34,7 +34,9 @@ bool stderr_has_colour() { return stderr_is_terminal() && !has_value("NO_COLOR")
 // File names and metadata may hold anything; a message stays one line and sends no escapes.
 std::string one_line(std::string_view text) {
   std::string out(text);
-  std::replace_if(out.begin(), out.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }, ' ');
+  std::replace_if(
+      out.begin(), out.end(),
+      [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }, ' ');
   return out;
 }
 
@@ -46,7 +48,8 @@ void print_remark(const char* prefix, const char* colour, const std::string& tex
 }
 
 std::string rate_text(ProgressBar::Unit unit, double per_second) {
-  if (unit == ProgressBar::Unit::bytes) return format_size(static_cast<uint64_t>(per_second)) + "/s";
+  if (unit == ProgressBar::Unit::bytes)
+    return format_size(static_cast<uint64_t>(per_second)) + "/s";
   std::array<char, 48> text{};
   std::snprintf(text.data(), text.size(), "%.1f %s/s", per_second,
                 unit == ProgressBar::Unit::tokens ? "tok" : "chunks");
@@ -71,7 +74,9 @@ void print_json(const Json& json) { print(to_line(json) + "\n"); }
 
 void note(const std::string& text) { print_remark("note:", "\033[33m", text); }
 
-NoticeFn notices() { return [](const std::string& text) { note(text); }; }
+NoticeFn notices() {
+  return [](const std::string& text) { note(text); };
+}
 
 void print_error(const std::string& text) { print_remark("error:", "\033[1;31m", text); }
 
@@ -94,7 +99,11 @@ void install_signal_handlers() {
 const std::atomic<bool>& interrupted() { return interrupt_flag; }
 
 ProgressBar::ProgressBar(std::string label, Unit unit)
-    : label_(std::move(label)), unit_(unit), enabled_(stderr_is_terminal()), start_(Clock::now()), last_draw_(start_) {}
+    : label_(std::move(label)),
+      unit_(unit),
+      enabled_(stderr_is_terminal()),
+      start_(Clock::now()),
+      last_draw_(start_) {}
 
 ProgressBar::~ProgressBar() {
   if (drawn_) std::fputs("\r\033[K", stderr);
@@ -110,10 +119,14 @@ void ProgressBar::update(uint64_t done, uint64_t total, std::string_view detail)
   const double fraction = std::min(1.0, static_cast<double>(done) / static_cast<double>(total));
   constexpr int kWidth = 24;
   const int filled = static_cast<int>(fraction * kWidth);
-  const std::string bar = std::string(static_cast<size_t>(filled), '#') + std::string(static_cast<size_t>(kWidth - filled), '.');
-  const std::string eta = done == 0 ? "?" : format_duration(static_cast<double>(total - std::min(done, total)) / per_second);
-  std::fprintf(stderr, "\r\033[K%s [%s] %3.0f%%  %s  ETA %s  %.*s", label_.c_str(), bar.c_str(), 100 * fraction,
-               rate_text(unit_, per_second).c_str(), eta.c_str(), static_cast<int>(std::min<size_t>(detail.size(), 40)), detail.data());
+  const std::string bar = std::string(static_cast<size_t>(filled), '#') +
+                          std::string(static_cast<size_t>(kWidth - filled), '.');
+  const std::string eta =
+      done == 0 ? "?"
+                : format_duration(static_cast<double>(total - std::min(done, total)) / per_second);
+  std::fprintf(stderr, "\r\033[K%s [%s] %3.0f%%  %s  ETA %s  %.*s", label_.c_str(), bar.c_str(),
+               100 * fraction, rate_text(unit_, per_second).c_str(), eta.c_str(),
+               static_cast<int>(std::min<size_t>(detail.size(), 40)), detail.data());
 }
 
 }  // namespace duet::cli

@@ -33,8 +33,8 @@ struct Report {
   HostCores cores;
   HostMemory memory;
   int n_threads = 1;
-  double memory_rate = 0;         // bytes per second
-  std::optional<DiskRate> disk;   // absent: could not be measured
+  double memory_rate = 0;        // bytes per second
+  std::optional<DiskRate> disk;  // absent: could not be measured
   std::vector<Warning> warnings;
 };
 
@@ -55,41 +55,55 @@ void examine_processor(Report& r, const DoctorOptions& options) {
   r.cores = read_host_cores();
   r.n_threads = options.n_threads > 0 ? options.n_threads : r.cores.usable();
   if (r.usable.size() == 1)
-    r.warnings.push_back({"no SIMD instruction set is usable: generation will be many times slower",
-                          "use a processor with AVX2; in a virtual machine set the CPU type to 'host'"});
+    r.warnings.push_back(
+        {"no SIMD instruction set is usable: generation will be many times slower",
+         "use a processor with AVX2; in a virtual machine set the CPU type to 'host'"});
   else if (r.isa != r.usable.front())
-    r.warnings.push_back({concat("instruction set ", r.isa, " is forced although ", r.usable.front(), " is usable"), "unset DUET_ISA"});
+    r.warnings.push_back(
+        {concat("instruction set ", r.isa, " is forced although ", r.usable.front(), " is usable"),
+         "unset DUET_ISA"});
   if (r.cores.cgroup_quota && *r.cores.cgroup_quota < r.cores.physical)
-    r.warnings.push_back({concat("the cgroup grants ", *r.cores.cgroup_quota, " CPUs of ", r.cores.physical, " cores"),
-                          "raise the container's CPU limit (docker run --cpus, or cpu.max of the cgroup)"});
+    r.warnings.push_back(
+        {concat("the cgroup grants ", *r.cores.cgroup_quota, " CPUs of ", r.cores.physical,
+                " cores"),
+         "raise the container's CPU limit (docker run --cpus, or cpu.max of the cgroup)"});
   if (r.n_threads > r.cores.logical)
-    r.warnings.push_back({concat(r.n_threads, " threads on ", r.cores.logical, " CPUs"), "unset DUET_THREADS"});
+    r.warnings.push_back(
+        {concat(r.n_threads, " threads on ", r.cores.logical, " CPUs"), "unset DUET_THREADS"});
 }
 
 void examine_memory(Report& r) {
   r.memory = read_host_memory();
   const uint64_t usable = usable_memory(r.memory);
   r.memory_rate = measure_memory(r.n_threads, std::min<uint64_t>(uint64_t{256} << 20, usable / 4));
-  const bool limited = r.memory.cgroup_limit_bytes && *r.memory.cgroup_limit_bytes < r.memory.total_bytes;
+  const bool limited =
+      r.memory.cgroup_limit_bytes && *r.memory.cgroup_limit_bytes < r.memory.total_bytes;
   if (usable < (uint64_t{4} << 30))
     r.warnings.push_back({concat("only ", format_size(usable), " of memory can be used"),
-                          limited ? "raise the container's memory limit (docker run --memory, or memory.max of the cgroup)"
-                                  : "close other programs, or choose a smaller model or quantization"});
+                          limited
+                              ? "raise the container's memory limit (docker run --memory, or "
+                                "memory.max of the cgroup)"
+                              : "close other programs, or choose a smaller model or quantization"});
 }
 
 void examine_disk(Report& r, const std::string& path) {
   try {
     r.disk = measure_disk(path);
   } catch (const Error& e) {
-    r.warnings.push_back({concat("disk not measured: ", e.what()), "name the folder of your models, or one of them, with --path"});
+    r.warnings.push_back({concat("disk not measured: ", e.what()),
+                          "name the folder of your models, or one of them, with --path"});
     return;
   }
   constexpr double kSlow = 400e6;  // bytes per second: an 8x7B file of 26 GB takes over a minute
   if (r.disk->direct && r.disk->bytes_per_second < kSlow)
-    r.warnings.push_back({concat(path, " reads ", static_cast<uint64_t>(r.disk->bytes_per_second / 1e6), " MB/s: large models load slowly"),
-                          "keep models on a local NVMe disk, and measure it with --path"});
+    r.warnings.push_back(
+        {concat(path, " reads ", static_cast<uint64_t>(r.disk->bytes_per_second / 1e6),
+                " MB/s: large models load slowly"),
+         "keep models on a local NVMe disk, and measure it with --path"});
   if (!r.disk->direct)
-    r.warnings.push_back({concat(path, " allows no direct reads: the disk rate may be that of memory"), "measure another folder with --path"});
+    r.warnings.push_back(
+        {concat(path, " allows no direct reads: the disk rate may be that of memory"),
+         "measure another folder with --path"});
 }
 
 template <class T>
@@ -101,16 +115,25 @@ Json to_json(const Report& r, const std::string& path) {
   Json warnings = Json::array();
   for (const Warning& w : r.warnings) warnings.push_back({{"text", w.text}, {"fix", w.fix}});
   Json disk = {{"path", path}, {"read_bytes_per_s", nullptr}};
-  if (r.disk) disk = {{"path", path}, {"read_bytes_per_s", r.disk->bytes_per_second}, {"direct", r.disk->direct}};
+  if (r.disk)
+    disk = {
+        {"path", path}, {"read_bytes_per_s", r.disk->bytes_per_second}, {"direct", r.disk->direct}};
   return {{"version", DUET_VERSION},
           {"cpu", {{"model", r.cpu}, {"features", r.features}}},
           {"isa", {{"chosen", r.isa}, {"usable", r.usable}, {"compiled", r.compiled}}},
-          {"cores", {{"logical", r.cores.logical}, {"physical", r.cores.physical},
-                     {"cgroup_quota", or_null(r.cores.cgroup_quota)}, {"threads", r.n_threads}}},
-          {"memory", {{"total_bytes", r.memory.total_bytes}, {"available_bytes", r.memory.available_bytes},
-                      {"cgroup_version", r.memory.cgroup_version}, {"cgroup_limit_bytes", or_null(r.memory.cgroup_limit_bytes)},
-                      {"cgroup_used_bytes", or_null(r.memory.cgroup_used_bytes)}, {"usable_bytes", usable_memory(r.memory)},
-                      {"read_bytes_per_s", r.memory_rate}}},
+          {"cores",
+           {{"logical", r.cores.logical},
+            {"physical", r.cores.physical},
+            {"cgroup_quota", or_null(r.cores.cgroup_quota)},
+            {"threads", r.n_threads}}},
+          {"memory",
+           {{"total_bytes", r.memory.total_bytes},
+            {"available_bytes", r.memory.available_bytes},
+            {"cgroup_version", r.memory.cgroup_version},
+            {"cgroup_limit_bytes", or_null(r.memory.cgroup_limit_bytes)},
+            {"cgroup_used_bytes", or_null(r.memory.cgroup_used_bytes)},
+            {"usable_bytes", usable_memory(r.memory)},
+            {"read_bytes_per_s", r.memory_rate}}},
           {"disk", disk},
           {"warnings", warnings}};
 }
@@ -121,34 +144,44 @@ std::string join(const std::vector<std::string>& names) {
   return text;
 }
 
-std::string rate(double bytes_per_second) { return concat(static_cast<uint64_t>(bytes_per_second / 1e6), " MB/s"); }
+std::string rate(double bytes_per_second) {
+  return concat(static_cast<uint64_t>(bytes_per_second / 1e6), " MB/s");
+}
 
 std::string memory_text(const HostMemory& memory) {
-  std::string text = concat(format_size(memory.available_bytes), " available of ", format_size(memory.total_bytes));
+  std::string text = concat(format_size(memory.available_bytes), " available of ",
+                            format_size(memory.total_bytes));
   if (memory.cgroup_limit_bytes)
-    text += concat("; cgroup v", memory.cgroup_version, " limit ", format_size(*memory.cgroup_limit_bytes), ", ",
+    text += concat("; cgroup v", memory.cgroup_version, " limit ",
+                   format_size(*memory.cgroup_limit_bytes), ", ",
                    format_size(memory.cgroup_used_bytes.value_or(0)), " used");
   else
-    text += memory.cgroup_version > 0 ? concat("; cgroup v", memory.cgroup_version, ", no limit") : "; no cgroup";
+    text += memory.cgroup_version > 0 ? concat("; cgroup v", memory.cgroup_version, ", no limit")
+                                      : "; no cgroup";
   return text;
 }
 
 void print_report(const Report& r, const std::string& path) {
   print(concat("processor:     ", r.cpu, "\n"));
   print(concat("features:      ", r.features, "\n"));
-  print(concat("kernels:       ", r.isa, " (usable: ", join(r.usable), "; compiled: ", join(r.compiled), ")\n"));
-  print(concat("cores:         ", r.cores.physical, " physical, ", r.cores.logical, " logical, ",
-               r.cores.cgroup_quota ? concat("cgroup quota ", *r.cores.cgroup_quota) : "no cgroup quota", "\n"));
+  print(concat("kernels:       ", r.isa, " (usable: ", join(r.usable),
+               "; compiled: ", join(r.compiled), ")\n"));
+  print(concat(
+      "cores:         ", r.cores.physical, " physical, ", r.cores.logical, " logical, ",
+      r.cores.cgroup_quota ? concat("cgroup quota ", *r.cores.cgroup_quota) : "no cgroup quota",
+      "\n"));
   print(concat("threads:       ", r.n_threads, "\n"));
   print(concat("memory:        ", memory_text(r.memory), "\n"));
   print(concat("memory reads:  ", rate(r.memory_rate), "\n"));
   print(concat("disk reads:    ", r.disk ? rate(r.disk->bytes_per_second) : "not measured",
                r.disk && !r.disk->direct ? " (not direct)" : "", " (", path, ")\n"));
-  for (const Warning& w : r.warnings) print(concat("\nwarning: ", w.text, "\n    fix: ", w.fix, "\n"));
+  for (const Warning& w : r.warnings)
+    print(concat("\nwarning: ", w.text, "\n    fix: ", w.fix, "\n"));
 }
 
 void run_doctor(const DoctorOptions& options) {
-  if (!std::filesystem::exists(options.path)) fail(ErrorKind::io, options.path, ": no such file or folder");
+  if (!std::filesystem::exists(options.path))
+    fail(ErrorKind::io, options.path, ": no such file or folder");
   Report report;
   examine_processor(report, options);
   examine_memory(report);
@@ -160,9 +193,11 @@ void run_doctor(const DoctorOptions& options) {
 }  // namespace
 
 void add_doctor(CLI::App& app) {
-  CLI::App& command = *app.add_subcommand("doctor", "Examine this machine: processor, cores, memory, disk");
+  CLI::App& command =
+      *app.add_subcommand("doctor", "Examine this machine: processor, cores, memory, disk");
   auto options = std::make_shared<DoctorOptions>();
-  command.add_option("--path", options->path, "Folder or file whose disk to measure")->capture_default_str();
+  command.add_option("--path", options->path, "Folder or file whose disk to measure")
+      ->capture_default_str();
   command.add_option("--isa", options->isa, "Force an instruction set, as for run");
   add_threads_option(command, options->n_threads);
   command.add_flag("--json", options->json, "One JSON document");

@@ -43,10 +43,14 @@ struct Generation {
 
 const char* stop_name(Stop stop) {
   switch (stop) {
-    case Stop::eos: return "eos";
-    case Stop::length: return "length";
-    case Stop::context: return "context";
-    case Stop::interrupted: return "interrupted";
+    case Stop::eos:
+      return "eos";
+    case Stop::length:
+      return "length";
+    case Stop::context:
+      return "context";
+    case Stop::interrupted:
+      return "interrupted";
   }
   return "";
 }
@@ -57,17 +61,20 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 
 // ---- the prompt --------------------------------------------------------------------------------
 
-// Whether to read standard input. Beside a prompt only what was clearly piped or redirected in counts:
-// programs start others with sockets and devices on it that never end.
+// Whether to read standard input. Beside a prompt only what was clearly piped or redirected in
+// counts: programs start others with sockets and devices on it that never end.
 bool stdin_has_text(bool have_prompt) {
   struct stat info {};
   if (::fstat(STDIN_FILENO, &info) != 0) return false;
-  return S_ISFIFO(info.st_mode) || S_ISREG(info.st_mode) || (!have_prompt && ::isatty(STDIN_FILENO) == 0);
+  return S_ISFIFO(info.st_mode) || S_ISREG(info.st_mode) ||
+         (!have_prompt && ::isatty(STDIN_FILENO) == 0);
 }
 
 // A pipe that nobody writes to would look like a hang: say what is being waited for.
 void tell_when_waiting() {
-  struct pollfd input {STDIN_FILENO, POLLIN, 0};
+  struct pollfd input {
+    STDIN_FILENO, POLLIN, 0
+  };
   if (::poll(&input, 1, 2000) == 0)
     note("waiting for text on standard input; when none is to come, add < /dev/null");
 }
@@ -92,9 +99,11 @@ std::string assemble_prompt(const RunOptions& options) {
   return prompt;
 }
 
-std::vector<Token> prompt_ids(const Tokenizer& tokenizer, const std::optional<ChatTemplate>& chat, const std::string& prompt) {
+std::vector<Token> prompt_ids(const Tokenizer& tokenizer, const std::optional<ChatTemplate>& chat,
+                              const std::string& prompt) {
   if (chat) {
-    const std::vector<ChatMessage> messages = parse_messages(Json::array({{{"role", "user"}, {"content", prompt}}}));
+    const std::vector<ChatMessage> messages =
+        parse_messages(Json::array({{{"role", "user"}, {"content", prompt}}}));
     return tokenizer.encode(chat->render(messages, Json()), chat->wants_bos(tokenizer));
   }
   const Segment segment{prompt, false};
@@ -106,8 +115,12 @@ std::vector<Token> prompt_ids(const Tokenizer& tokenizer, const std::optional<Ch
 class Generator {
  public:
   // `is_answer`: the text starts a turn of its own instead of continuing the prompt.
-  Generator(const RunOptions& options, const Tokenizer& tokenizer, Session& session, Sampler sampler, bool is_answer)
-      : options_(options), tokenizer_(tokenizer), session_(session), sampler_(std::move(sampler)),
+  Generator(const RunOptions& options, const Tokenizer& tokenizer, Session& session,
+            Sampler sampler, bool is_answer)
+      : options_(options),
+        tokenizer_(tokenizer),
+        session_(session),
+        sampler_(std::move(sampler)),
         stream_(tokenizer_, is_answer) {}
 
   Generation run(const std::vector<Token>& prompt) {
@@ -169,19 +182,24 @@ class Generator {
   Generation out_;
 };
 
-double per_second(size_t n, double seconds) { return seconds > 0 ? static_cast<double>(n) / seconds : 0; }
+double per_second(size_t n, double seconds) {
+  return seconds > 0 ? static_cast<double>(n) / seconds : 0;
+}
 
 void print_status(const ModelInfo& info, const Session& session) {
-  std::fprintf(stderr, "[%s | %s | %s | %s, %d thread%s | ctx %u, %s KV]\n", info.hparams.name.c_str(), info.types.c_str(),
-               format_size(info.file_bytes).c_str(), info.isa.c_str(), info.n_threads, info.n_threads == 1 ? "" : "s", session.n_ctx(),
+  std::fprintf(stderr, "[%s | %s | %s | %s, %d thread%s | ctx %u, %s KV]\n",
+               info.hparams.name.c_str(), info.types.c_str(), format_size(info.file_bytes).c_str(),
+               info.isa.c_str(), info.n_threads, info.n_threads == 1 ? "" : "s", session.n_ctx(),
                format_size(session.kv_bytes()).c_str());
 }
 
 void print_statistics(const RunOptions& options, const Generation& g) {
-  std::fprintf(stderr, "[prompt %zu tok, %.1f tok/s | generated %zu tok, %.1f tok/s | stop: %s | seed %llu]\n",
-               g.n_prompt, per_second(g.n_prompt, g.prefill_seconds), g.ids.size(),
-               per_second(g.n_decoded, g.decode_seconds), stop_name(g.stop),
-               static_cast<unsigned long long>(options.sampling.seed));
+  std::fprintf(
+      stderr,
+      "[prompt %zu tok, %.1f tok/s | generated %zu tok, %.1f tok/s | stop: %s | seed %llu]\n",
+      g.n_prompt, per_second(g.n_prompt, g.prefill_seconds), g.ids.size(),
+      per_second(g.n_decoded, g.decode_seconds), stop_name(g.stop),
+      static_cast<unsigned long long>(options.sampling.seed));
 }
 
 Json to_json(const RunOptions& options, const Generation& g) {
@@ -201,7 +219,8 @@ void run_generate(RunOptions options) {
   options.sampling.seed = options.seed ? *options.seed : std::random_device{}();
   const Sampler sampler(options.sampling);
   std::optional<ChatTemplate> chat;
-  if (!options.template_name.empty() && !options.raw) chat = ChatTemplate::named(options.template_name);
+  if (!options.template_name.empty() && !options.raw)
+    chat = ChatTemplate::named(options.template_name);
   const Engine engine = open_engine(options.model);
   if (!chat && !options.raw) chat = engine.chat_template();
   const std::vector<Token> ids = prompt_ids(engine.tokenizer(), chat, prompt);
@@ -210,9 +229,12 @@ void run_generate(RunOptions options) {
     fail(ErrorKind::usage, "the prompt has ", ids.size(), " tokens, the context ", session.n_ctx(),
          "; shorten it or give --ctx ", ids.size() + 512);
   print_status(engine.info(), session);
-  const Generation result = Generator(options, engine.tokenizer(), session, sampler, chat.has_value()).run(ids);
-  if (options.json) print_json(to_json(options, result));
-  else print("\n");
+  const Generation result =
+      Generator(options, engine.tokenizer(), session, sampler, chat.has_value()).run(ids);
+  if (options.json)
+    print_json(to_json(options, result));
+  else
+    print("\n");
   flush_stdout();
   print_statistics(options, result);
   if (result.stop == Stop::interrupted) throw Quit{kExitInterrupted};
@@ -220,31 +242,53 @@ void run_generate(RunOptions options) {
 
 void add_sampling_options(CLI::App& command, RunOptions& options) {
   SamplerParams& s = options.sampling;
-  command.add_option("--temp", s.temperature, "Temperature; 0 always takes the likeliest token")->capture_default_str();
-  command.add_option("--top-k", s.top_k, "Keep the K likeliest tokens; 0: off")->capture_default_str();
-  command.add_option("--top-p", s.top_p, "Keep the likeliest tokens that make up P; 1: off")->capture_default_str();
-  command.add_option("--min-p", s.min_p, "Drop tokens below P times the likeliest; 0: off")->capture_default_str();
-  command.add_option("--repeat-penalty", s.repeat_penalty, "Weakens tokens of the last 64; 1: off")->capture_default_str();
-  command.add_option("--presence-penalty", s.presence_penalty, "Subtracted once from tokens of the last 64")->capture_default_str();
-  command.add_option("--frequency-penalty", s.frequency_penalty, "Subtracted per occurrence in the last 64")->capture_default_str();
-  command.add_option("--seed", options.seed, "Seed of the draws [default: random; shown with the statistics]");
+  command.add_option("--temp", s.temperature, "Temperature; 0 always takes the likeliest token")
+      ->capture_default_str();
+  command.add_option("--top-k", s.top_k, "Keep the K likeliest tokens; 0: off")
+      ->capture_default_str();
+  command.add_option("--top-p", s.top_p, "Keep the likeliest tokens that make up P; 1: off")
+      ->capture_default_str();
+  command.add_option("--min-p", s.min_p, "Drop tokens below P times the likeliest; 0: off")
+      ->capture_default_str();
+  command.add_option("--repeat-penalty", s.repeat_penalty, "Weakens tokens of the last 64; 1: off")
+      ->capture_default_str();
+  command
+      .add_option("--presence-penalty", s.presence_penalty,
+                  "Subtracted once from tokens of the last 64")
+      ->capture_default_str();
+  command
+      .add_option("--frequency-penalty", s.frequency_penalty,
+                  "Subtracted per occurrence in the last 64")
+      ->capture_default_str();
+  command.add_option("--seed", options.seed,
+                     "Seed of the draws [default: random; shown with the statistics]");
 }
 
 }  // namespace
 
 void add_run(CLI::App& app) {
-  CLI::App& command = *app.add_subcommand("run", "Generate text: the answer to, or the continuation of, a prompt");
+  CLI::App& command =
+      *app.add_subcommand("run", "Generate text: the answer to, or the continuation of, a prompt");
   auto options = std::make_shared<RunOptions>();
   add_model_options(command, options->model, "the model's, at most 4096");
   command.add_option("-p,--prompt", options->prompt, "The prompt");
-  command.add_option("-f,--file", options->file, "File of text that follows -p; - is standard input. Piped text follows both");
-  command.add_option("-n,--n-predict", options->n_predict, "Most tokens to generate; -1: until the end of the answer or of the context")
-      ->check(CLI::Range(int64_t{-1}, int64_t{1} << 32).description(""))->type_name("N")->capture_default_str();
+  command.add_option("-f,--file", options->file,
+                     "File of text that follows -p; - is standard input. Piped text follows both");
+  command
+      .add_option("-n,--n-predict", options->n_predict,
+                  "Most tokens to generate; -1: until the end of the answer or of the context")
+      ->check(CLI::Range(int64_t{-1}, int64_t{1} << 32).description(""))
+      ->type_name("N")
+      ->capture_default_str();
   add_sampling_options(command, *options);
   command.add_flag("--raw", options->raw, "Continue the prompt as it stands: no chat template");
-  command.add_option("--template", options->template_name, "Chat template by name [default: the model's own, none for a base model]");
-  command.add_flag("--ignore-eos", options->ignore_eos, "Go on past the end of the answer (for benchmarks)");
-  command.add_flag("--json", options->json, "One JSON document: {text, ids, prompt_tokens, prefill_s, decode_tok_s, stop, ...}");
+  command.add_option("--template", options->template_name,
+                     "Chat template by name [default: the model's own, none for a base model]");
+  command.add_flag("--ignore-eos", options->ignore_eos,
+                   "Go on past the end of the answer (for benchmarks)");
+  command.add_flag(
+      "--json", options->json,
+      "One JSON document: {text, ids, prompt_tokens, prefill_s, decode_tok_s, stop, ...}");
   add_environment(command);
   command.callback([options] { run_generate(*options); });
 }

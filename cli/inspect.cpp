@@ -32,7 +32,8 @@ struct Summary {
   std::map<std::string, TypeShare> types;
   uint64_t n_params = 0, tensor_bytes = 0;
   double bits_per_weight() const {
-    return n_params == 0 ? 0 : 8 * static_cast<double>(tensor_bytes) / static_cast<double>(n_params);
+    return n_params == 0 ? 0
+                         : 8 * static_cast<double>(tensor_bytes) / static_cast<double>(n_params);
   }
 };
 
@@ -60,7 +61,8 @@ std::string describe_tokenizer(const GgufFile& file) {
   return say([&] {
     const Tokenizer tokenizer = Tokenizer::load(file, {});
     std::string text = concat(*model, ", ", tokenizer.n_vocab(), " tokens");
-    if (tokenizer.bos()) text += concat(", bos ", *tokenizer.bos(), tokenizer.add_bos() ? " (added)" : " (not added)");
+    if (tokenizer.bos())
+      text += concat(", bos ", *tokenizer.bos(), tokenizer.add_bos() ? " (added)" : " (not added)");
     if (tokenizer.eos()) text += concat(", eos ", *tokenizer.eos());
     return text;
   });
@@ -100,13 +102,16 @@ Summary summarize(const GgufFile& file) {
   return s;
 }
 
-// ---- metadata values -----------------------------------------------------------------------------
+// ---- metadata values
+// -----------------------------------------------------------------------------
 
 constexpr size_t kShownElements = 8;
 constexpr size_t kShownBytes = 200;
 
 Json abridge(const std::string& text) {
-  return text.size() <= kShownBytes ? Json(text) : Json(concat(text.substr(0, kShownBytes), "... (", text.size(), " bytes)"));
+  return text.size() <= kShownBytes
+             ? Json(text)
+             : Json(concat(text.substr(0, kShownBytes), "... (", text.size(), " bytes)"));
 }
 template <class T>
 Json abridge(const T& scalar) {
@@ -115,7 +120,8 @@ Json abridge(const T& scalar) {
 template <class T>
 Json abridge(const std::vector<T>& array) {
   Json first = Json::array();
-  for (size_t i = 0; i < std::min(array.size(), kShownElements); ++i) first.push_back(abridge(T{array[i]}));
+  for (size_t i = 0; i < std::min(array.size(), kShownElements); ++i)
+    first.push_back(abridge(T{array[i]}));
   if (array.size() <= kShownElements) return first;
   return Json{{"n", array.size()}, {"first", first}};
 }
@@ -133,14 +139,17 @@ std::string shape_text(const std::vector<uint64_t>& shape) {
   return text;
 }
 
-// ---- output --------------------------------------------------------------------------------------
+// ---- output
+// --------------------------------------------------------------------------------------
 
 Json to_json(const GgufFile& file, const Summary& s) {
   Json types = Json::object(), tensors = Json::array();
   for (const auto& [name, share] : s.types)
-    types[name] = {{"tensors", share.n_tensors}, {"params", share.n_elems}, {"bytes", share.n_bytes}};
+    types[name] = {
+        {"tensors", share.n_tensors}, {"params", share.n_elems}, {"bytes", share.n_bytes}};
   for (const TensorView& t : file.tensors())
-    tensors.push_back({{"name", t.name}, {"type", t.format->name}, {"shape", t.shape}, {"bytes", t.data.size()}});
+    tensors.push_back(
+        {{"name", t.name}, {"type", t.format->name}, {"shape", t.shape}, {"bytes", t.data.size()}});
   return {{"arch", s.arch},
           {"name", s.name},
           {"layout", s.layout},
@@ -168,30 +177,36 @@ void print_format(const char* format, Args... args) {
 void print_field(const char* label, const std::string& text) { print(concat(label, text, "\n")); }
 
 void print_summary(const GgufFile& file, const Summary& s) {
-  print_field("file:       ", concat(file.source(), " (GGUF v", file.version(), ", ", format_size(file.file_bytes()),
-                                     file.n_parts() > 1 ? concat(" in ", file.n_parts(), " parts") : "", ")"));
+  print_field(
+      "file:       ",
+      concat(file.source(), " (GGUF v", file.version(), ", ", format_size(file.file_bytes()),
+             file.n_parts() > 1 ? concat(" in ", file.n_parts(), " parts") : "", ")"));
   print_field("name:       ", s.name.empty() ? "-" : s.name);
   print_field("arch:       ", s.arch.empty() ? "-" : s.arch);
   print_field("layout:     ", s.layout);
-  print_format("params:     %.3f G, %.2f bits per weight\n", static_cast<double>(s.n_params) / 1e9, s.bits_per_weight());
+  print_format("params:     %.3f G, %.2f bits per weight\n", static_cast<double>(s.n_params) / 1e9,
+               s.bits_per_weight());
   print_field("tokenizer:  ", s.tokenizer);
   print_field("template:   ", s.chat_template);
   if (s.problem) print_field("not run by duet: ", *s.problem);
   for (const auto& [name, share] : s.types)
-    print_format("  %-6s %5zu tensors  %12s  %5.1f %% of the parameters\n", name.c_str(), share.n_tensors,
-                 format_size(share.n_bytes).c_str(), 100 * static_cast<double>(share.n_elems) / static_cast<double>(s.n_params));
+    print_format("  %-6s %5zu tensors  %12s  %5.1f %% of the parameters\n", name.c_str(),
+                 share.n_tensors, format_size(share.n_bytes).c_str(),
+                 100 * static_cast<double>(share.n_elems) / static_cast<double>(s.n_params));
 }
 
 void print_metadata(const GgufFile& file) {
   print("\n");
   const Json metadata = metadata_json(file);
-  for (const auto& [key, value] : metadata.items()) print_field(concat(key, ": ").c_str(), to_line(value));
+  for (const auto& [key, value] : metadata.items())
+    print_field(concat(key, ": ").c_str(), to_line(value));
 }
 
 void print_tensors(const GgufFile& file) {
   print("\n");
   for (const TensorView& t : file.tensors())
-    print_format("%-40s %-6s %12s  %s\n", t.name.c_str(), t.format->name, format_size(t.data.size()).c_str(), shape_text(t.shape).c_str());
+    print_format("%-40s %-6s %12s  %s\n", t.name.c_str(), t.format->name,
+                 format_size(t.data.size()).c_str(), shape_text(t.shape).c_str());
 }
 
 void run_inspect(const InspectOptions& options) {
@@ -210,8 +225,11 @@ void add_inspect(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("inspect", "Show what a GGUF file holds");
   auto options = std::make_shared<InspectOptions>();
   command.add_option("MODEL", options->model, "GGUF file, of any architecture")->required();
-  command.add_flag("--tensors", options->tensors, "List every tensor: name, type, size, shape (rows x columns)");
-  command.add_flag("--json", options->json, "One JSON document: {arch, layout, params, tensors: [{name, type, shape, bytes}], ...}");
+  command.add_flag("--tensors", options->tensors,
+                   "List every tensor: name, type, size, shape (rows x columns)");
+  command.add_flag(
+      "--json", options->json,
+      "One JSON document: {arch, layout, params, tensors: [{name, type, shape, bytes}], ...}");
   add_environment(command);
   command.callback([options] { run_inspect(*options); });
 }

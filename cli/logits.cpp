@@ -21,7 +21,8 @@ struct LogitsOptions {
 
 // Header of a .npy file (format 1.0) of little-endian float32 [rows, cols], C order.
 std::string npy_header(size_t rows, size_t cols) {
-  std::string dict = concat("{'descr': '<f4', 'fortran_order': False, 'shape': (", rows, ", ", cols, "), }");
+  std::string dict =
+      concat("{'descr': '<f4', 'fortran_order': False, 'shape': (", rows, ", ", cols, "), }");
   constexpr size_t kPrefix = 10;  // magic, version, u16 length; data start at a multiple of 64
   dict.resize((kPrefix + dict.size() + 1 + 63) / 64 * 64 - kPrefix - 1, ' ');
   dict += '\n';
@@ -45,7 +46,9 @@ std::vector<Token> input_ids(const LogitsOptions& options, const Engine& engine)
 }
 
 void run_logits(const LogitsOptions& options) {
-  if (int{options.ids.has_value()} + int{options.text.has_value()} + int{options.file.has_value()} != 1)
+  if (int{options.ids.has_value()} + int{options.text.has_value()} +
+          int{options.file.has_value()} !=
+      1)
     fail(ErrorKind::usage, "logits: give exactly one of --ids, --text, --file");
   const Engine engine = open_engine(options.model);
   const std::vector<Token> ids = input_ids(options, engine);
@@ -70,7 +73,8 @@ void run_logits(const LogitsOptions& options) {
 }  // namespace
 
 void add_logits(CLI::App& app) {
-  CLI::App& command = *app.add_subcommand("logits", "Write the logits of every position as a .npy file, float32 [n_tokens, n_vocab]");
+  CLI::App& command = *app.add_subcommand(
+      "logits", "Write the logits of every position as a .npy file, float32 [n_tokens, n_vocab]");
   auto options = std::make_shared<LogitsOptions>();
   options->model.kv_type = KvType::f32;
   add_model_options(command, options->model, "as long as the input");

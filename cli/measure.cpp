@@ -28,14 +28,18 @@ constexpr size_t kBlock = size_t{4} << 20;  // large enough that the disk, not t
 constexpr uint64_t kTempBytes = uint64_t{256} << 20, kMaxBytes = uint64_t{512} << 20;
 constexpr double kSeconds = 1.0;
 
-double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 struct Fd {
   int value;
   explicit Fd(int fd) : value(fd) {}
   Fd(const Fd&) = delete;
   Fd& operator=(const Fd&) = delete;
-  ~Fd() { if (value >= 0) ::close(value); }
+  ~Fd() {
+    if (value >= 0) ::close(value);
+  }
 };
 
 // Direct I/O wants page alignment.
@@ -46,7 +50,8 @@ using Buffer = std::unique_ptr<char, FreeDeleter>;
 Buffer make_buffer() {
   Buffer buffer(static_cast<char*>(std::aligned_alloc(4096, kBlock)));
   if (!buffer) throw std::bad_alloc();
-  for (size_t i = 0; i < kBlock; ++i) buffer.get()[i] = static_cast<char>(i * 2654435761u >> 13);  // disks compress zeros
+  for (size_t i = 0; i < kBlock; ++i)
+    buffer.get()[i] = static_cast<char>(i * 2654435761u >> 13);  // disks compress zeros
   return buffer;
 }
 
@@ -61,7 +66,8 @@ DiskRate read_rate(const std::filesystem::path& path) {
   const Clock::time_point start = Clock::now();
   while (rate.n_bytes < kMaxBytes && since(start) < kSeconds) {
     const ssize_t n = ::read(fd.value, buffer.get(), kBlock);
-    if (n < 0 && errno != EINTR) fail(ErrorKind::io, path.string(), ": cannot read: ", std::strerror(errno));
+    if (n < 0 && errno != EINTR)
+      fail(ErrorKind::io, path.string(), ": cannot read: ", std::strerror(errno));
     if (n == 0) break;
     rate.n_bytes += static_cast<uint64_t>(std::max<ssize_t>(n, 0));
   }
@@ -72,9 +78,11 @@ DiskRate read_rate(const std::filesystem::path& path) {
 // A file that goes away with this object.
 class TempFile {
  public:
-  explicit TempFile(const std::filesystem::path& folder) : path_((folder / "duet-doctor-XXXXXX").string()) {
+  explicit TempFile(const std::filesystem::path& folder)
+      : path_((folder / "duet-doctor-XXXXXX").string()) {
     Fd fd(::mkstemp(path_.data()));
-    if (fd.value < 0) fail(ErrorKind::io, folder.string(), ": cannot write there: ", std::strerror(errno));
+    if (fd.value < 0)
+      fail(ErrorKind::io, folder.string(), ": cannot write there: ", std::strerror(errno));
     try {
       fill(fd.value);
     } catch (...) {
@@ -105,9 +113,11 @@ class TempFile {
 DiskRate measure_disk(const std::filesystem::path& path) {
   if (!std::filesystem::is_directory(path)) return read_rate(path);
   struct statvfs disk {};
-  if (::statvfs(path.c_str(), &disk) != 0) fail(ErrorKind::io, path.string(), ": ", std::strerror(errno));
+  if (::statvfs(path.c_str(), &disk) != 0)
+    fail(ErrorKind::io, path.string(), ": ", std::strerror(errno));
   const uint64_t free_bytes = uint64_t{disk.f_bavail} * disk.f_frsize;
-  if (free_bytes < 2 * kTempBytes) fail(ErrorKind::io, path.string(), ": only ", format_size(free_bytes), " free");
+  if (free_bytes < 2 * kTempBytes)
+    fail(ErrorKind::io, path.string(), ": only ", format_size(free_bytes), " free");
   const TempFile file(path);
   return read_rate(file.path());
 }
@@ -120,7 +130,8 @@ double measure_memory(int n_threads, uint64_t n_bytes) {
   const Clock::time_point start = Clock::now();
   do {
     parallel_for(n_threads, data.size(), kGrain, [&](size_t begin, size_t end) {
-      total += std::accumulate(data.begin() + static_cast<ptrdiff_t>(begin), data.begin() + static_cast<ptrdiff_t>(end), uint64_t{0});
+      total += std::accumulate(data.begin() + static_cast<ptrdiff_t>(begin),
+                               data.begin() + static_cast<ptrdiff_t>(end), uint64_t{0});
     });
     read_bytes += data.size() * sizeof(uint64_t);
   } while (since(start) < 0.3);

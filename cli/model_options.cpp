@@ -10,26 +10,39 @@ namespace duet::cli {
 
 void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default) {
   command.add_option("MODEL", options.path, "GGUF file")->required();
-  command.add_option("-c,--ctx", options.n_ctx, std::string("Context size in tokens [default: ") + ctx_default + "]")
-      ->check(CLI::Range(1u, 1u << 24).description(""))->type_name("N");
+  command
+      .add_option("-c,--ctx", options.n_ctx,
+                  std::string("Context size in tokens [default: ") + ctx_default + "]")
+      ->check(CLI::Range(1u, 1u << 24).description(""))
+      ->type_name("N");
   add_threads_option(command, options.n_threads);
   command.add_option("-b,--batch", options.n_batch, "Tokens evaluated at once in prefill")
-      ->check(CLI::Range(1u, 1u << 16).description(""))->type_name("N")->capture_default_str();
-  const auto set_kv_type = [&options](const std::string& name) { options.kv_type = name == "f32" ? KvType::f32 : KvType::f16; };
-  command.add_option_function<std::string>("--kv-type", set_kv_type, "Type of cached keys and values")
-      ->check(CLI::IsMember({"f16", "f32"}))->type_name("TYPE")->default_str(options.kv_type == KvType::f16 ? "f16" : "f32");
-  command.add_option("--isa", options.isa, "Force an instruction set: scalar, avx2, avx512 [default: best usable]");
+      ->check(CLI::Range(1u, 1u << 16).description(""))
+      ->type_name("N")
+      ->capture_default_str();
+  const auto set_kv_type = [&options](const std::string& name) {
+    options.kv_type = name == "f32" ? KvType::f32 : KvType::f16;
+  };
+  command
+      .add_option_function<std::string>("--kv-type", set_kv_type, "Type of cached keys and values")
+      ->check(CLI::IsMember({"f16", "f32"}))
+      ->type_name("TYPE")
+      ->default_str(options.kv_type == KvType::f16 ? "f16" : "f32");
+  command.add_option("--isa", options.isa,
+                     "Force an instruction set: scalar, avx2, avx512 [default: best usable]");
 }
 
 void require_model_file(const std::filesystem::path& path) {
   if (std::filesystem::is_directory(path))
-    fail(ErrorKind::io, path.string(), ": is a folder, not a GGUF file; make one with: duet convert ",
-         path.string(), " -q Q4_K_M -o model.gguf");
+    fail(ErrorKind::io, path.string(),
+         ": is a folder, not a GGUF file; make one with: duet convert ", path.string(),
+         " -q Q4_K_M -o model.gguf");
 }
 
 Engine open_engine(const ModelOptions& options) {
   require_model_file(options.path);
-  return Engine::open(options.path, {.n_threads = options.n_threads, .isa = options.isa, .notice = notices()});
+  return Engine::open(options.path,
+                      {.n_threads = options.n_threads, .isa = options.isa, .notice = notices()});
 }
 
 Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx) {

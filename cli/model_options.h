@@ -15,11 +15,11 @@ namespace duet::cli {
 // How a command opens a model. Filled by add_model_options.
 struct ModelOptions {
   std::string path;
-  uint32_t n_ctx = 0;      // 0: the command's default
-  int n_threads = 0;       // 0: HostCores::usable()
+  uint32_t n_ctx = 0;  // 0: the command's default
+  int n_threads = 0;   // 0: HostCores::usable()
   uint32_t n_batch = 512;
   KvType kv_type = KvType::f16;
-  std::string isa;         // "": best usable
+  std::string isa;  // "": best usable
 };
 
 // Declares MODEL, --ctx, --threads, --batch, --kv-type and --isa. options.kv_type and the text

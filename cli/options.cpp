@@ -23,8 +23,9 @@ std::string variable_of(const CLI::Option& option) {
   if (option.get_lnames().empty()) return {};
   std::string name = option.get_lnames().front();
   if (name == "help" || name == "version") return {};
-  std::transform(name.begin(), name.end(), name.begin(),
-                 [](unsigned char c) { return c == '-' ? '_' : static_cast<char>(std::toupper(c)); });
+  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) {
+    return c == '-' ? '_' : static_cast<char>(std::toupper(c));
+  });
   return "DUET_" + name;
 }
 
@@ -61,8 +62,11 @@ std::string read_all(int fd, const std::string& name) {
 }  // namespace
 
 void add_threads_option(CLI::App& command, int& n_threads) {
-  command.add_option("-t,--threads", n_threads, "Compute threads [default: physical cores allowed by cpuset and cgroup]")
-      ->check(CLI::Range(1, 1024).description(""))->type_name("N");
+  command
+      .add_option("-t,--threads", n_threads,
+                  "Compute threads [default: physical cores allowed by cpuset and cgroup]")
+      ->check(CLI::Range(1, 1024).description(""))
+      ->type_name("N");
 }
 
 void add_environment(CLI::App& command) {
@@ -85,7 +89,8 @@ std::vector<int32_t> parse_ids(const std::string& text) {
     int32_t id = 0;
     const auto [next, code] = std::from_chars(p, end, id);
     if (code != std::errc{} || (next < end && *next != ' '))
-      fail(ErrorKind::usage, "--ids: '", std::string(p, std::find(p, end, ' ')), "' is not a token id; write them like 1,2,3");
+      fail(ErrorKind::usage, "--ids: '", std::string(p, std::find(p, end, ' ')),
+           "' is not a token id; write them like 1,2,3");
     ids.push_back(id);
     p = next;
   }

@@ -37,7 +37,8 @@ std::vector<Token> encode(const Tokenizer& tokenizer, std::string text, bool bos
 }
 
 // Calls body("path:line", value) for the JSON value on every line.
-void for_each_json_line(const std::string& path, const std::function<void(const std::string&, const Json&)>& body) {
+void for_each_json_line(const std::string& path,
+                        const std::function<void(const std::string&, const Json&)>& body) {
   const std::string text = read_text(path);
   size_t line = 1;
   for (size_t begin = 0; begin < text.size(); ++line) {
@@ -49,7 +50,9 @@ void for_each_json_line(const std::string& path, const std::function<void(const 
 }
 
 void run_tokenize(const TokenizeOptions& options) {
-  if (int{options.text.has_value()} + int{options.file.has_value()} + int{options.jsonl.has_value()} != 1)
+  if (int{options.text.has_value()} + int{options.file.has_value()} +
+          int{options.jsonl.has_value()} !=
+      1)
     fail(ErrorKind::usage, "tokenize: give exactly one of --text, --file, --jsonl");
   const Tokenizer tokenizer = load_tokenizer(options.model);
   if (options.jsonl) {
@@ -57,13 +60,16 @@ void run_tokenize(const TokenizeOptions& options) {
     for_each_json_line(*options.jsonl, [&](const std::string& where, const Json& value) {
       if (!value.is_string()) fail(ErrorKind::format, where, ": expected a JSON string");
       Json ids = encode(tokenizer, value.get<std::string>(), options.bos);
-      if (options.json) all.push_back(std::move(ids));
-      else print_json(ids);
+      if (options.json)
+        all.push_back(std::move(ids));
+      else
+        print_json(ids);
     });
     if (options.json) print_json(all);
     return;
   }
-  const std::vector<Token> ids = encode(tokenizer, options.text ? *options.text : read_text(*options.file), options.bos);
+  const std::vector<Token> ids =
+      encode(tokenizer, options.text ? *options.text : read_text(*options.file), options.bos);
   if (options.json) return print_json(Json{{"ids", ids}, {"n_tokens", ids.size()}});
   std::string line;
   for (Token id : ids) line += (line.empty() ? "" : " ") + std::to_string(id);
@@ -72,8 +78,8 @@ void run_tokenize(const TokenizeOptions& options) {
 
 std::vector<Token> ids_of(const Json& value, const std::string& where) {
   const bool good = value.is_array() && std::all_of(value.begin(), value.end(), [](const Json& id) {
-    return id.is_number_integer() && id >= 0 && id <= INT32_MAX;
-  });
+                      return id.is_number_integer() && id >= 0 && id <= INT32_MAX;
+                    });
   if (!good) fail(ErrorKind::format, where, ": expected a JSON array of token ids");
   return value.get<std::vector<Token>>();
 }
@@ -86,8 +92,10 @@ void run_detokenize(const DetokenizeOptions& options) {
     Json all = Json::array();
     for_each_json_line(*options.jsonl, [&](const std::string& where, const Json& value) {
       Json text = tokenizer.decode(ids_of(value, where));
-      if (options.json) all.push_back(std::move(text));
-      else print_json(text);
+      if (options.json)
+        all.push_back(std::move(text));
+      else
+        print_json(text);
     });
     if (options.json) print_json(all);
     return;
@@ -100,25 +108,31 @@ void run_detokenize(const DetokenizeOptions& options) {
 }  // namespace
 
 void add_tokenize(CLI::App& app) {
-  CLI::App& command = *app.add_subcommand("tokenize", "Text to token ids, without BOS unless --bos");
+  CLI::App& command =
+      *app.add_subcommand("tokenize", "Text to token ids, without BOS unless --bos");
   auto options = std::make_shared<TokenizeOptions>();
   command.add_option("MODEL", options->model, "GGUF file; its vocabulary is enough")->required();
   command.add_option("--text", options->text, "The text");
   command.add_option("--file", options->file, "File of text, taken whole; - is standard input");
-  command.add_option("--jsonl", options->jsonl, "File with one JSON string per line: prints one JSON array of ids per line");
+  command.add_option("--jsonl", options->jsonl,
+                     "File with one JSON string per line: prints one JSON array of ids per line");
   command.add_flag("--bos", options->bos, "Put the beginning-of-sequence token first");
-  command.add_flag("--json", options->json, "One JSON document: {ids, n_tokens}, or an array of arrays with --jsonl");
+  command.add_flag("--json", options->json,
+                   "One JSON document: {ids, n_tokens}, or an array of arrays with --jsonl");
   add_environment(command);
   command.callback([options] { run_tokenize(*options); });
 }
 
 void add_detokenize(CLI::App& app) {
-  CLI::App& command = *app.add_subcommand("detokenize", "Token ids to text; control tokens give none");
+  CLI::App& command =
+      *app.add_subcommand("detokenize", "Token ids to text; control tokens give none");
   auto options = std::make_shared<DetokenizeOptions>();
   command.add_option("MODEL", options->model, "GGUF file; its vocabulary is enough")->required();
   command.add_option("--ids", options->ids, "Token ids: 1,2,3");
-  command.add_option("--jsonl", options->jsonl, "File with one JSON array of ids per line: prints one JSON string per line");
-  command.add_flag("--json", options->json, "One JSON document: {text}, or an array of strings with --jsonl");
+  command.add_option("--jsonl", options->jsonl,
+                     "File with one JSON array of ids per line: prints one JSON string per line");
+  command.add_flag("--json", options->json,
+                   "One JSON document: {text}, or an array of strings with --jsonl");
   add_environment(command);
   command.callback([options] { run_detokenize(*options); });
 }

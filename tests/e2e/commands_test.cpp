@@ -41,12 +41,15 @@ struct Npy {
 Npy read_npy(const std::filesystem::path& path) {
   const std::string bytes = duet::read_file(path, 1 << 28);
   REQUIRE(bytes.substr(0, 8) == std::string("\x93NUMPY\x01\x00", 8));
-  const size_t n_header = static_cast<unsigned char>(bytes[8]) + 256u * static_cast<unsigned char>(bytes[9]);
+  const size_t n_header =
+      static_cast<unsigned char>(bytes[8]) + 256u * static_cast<unsigned char>(bytes[9]);
   const std::string header = bytes.substr(10, n_header);
   CHECK((10 + n_header) % 64 == 0);
   CHECK(header.back() == '\n');
   Npy npy;
-  REQUIRE(std::sscanf(header.c_str(), "{'descr': '<f4', 'fortran_order': False, 'shape': (%zu, %zu), }", &npy.rows, &npy.cols) == 2);
+  REQUIRE(std::sscanf(header.c_str(),
+                      "{'descr': '<f4', 'fortran_order': False, 'shape': (%zu, %zu), }", &npy.rows,
+                      &npy.cols) == 2);
   npy.values.resize((bytes.size() - 10 - n_header) / sizeof(float));
   std::memcpy(npy.values.data(), bytes.data() + 10 + n_header, npy.values.size() * sizeof(float));
   REQUIRE(npy.values.size() == npy.rows * npy.cols);
@@ -59,8 +62,9 @@ TEST_CASE("duet alone lists its verbs and two examples, and exits 2") {
   const ProcessResult result = run_duet({});
   CHECK(result.exit_code == 2);
   CHECK(result.out.empty());
-  for (const char* verb : {"convert", "quantize", "run", "inspect", "doctor", "tokenize", "detokenize", "template",
-                           "logits", "perplexity", "make-synthetic", "duet run ", "duet convert "})
+  for (const char* verb :
+       {"convert", "quantize", "run", "inspect", "doctor", "tokenize", "detokenize", "template",
+        "logits", "perplexity", "make-synthetic", "duet run ", "duet convert "})
     CHECK_MESSAGE(result.err.find(verb) != std::string::npos, verb);
 }
 
@@ -73,46 +77,58 @@ TEST_CASE("--help and --version print to stdout and exit 0") {
 
 TEST_CASE("tokenize and detokenize are inverse, with BOS only when asked for") {
   CHECK(output({"tokenize", kModel, "--text", "The package manager"}) == "448 1015 597 1481\n");
-  CHECK(output({"tokenize", kModel, "--text", "The package manager", "--bos"}) == "1 448 1015 597 1481\n");
-  CHECK(document({"tokenize", kModel, "--text", "The package manager", "--json"})["ids"] == Json({448, 1015, 597, 1481}));
+  CHECK(output({"tokenize", kModel, "--text", "The package manager", "--bos"}) ==
+        "1 448 1015 597 1481\n");
+  CHECK(document({"tokenize", kModel, "--text", "The package manager", "--json"})["ids"] ==
+        Json({448, 1015, 597, 1481}));
   CHECK(output({"detokenize", kModel, "--ids", "1,448,1015,597,1481"}) == "The package manager\n");
-  CHECK(document({"detokenize", kModel, "--ids", "[448, 1015]", "--json"})["text"] == "The package");
+  CHECK(document({"detokenize", kModel, "--ids", "[448, 1015]", "--json"})["text"] ==
+        "The package");
 }
 
 TEST_CASE("tokenize --file takes the whole file, --jsonl one string per line") {
   const TempFolder folder;
   const std::string file = (folder / "in").string();
   write_text(file, "a\nb\n");
-  CHECK(output({"tokenize", kModel, "--file", file}) == output({"tokenize", kModel, "--text", "a\nb\n"}));
+  CHECK(output({"tokenize", kModel, "--file", file}) ==
+        output({"tokenize", kModel, "--text", "a\nb\n"}));
   write_text(file, "\"The package\"\n\"\\u00e9\"\n\"\"\n\"The\"");
   const std::string lines = output({"tokenize", kModel, "--jsonl", file});
   CHECK(std::count(lines.begin(), lines.end(), '\n') == 4);
   CHECK(lines.starts_with("[448,1015]\n"));
-  CHECK(output({"detokenize", kModel, "--jsonl", "-"}, {.input = lines}) == "\"The package\"\n\"\u00e9\"\n\"\"\n\"The\"\n");
+  CHECK(output({"detokenize", kModel, "--jsonl", "-"}, {.input = lines}) ==
+        "\"The package\"\n\"\u00e9\"\n\"\"\n\"The\"\n");
   CHECK(document({"tokenize", kModel, "--jsonl", file, "--json"}).size() == 4);
 }
 
 TEST_CASE("a broken JSON line is named by its number") {
-  const ProcessResult result = run_duet({"tokenize", kModel, "--jsonl", "-", "--json"}, {.input = "\"a\"\n{\n"});
+  const ProcessResult result =
+      run_duet({"tokenize", kModel, "--jsonl", "-", "--json"}, {.input = "\"a\"\n{\n"});
   CHECK(refusal(result, 4, "standard input:2") == "");
-  CHECK(refusal(run_duet({"tokenize", kModel, "--jsonl", "-", "--json"}, {.input = "7\n"}), 4, "JSON string") == "");
+  CHECK(refusal(run_duet({"tokenize", kModel, "--jsonl", "-", "--json"}, {.input = "7\n"}), 4,
+                "JSON string") == "");
 }
 
 TEST_CASE("template shows the conversation as the model's prompt") {
   const TempFolder folder;
   const std::string file = (folder / "messages.json").string();
   write_text(file, R"([{"role": "user", "content": "Hello"}])");
-  const Json v1 = document({"template", kModel, "--messages", file, "--template", "mistral-v1", "--json"});
+  const Json v1 =
+      document({"template", kModel, "--messages", file, "--template", "mistral-v1", "--json"});
   CHECK(v1["text"].get<std::string>().find("[INST] Hello [/INST]") != std::string::npos);
   CHECK(v1["ids"][0] == 1);
   CHECK(v1["ids"].size() > 4);
-  CHECK(output({"template", kModel, "--messages", file, "--template", "chatml"}).find("<|im_start|>user\nHello<|im_end|>") != std::string::npos);
-  CHECK(refusal(run_duet({"template", kModel, "--messages", file, "--template", "frob"}), 2, "mistral-v3") == "");
+  CHECK(output({"template", kModel, "--messages", file, "--template", "chatml"})
+            .find("<|im_start|>user\nHello<|im_end|>") != std::string::npos);
+  CHECK(refusal(run_duet({"template", kModel, "--messages", file, "--template", "frob"}), 2,
+                "mistral-v3") == "");
   CHECK(refusal(run_duet({"template", kModel, "--messages", file}), 2, "--template") == "");
   write_text(file, R"([{"role": "user")");
-  CHECK(refusal(run_duet({"template", kModel, "--messages", file, "--template", "chatml"}), 4, "messages.json") == "");
+  CHECK(refusal(run_duet({"template", kModel, "--messages", file, "--template", "chatml"}), 4,
+                "messages.json") == "");
   write_text(file, R"({"role": "user"})");
-  CHECK(refusal(run_duet({"template", kModel, "--messages", file, "--template", "chatml"}), 2, "messages") == "");
+  CHECK(refusal(run_duet({"template", kModel, "--messages", file, "--template", "chatml"}), 2,
+                "messages") == "");
 }
 
 TEST_CASE("logits writes every row, or the last, as float32 .npy") {
@@ -126,7 +142,9 @@ TEST_CASE("logits writes every row, or the last, as float32 .npy") {
   const Npy last = read_npy(file);
   CHECK(last.rows == 1);
   double worst = 0;
-  for (size_t i = 0; i < last.cols; ++i) worst = std::max(worst, std::fabs(double{last.values[i]} - double{all.values[2 * all.cols + i]}));
+  for (size_t i = 0; i < last.cols; ++i)
+    worst =
+        std::max(worst, std::fabs(double{last.values[i]} - double{all.values[2 * all.cols + i]}));
   CHECK(worst < 1e-4);
 }
 
@@ -137,10 +155,13 @@ TEST_CASE("perplexity reports the value, its error and what was scored") {
   CHECK(json["tokens"] == 255);
   CHECK(json["perplexity"].get<double>() > 5);
   CHECK(json["perplexity"].get<double>() < 40);
-  CHECK(std::fabs(std::exp(json["nll"].get<double>()) / json["perplexity"].get<double>() - 1) < 1e-9);
+  CHECK(std::fabs(std::exp(json["nll"].get<double>()) / json["perplexity"].get<double>() - 1) <
+        1e-9);
   CHECK(json["nll_stderr"].get<double>() > 0);
-  CHECK(output({"perplexity", kModel, "-f", kSample, "--chunks", "1", "--ctx", "128"}).find("63 tokens scored") != std::string::npos);
-  CHECK(refusal(run_duet({"perplexity", kModel, "-f", "-"}, {.input = "too short"}), 2, "512") == "");
+  CHECK(output({"perplexity", kModel, "-f", kSample, "--chunks", "1", "--ctx", "128"})
+            .find("63 tokens scored") != std::string::npos);
+  CHECK(refusal(run_duet({"perplexity", kModel, "-f", "-"}, {.input = "too short"}), 2, "512") ==
+        "");
 }
 
 TEST_CASE("inspect names architecture, layout, sizes and tensors") {
@@ -185,9 +206,11 @@ TEST_CASE("doctor reports processor, cores, memory and disk") {
   CHECK(json["memory"]["total_bytes"].get<uint64_t>() > 0);
   CHECK(json["memory"]["read_bytes_per_s"].get<double>() > 1e8);
   CHECK(json["disk"]["read_bytes_per_s"].is_number());
-  for (const Json& warning : json["warnings"]) CHECK_FALSE(warning["fix"].get<std::string>().empty());
+  for (const Json& warning : json["warnings"])
+    CHECK_FALSE(warning["fix"].get<std::string>().empty());
   CHECK(std::filesystem::is_empty(folder.path()));
-  CHECK(output({"doctor", "--path", kModel, "--isa", "scalar"}).find("kernels:       scalar") != std::string::npos);
+  CHECK(output({"doctor", "--path", kModel, "--isa", "scalar"}).find("kernels:       scalar") !=
+        std::string::npos);
 }
 
 TEST_CASE("a vocabulary is enough to tokenize") {

@@ -1,6 +1,5 @@
 // Output files appear complete or not at all.
 #include <doctest/doctest.h>
-
 #include <sched.h>
 #include <sys/mount.h>
 #include <unistd.h>
@@ -24,7 +23,8 @@ const std::string kModel = DUET_TEST_DIR "/demo-q4_k_m.gguf";
 class SmallDisk {
  public:
   explicit SmallDisk(const char* options) : path_(folder_.path().string()) {
-    ok_ = ::geteuid() == 0 && ::unshare(CLONE_NEWNS) == 0 && ::mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0 &&
+    ok_ = ::geteuid() == 0 && ::unshare(CLONE_NEWNS) == 0 &&
+          ::mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0 &&
           ::mount("tmpfs", path_.c_str(), "tmpfs", 0, options) == 0;
   }
   SmallDisk(const SmallDisk&) = delete;
@@ -33,7 +33,9 @@ class SmallDisk {
     if (ok_) ::umount2(path_.c_str(), MNT_DETACH);
   }
   bool ok() const { return ok_; }
-  bool make_read_only() { return ::mount(nullptr, path_.c_str(), nullptr, MS_REMOUNT | MS_RDONLY, nullptr) == 0; }
+  bool make_read_only() {
+    return ::mount(nullptr, path_.c_str(), nullptr, MS_REMOUNT | MS_RDONLY, nullptr) == 0;
+  }
   const std::string& path() const { return path_; }
 
  private:
@@ -73,7 +75,8 @@ TEST_CASE("a write that fails midway is an I/O error and leaves nothing behind")
 
 TEST_CASE("a read-only output folder is an I/O error") {
   SmallDisk disk("size=64m");
-  if (!disk.ok() || !disk.make_read_only()) DUET_SKIP("needs root and a mount namespace for a read-only tmpfs");
+  if (!disk.ok() || !disk.make_read_only())
+    DUET_SKIP("needs root and a mount namespace for a read-only tmpfs");
   for (const auto& command : writers(disk.path())) {
     CAPTURE(command.front());
     CHECK(refusal(run_duet(command), kIo, "out") == "");
@@ -99,15 +102,20 @@ TEST_CASE("an existing model is not replaced without --force") {
 
 TEST_CASE("an interrupted conversion leaves nothing behind") {
   const TempFolder folder;
-  const ProcessResult result = run_duet({"convert", kDemo, "-q", "Q2_K", "--threads", "1", "-o", (folder / "out").string()}, {.signal_after_s = 0.15});
+  const ProcessResult result =
+      run_duet({"convert", kDemo, "-q", "Q2_K", "--threads", "1", "-o", (folder / "out").string()},
+               {.signal_after_s = 0.15});
   CHECK((result.exit_code == 130 || result.exit_code == 0));
-  if (result.exit_code == 130) CHECK(fs::is_empty(folder.path()));
-  else CHECK(fs::file_size(folder / "out") > 1000000);
+  if (result.exit_code == 130)
+    CHECK(fs::is_empty(folder.path()));
+  else
+    CHECK(fs::file_size(folder / "out") > 1000000);
 }
 
 TEST_CASE("--dry-run writes nothing") {
   const TempFolder folder;
-  const ProcessResult result = run_duet({"convert", kDemo, "-q", "Q4_K_M", "--dry-run", "-o", (folder / "out").string()});
+  const ProcessResult result =
+      run_duet({"convert", kDemo, "-q", "Q4_K_M", "--dry-run", "-o", (folder / "out").string()});
   CHECK(result.exit_code == 0);
   CHECK(result.out.find("Q4_K_M") != std::string::npos);
   CHECK(fs::is_empty(folder.path()));

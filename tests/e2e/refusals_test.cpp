@@ -41,7 +41,8 @@ Bytes with_architecture(const char* name) {
   return builder.build();
 }
 
-std::string refused(const Bytes& bytes, int exit_code, const std::string& words, std::vector<std::string> arguments = {}) {
+std::string refused(const Bytes& bytes, int exit_code, const std::string& words,
+                    std::vector<std::string> arguments = {}) {
   const TempFolder folder;
   const fs::path model = folder / "model.gguf";
   write_bytes(model, bytes);
@@ -79,9 +80,13 @@ std::vector<BrokenFile> broken_files() {
       {"shuffled", shuffled, kFormat, "model.gguf"},
       {"text", Bytes(5000, std::byte{'a'}), kFormat, "model.gguf"},
       {"unknown architecture", with_architecture("mamba"), kUnsupported, "mamba"},
-      {"missing tensor", tiny_model_bytes({.omit_tensors = {"blk.1.attn_q.weight"}}), kFormat, "blk.1.attn_q.weight"},
-      {"no tokenizer", tiny_model_bytes({.omit_keys = {"tokenizer.ggml.model", "tokenizer.ggml.tokens"}}), kFormat, "token"},
-      {"no hyper-parameters", tiny_model_bytes({.omit_keys = {"llama.block_count"}}), kFormat, "block_count"},
+      {"missing tensor", tiny_model_bytes({.omit_tensors = {"blk.1.attn_q.weight"}}), kFormat,
+       "blk.1.attn_q.weight"},
+      {"no tokenizer",
+       tiny_model_bytes({.omit_keys = {"tokenizer.ggml.model", "tokenizer.ggml.tokens"}}), kFormat,
+       "token"},
+      {"no hyper-parameters", tiny_model_bytes({.omit_keys = {"llama.block_count"}}), kFormat,
+       "block_count"},
   };
 }
 
@@ -89,17 +94,21 @@ std::vector<BrokenFile> broken_files() {
 void link_demo(const fs::path& folder, const std::vector<std::string>& without) {
   for (const auto& entry : fs::directory_iterator(DUET_SOURCE_DIR "/models/demo")) {
     const std::string name = entry.path().filename().string();
-    if (std::find(without.begin(), without.end(), name) == without.end()) fs::create_symlink(entry.path(), folder / name);
+    if (std::find(without.begin(), without.end(), name) == without.end())
+      fs::create_symlink(entry.path(), folder / name);
   }
 }
 
-std::string convert_refused(const std::vector<std::string>& without, int exit_code, const std::string& words) {
+std::string convert_refused(const std::vector<std::string>& without, int exit_code,
+                            const std::string& words) {
   const TempFolder folder;
   const fs::path source = folder / "source", output = folder / "out";
   fs::create_directory(source);
   fs::create_directory(output);
   link_demo(source, without);
-  std::string wrong = refusal(run_duet({"convert", source.string(), "-o", (output / "out.gguf").string()}), exit_code, words);
+  std::string wrong =
+      refusal(run_duet({"convert", source.string(), "-o", (output / "out.gguf").string()}),
+              exit_code, words);
   if (!fs::is_empty(output)) wrong += "something was left behind";
   return wrong;
 }
@@ -109,7 +118,8 @@ std::string convert_refused(const std::vector<std::string>& without, int exit_co
 TEST_CASE("the unbroken tiny model runs") {
   const TempFolder folder;
   write_bytes(folder / "model.gguf", tiny());
-  const ProcessResult result = run_duet({"run", (folder / "model.gguf").string(), "-p", "the", "-n", "1"});
+  const ProcessResult result =
+      run_duet({"run", (folder / "model.gguf").string(), "-p", "the", "-n", "1"});
   CHECK(result.exit_code == 0);
   CHECK(result.err.find("error") == std::string::npos);
 }
@@ -134,7 +144,8 @@ TEST_CASE("one flipped bit anywhere never crashes a command") {
     write_bytes(model, bytes);
     CAPTURE(at);
     const ProcessResult result = run_duet({"run", model, "-p", "the", "-n", "2", "--ctx", "64"});
-    CHECK(std::string_view(std::to_string(result.exit_code)).find_first_not_of("02456") == std::string::npos);
+    CHECK(std::string_view(std::to_string(result.exit_code)).find_first_not_of("02456") ==
+          std::string::npos);
     if (result.exit_code != 0) CHECK(refusal(result, result.exit_code, "") == "");
   }
 }
@@ -157,11 +168,13 @@ TEST_CASE("a missing file is an I/O error for every command that opens one") {
 }
 
 TEST_CASE("a folder in the place of a model file says how to convert it") {
-  CHECK(refusal(run_duet({"run", DUET_SOURCE_DIR "/models/demo", "-p", "a"}), kIo, "duet convert") == "");
+  CHECK(refusal(run_duet({"run", DUET_SOURCE_DIR "/models/demo", "-p", "a"}), kIo,
+                "duet convert") == "");
 }
 
 TEST_CASE("incomplete model folders are refused by name of what is missing") {
-  CHECK(convert_refused({"model-00002-of-00002.safetensors"}, kIo, "model-00002-of-00002.safetensors") == "");
+  CHECK(convert_refused({"model-00002-of-00002.safetensors"}, kIo,
+                        "model-00002-of-00002.safetensors") == "");
   CHECK(convert_refused({"tokenizer.model"}, kFormat, "tokenizer") == "");
   CHECK(convert_refused({"config.json"}, kIo, "config.json") == "");
 }
@@ -169,8 +182,10 @@ TEST_CASE("incomplete model folders are refused by name of what is missing") {
 TEST_CASE("a model folder of another architecture is unsupported") {
   const TempFolder folder;
   link_demo(folder.path(), {"config.json"});
-  write_text(folder / "config.json", R"({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"})");
-  CHECK(refusal(run_duet({"convert", folder.path().string(), "-o", (folder / "out.gguf").string()}), kUnsupported, "GPT2LMHeadModel") == "");
+  write_text(folder / "config.json",
+             R"({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"})");
+  CHECK(refusal(run_duet({"convert", folder.path().string(), "-o", (folder / "out.gguf").string()}),
+                kUnsupported, "GPT2LMHeadModel") == "");
 }
 
 TEST_CASE("a truncated shard is a damaged file") {
@@ -179,7 +194,8 @@ TEST_CASE("a truncated shard is a damaged file") {
   link_demo(folder.path(), {shard});
   fs::copy_file(fs::path(DUET_SOURCE_DIR "/models/demo") / shard, folder / shard);
   fs::resize_file(folder / shard, fs::file_size(folder / shard) / 2);
-  CHECK(refusal(run_duet({"convert", folder.path().string(), "-o", (folder / "out.gguf").string()}), kFormat, shard) == "");
+  CHECK(refusal(run_duet({"convert", folder.path().string(), "-o", (folder / "out.gguf").string()}),
+                kFormat, shard) == "");
   CHECK_FALSE(fs::exists(folder / "out.gguf"));
 }
 
@@ -217,10 +233,13 @@ TEST_CASE("wrong options are usage errors that name the option") {
 TEST_CASE("an unknown instruction set is unsupported") {
   const std::string model = DUET_TEST_DIR "/demo-q4_k_m.gguf";
   CHECK(refusal(run_duet({"run", model, "-p", "a", "--isa", "mmx"}), kUnsupported, "scalar") == "");
-  CHECK(refusal(run_duet({"run", model, "-p", "a"}, {.environment = {{"DUET_ISA", "mmx"}}}), kUnsupported, "scalar") == "");
+  CHECK(refusal(run_duet({"run", model, "-p", "a"}, {.environment = {{"DUET_ISA", "mmx"}}}),
+                kUnsupported, "scalar") == "");
 }
 
 TEST_CASE("a prompt longer than the context is refused with both counts") {
   const std::string model = DUET_TEST_DIR "/demo-q4_k_m.gguf";
-  CHECK(refusal(run_duet({"run", model, "-p", "one two three four five six seven eight", "--ctx", "4"}), kUsage, "--ctx") == "");
+  CHECK(refusal(
+            run_duet({"run", model, "-p", "one two three four five six seven eight", "--ctx", "4"}),
+            kUsage, "--ctx") == "");
 }

@@ -62,7 +62,8 @@ TEST_CASE("piped text is the prompt, and follows -p") {
     arguments.insert(arguments.end(), {"-p", prompt});
     return arguments;
   };
-  CHECK(run_json(options, {.input = "The package\n"})["ids"] == run_json(with_prompt("The package"))["ids"]);
+  CHECK(run_json(options, {.input = "The package\n"})["ids"] ==
+        run_json(with_prompt("The package"))["ids"]);
   const Json both = run_json(with_prompt("The package"), {.input = "manager"});
   CHECK(both["ids"] == run_json(with_prompt("The package\nmanager"))["ids"]);
   CHECK(both["prompt_tokens"] == run_json(with_prompt("The package\nmanager"))["prompt_tokens"]);
@@ -71,13 +72,15 @@ TEST_CASE("piped text is the prompt, and follows -p") {
 TEST_CASE("-f reads the prompt from a file") {
   const TempFolder folder;
   write_text(folder / "prompt.txt", "The package\n");
-  const Json from_file = run_json({"-f", (folder / "prompt.txt").string(), "-n", "4", "--temp", "0"});
+  const Json from_file =
+      run_json({"-f", (folder / "prompt.txt").string(), "-n", "4", "--temp", "0"});
   CHECK(from_file["ids"] == run_json({"-p", "The package", "-n", "4", "--temp", "0"})["ids"]);
 }
 
 TEST_CASE("the same seed gives the same text, whatever the number of threads") {
   const auto ids = [](const char* seed, const char* threads) {
-    return run_json({"-p", "The", "-n", "24", "--temp", "1", "--seed", seed, "--threads", threads})["ids"];
+    return run_json(
+        {"-p", "The", "-n", "24", "--temp", "1", "--seed", seed, "--threads", threads})["ids"];
   };
   const Json first = ids("5", "1");
   CHECK(ids("5", "1") == first);
@@ -89,12 +92,14 @@ TEST_CASE("without --seed two runs differ and the statistics show the seed to re
   const Json first = run_json({"-p", "The", "-n", "24", "--temp", "1"});
   const Json second = run_json({"-p", "The", "-n", "24", "--temp", "1"});
   CHECK(first["seed"] != second["seed"]);
-  const Json again = run_json({"-p", "The", "-n", "24", "--temp", "1", "--seed", std::to_string(first["seed"].get<uint64_t>())});
+  const Json again = run_json({"-p", "The", "-n", "24", "--temp", "1", "--seed",
+                               std::to_string(first["seed"].get<uint64_t>())});
   CHECK(again["ids"] == first["ids"]);
 }
 
 TEST_CASE("generation ends at the context when -n does not end it") {
-  const Json json = run_json({"-p", "The package manager", "-n", "-1", "--ctx", "20", "--temp", "0", "--ignore-eos"});
+  const Json json = run_json(
+      {"-p", "The package manager", "-n", "-1", "--ctx", "20", "--temp", "0", "--ignore-eos"});
   CHECK(json["stop"] == "context");
   // The last token needs no place: nothing follows it.
   CHECK(json["prompt_tokens"].get<size_t>() + json["ids"].size() == 21);
@@ -107,7 +112,8 @@ TEST_CASE("-n 0 only evaluates the prompt") {
 }
 
 TEST_CASE("Ctrl-C keeps the text so far, ends the line, shows statistics and exits 130") {
-  const ProcessResult result = run({"-p", "The", "-n", "-1", "--ignore-eos", "--temp", "1"}, {.signal_after_bytes = 20});
+  const ProcessResult result =
+      run({"-p", "The", "-n", "-1", "--ignore-eos", "--temp", "1"}, {.signal_after_bytes = 20});
   CHECK(result.exit_code == 130);
   CHECK(result.out.size() > 20);
   CHECK(result.out.back() == '\n');
@@ -116,12 +122,14 @@ TEST_CASE("Ctrl-C keeps the text so far, ends the line, shows statistics and exi
 }
 
 TEST_CASE("SIGTERM stops like Ctrl-C") {
-  const ProcessResult result = run({"-p", "The", "-n", "-1", "--ignore-eos", "--temp", "1"}, {.signal_after_bytes = 20, .signal = SIGTERM});
+  const ProcessResult result = run({"-p", "The", "-n", "-1", "--ignore-eos", "--temp", "1"},
+                                   {.signal_after_bytes = 20, .signal = SIGTERM});
   CHECK(result.exit_code == 130);
 }
 
 TEST_CASE("a reader that goes away ends the run quietly with 141") {
-  const ProcessResult result = run({"-p", "The", "-n", "-1", "--ignore-eos", "--temp", "1"}, {.close_stdout_after_bytes = 20});
+  const ProcessResult result = run({"-p", "The", "-n", "-1", "--ignore-eos", "--temp", "1"},
+                                   {.close_stdout_after_bytes = 20});
   CHECK(result.exit_code == 141);
   CHECK(result.err.find("error") == std::string::npos);
 }
@@ -129,24 +137,31 @@ TEST_CASE("a reader that goes away ends the run quietly with 141") {
 TEST_CASE("a full disk under stdout is an I/O error") {
   const ProcessResult result = run({"-p", "The", "-n", "4"}, {.stdout_path = "/dev/full"});
   CHECK(result.exit_code == 3);
-  CHECK(result.err.find("error: cannot write to standard output: No space left") != std::string::npos);
+  CHECK(result.err.find("error: cannot write to standard output: No space left") !=
+        std::string::npos);
 }
 
 TEST_CASE("environment variables stand for flags, and flags win") {
   const std::vector<std::string> arguments{"-p", "The", "-n", "1"};
-  CHECK(run(arguments, {.environment = {{"DUET_THREADS", "1"}}}).err.find(" 1 thread |") != std::string::npos);
+  CHECK(run(arguments, {.environment = {{"DUET_THREADS", "1"}}}).err.find(" 1 thread |") !=
+        std::string::npos);
   std::vector<std::string> with_flag = arguments;
   with_flag.insert(with_flag.end(), {"--threads", "2"});
-  CHECK(run(with_flag, {.environment = {{"DUET_THREADS", "1"}}}).err.find(" 2 threads") != std::string::npos);
-  CHECK(run(arguments, {.environment = {{"DUET_CTX", "77"}}}).err.find("ctx 77") != std::string::npos);
+  CHECK(run(with_flag, {.environment = {{"DUET_THREADS", "1"}}}).err.find(" 2 threads") !=
+        std::string::npos);
+  CHECK(run(arguments, {.environment = {{"DUET_CTX", "77"}}}).err.find("ctx 77") !=
+        std::string::npos);
   CHECK(document(run(arguments, {.environment = {{"DUET_JSON", "1"}}}))["ids"].size() == 1);
-  CHECK(refusal(run(arguments, {.environment = {{"DUET_THREADS", "many"}}}), 2, "DUET_THREADS") == "");
-  CHECK(refusal(run(arguments, {.environment = {{"DUET_KV_TYPE", "f8"}}}), 2, "DUET_KV_TYPE") == "");
+  CHECK(refusal(run(arguments, {.environment = {{"DUET_THREADS", "many"}}}), 2, "DUET_THREADS") ==
+        "");
+  CHECK(refusal(run(arguments, {.environment = {{"DUET_KV_TYPE", "f8"}}}), 2, "DUET_KV_TYPE") ==
+        "");
 }
 
 TEST_CASE("every instruction set gives text, by flag and by variable") {
   for (const char* isa : {"scalar", "avx2", "avx512"}) {
-    const ProcessResult result = run({"-p", "The", "-n", "4"}, {.environment = {{"DUET_ISA", isa}}});
+    const ProcessResult result =
+        run({"-p", "The", "-n", "4"}, {.environment = {{"DUET_ISA", isa}}});
     CAPTURE(isa);
     if (result.exit_code == 6) continue;  // not on this processor
     CHECK(result.exit_code == 0);

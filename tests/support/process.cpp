@@ -64,7 +64,8 @@ struct Child {
   // Between fork and exec: only calls that are safe there.
   [[noreturn]] void become(char* const* argv, char* const* envp) {
     const int input = options.input ? in.read_end : ::open("/dev/null", O_RDONLY);
-    const int output = options.stdout_path.empty() ? out.write_end : ::open(options.stdout_path.c_str(), O_WRONLY);
+    const int output =
+        options.stdout_path.empty() ? out.write_end : ::open(options.stdout_path.c_str(), O_WRONLY);
     if (::dup2(input, 0) < 0 || ::dup2(output, 1) < 0 || ::dup2(err.write_end, 2) < 0) ::_exit(126);
     if (!options.folder.empty() && ::chdir(options.folder.c_str()) != 0) ::_exit(126);
     if (options.file_size_limit) {
@@ -84,8 +85,10 @@ struct Child {
     Pipe::shut(in.read_end);
     Pipe::shut(out.write_end);
     Pipe::shut(err.write_end);
-    if (options.input) ::fcntl(in.write_end, F_SETFL, O_NONBLOCK);
-    else Pipe::shut(in.write_end);
+    if (options.input)
+      ::fcntl(in.write_end, F_SETFL, O_NONBLOCK);
+    else
+      Pipe::shut(in.write_end);
   }
 };
 
@@ -93,8 +96,10 @@ struct Child {
 void drain(int& fd, std::string& text) {
   std::array<char, 1 << 16> buffer;
   const ssize_t n = ::read(fd, buffer.data(), buffer.size());
-  if (n > 0) text.append(buffer.data(), static_cast<size_t>(n));
-  else Pipe::shut(fd);
+  if (n > 0)
+    text.append(buffer.data(), static_cast<size_t>(n));
+  else
+    Pipe::shut(fd);
 }
 
 void feed(int& fd, const std::string& input, size_t& done) {
@@ -111,18 +116,22 @@ bool pump(Child& child, ProcessResult& result) {
   size_t fed = 0;
   bool signalled = false;
   while (child.out.read_end >= 0 || child.err.read_end >= 0) {
-    std::array<pollfd, 3> fds{{{child.out.read_end, POLLIN, 0}, {child.err.read_end, POLLIN, 0}, {child.in.write_end, POLLOUT, 0}}};
+    std::array<pollfd, 3> fds{{{child.out.read_end, POLLIN, 0},
+                               {child.err.read_end, POLLIN, 0},
+                               {child.in.write_end, POLLOUT, 0}}};
     if (elapsed() > options.timeout_s) return false;
     if (::poll(fds.data(), fds.size(), 20) < 0) continue;
     if (fds[0].revents != 0) drain(child.out.read_end, result.out);
     if (fds[1].revents != 0) drain(child.err.read_end, result.err);
     if (fds[2].revents != 0) feed(child.in.write_end, *options.input, fed);
-    if (!signalled && ((options.signal_after_bytes && result.out.size() >= *options.signal_after_bytes) ||
-                       (options.signal_after_s && elapsed() >= *options.signal_after_s))) {
+    if (!signalled &&
+        ((options.signal_after_bytes && result.out.size() >= *options.signal_after_bytes) ||
+         (options.signal_after_s && elapsed() >= *options.signal_after_s))) {
       ::kill(child.pid, options.signal);
       signalled = true;
     }
-    if (options.close_stdout_after_bytes && result.out.size() >= *options.close_stdout_after_bytes) Pipe::shut(child.out.read_end);
+    if (options.close_stdout_after_bytes && result.out.size() >= *options.close_stdout_after_bytes)
+      Pipe::shut(child.out.read_end);
   }
   return true;
 }
@@ -152,16 +161,19 @@ ProcessResult run_duet(std::vector<std::string> arguments, const ProcessOptions&
 std::string refusal(const ProcessResult& result, int exit_code, const std::string& words) {
   std::ostringstream wrong;
   if (result.timed_out) wrong << "timed out; ";
-  if (result.exit_code != exit_code) wrong << "exit code " << result.exit_code << ", expected " << exit_code << "; ";
+  if (result.exit_code != exit_code)
+    wrong << "exit code " << result.exit_code << ", expected " << exit_code << "; ";
   if (!result.out.empty()) wrong << "stdout: " << result.out.substr(0, 200) << "; ";
   std::istringstream lines(result.err);
   std::string line, error;
   while (std::getline(lines, line)) {
     if (line.starts_with("note: ")) continue;
-    if (!error.empty() || !line.starts_with("error: ")) wrong << "unexpected line: " << line << "; ";
+    if (!error.empty() || !line.starts_with("error: "))
+      wrong << "unexpected line: " << line << "; ";
     error = line;
   }
-  if (error.find(words) == std::string::npos || error.empty()) wrong << "no '" << words << "' in: " << result.err;
+  if (error.find(words) == std::string::npos || error.empty())
+    wrong << "no '" << words << "' in: " << result.err;
   return wrong.str();
 }
 
