@@ -2,8 +2,6 @@
 #include "converters/convert.h"
 
 #include <algorithm>
-#include <cmath>
-#include <numbers>
 #include <optional>
 #include <unordered_set>
 
@@ -45,28 +43,6 @@ void require_folder(const fs::path& folder) {
     fail(ErrorKind::unsupported, folder.string(),
          ": Mistral's native layout (params.json); use the Hugging Face form of the model (config.json)");
   fail(ErrorKind::io, folder.string(), ": no config.json; not a Hugging Face model folder");
-}
-
-// Llama-3 rope scaling as factors that divide the frequencies, [n_rot / 2]: long wavelengths by
-// `factor`, short ones by 1, smoothly between (as in transformers, modeling_rope_utils).
-std::vector<float> llama3_rope_factors(const HParams& hparams) {
-  const auto& scaling = hparams.llama3_rope;
-  const double n_ctx = scaling.n_ctx_original;
-  std::vector<float> factors;
-  for (uint32_t i = 0; i < hparams.n_rot; i += 2) {
-    const double frequency = std::pow(double{hparams.rope_freq_base}, -double(i) / hparams.n_rot);
-    const double wavelength = 2 * std::numbers::pi / frequency;
-    double factor = 1;
-    if (wavelength > n_ctx / scaling.low_freq_factor) {
-      factor = scaling.factor;
-    } else if (wavelength >= n_ctx / scaling.high_freq_factor) {
-      const double smooth = (n_ctx / wavelength - scaling.low_freq_factor) /
-                            (double{scaling.high_freq_factor} - scaling.low_freq_factor);
-      factor = 1 / ((1 - smooth) / scaling.factor + smooth);
-    }
-    factors.push_back(static_cast<float>(factor));
-  }
-  return factors;
 }
 
 // ---- from names to rows -------------------------------------------------------------------------
@@ -167,7 +143,7 @@ void make_jobs(HfModel& model, const Recipe& recipe) {
   std::unordered_set<std::string> used;
   for (const TensorSpec& spec : tensor_table(model.hparams)) {
     if (spec.kind == TensorKind::rope_freqs) {
-      model.rope_factors = llama3_rope_factors(model.hparams);
+      model.rope_factors = llama3_rope_freqs(model.hparams);
       model.jobs.push_back(rope_factor_job(spec, model.rope_factors));
       continue;
     }

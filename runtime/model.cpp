@@ -61,7 +61,6 @@ class ModelBinder {
     if (model_.file_.tensors().empty())
       fail(ErrorKind::format, model_.file_.source(), ": has no tensors, only a vocabulary; it cannot be run");
     for (const TensorSpec& spec : tensor_table(model_.hparams_)) bind(spec);
-    bind_rope_factors();
     if (model_.output_.format == nullptr) model_.output_ = model_.token_embd_;
     for (const TensorView& tensor : model_.file_.tensors()) check_known(tensor.name);
     return std::move(model_);
@@ -109,13 +108,6 @@ class ModelBinder {
       expert_field(layer.experts[e], spec.kind) = matrix_of(*view, view->rows());
     }
     model_.split_experts_ = true;
-  }
-
-  // Files converted by others carry the factors without the keys that say how they were made.
-  void bind_rope_factors() {
-    if (!model_.rope_factors_.empty()) return;
-    const TensorView* view = find("rope_freqs.weight", {model_.hparams_.n_rot / 2}, true);
-    if (view != nullptr) model_.rope_factors_ = floats(*view);
   }
 
   const TensorView* find(const std::string& name, const std::vector<uint64_t>& shape, bool optional) {
