@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -10,14 +11,29 @@ namespace {
 // A well-spread hash never comes near it: only a vocabulary made to collide does.
 constexpr size_t kMaxProbes = 4096;
 
+// Up to 8 bytes as one number, by loads of fixed size: a memcpy of n bytes would be a call.
+uint64_t load_tail(const char* at, size_t n) {
+  if (n == 8) {
+    uint64_t word;
+    std::memcpy(&word, at, 8);
+    return word;
+  }
+  if (n >= 4) {
+    uint32_t low, high;
+    std::memcpy(&low, at, 4);
+    std::memcpy(&high, at + n - 4, 4);
+    return uint64_t{high} << 32 | low;
+  }
+  const auto byte = [at](size_t i) { return uint64_t{static_cast<unsigned char>(at[i])}; };
+  return byte(0) | byte(n / 2) << 8 | byte(n - 1) << 16;
+}
+
 uint32_t hash_piece(std::string_view piece) {
   constexpr uint64_t kMultiplier = 0x9E3779B97F4A7C15;
   uint64_t hash = piece.size() * kMultiplier;
   while (!piece.empty()) {
-    uint64_t word = 0;
     const size_t n = std::min<size_t>(8, piece.size());
-    std::memcpy(&word, piece.data(), n);
-    hash = (hash ^ word) * kMultiplier;
+    hash = (hash ^ load_tail(piece.data(), n)) * kMultiplier;
     hash ^= hash >> 29;
     piece.remove_prefix(n);
   }

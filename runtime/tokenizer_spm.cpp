@@ -1,5 +1,7 @@
 #include "runtime/tokenizer_spm.h"
 
+#include <bit>
+#include <functional>
 #include <limits>
 #include <unordered_map>
 
@@ -11,7 +13,8 @@ namespace duet {
 namespace {
 
 constexpr std::string_view kSpace = "\xE2\x96\x81";  // U+2581
-constexpr size_t kMaxWholeWord = 64;                 // bytes; longer pieces take the merge loop
+constexpr size_t kMaxWholeWord = 64;                 // bytes; longer words are just merged
+constexpr size_t kMaxMemos = 4096;
 constexpr Token kNone = -1;
 
 std::string escape_spaces(std::string_view text) {
@@ -82,6 +85,12 @@ std::optional<unsigned char> byte_of_piece(std::string_view piece) {
 
 // Buffers of one encode() call.
 struct SpmEncoder::Scratch {
+  // Words met before in this text, by hash: where their ids stand in the output.
+  struct Memo {
+    std::string_view word;
+    size_t first = 0, n_ids = 0;
+  };
+  std::vector<Memo> memos;
   std::vector<Symbol> symbols;
   std::vector<MergeCandidate> heap;
   std::vector<std::pair<uint32_t, uint32_t>> pending;  // stretches still to be resegmented
@@ -103,7 +112,10 @@ SpmEncoder::SpmEncoder(const Vocabulary& vocab, const PieceMap& map, const std::
         break;
       }
       case TokenType::user_defined: user_defined.emplace_back(escape_spaces(piece), id); [[fallthrough]];
-      case TokenType::normal: split_words_ = split_words_ && !reaches_across_words(piece); break;
+      case TokenType::normal:
+        split_words_ = split_words_ && !reaches_across_words(piece);
+        for (size_t at = 1; at < piece.size(); ++at) joins_[pair_index(piece[at - 1], piece[at])] = true;
+        break;
       case TokenType::unused: has_unused_ = true; break;
       case TokenType::unknown:
       case TokenType::control: break;
@@ -133,6 +145,7 @@ void SpmEncoder::encode(std::string_view text, bool dummy_space, std::vector<Tok
   const std::string normalized = normalize(text, dummy_space);
   std::string_view rest = normalized;
   Scratch scratch;
+  scratch.memos.resize(std::bit_ceil(std::min<size_t>(kMaxMemos, normalized.size() / 16 + 1)));
   while (!rest.empty()) {
     const auto match = user_defined_.longest(rest);
     if (match.id != kNone) {
@@ -146,12 +159,13 @@ void SpmEncoder::encode(std::string_view text, bool dummy_space, std::vector<Tok
   }
 }
 
-// Up to where `text` can be encoded by itself: a user-defined token, or the start of the next word.
+// Up to where `text` can be encoded by itself: a user-defined token, the start of the next word, or
+// two characters that stand side by side in no piece.
 size_t SpmEncoder::word_bytes(std::string_view text) const {
   bool in_spaces = true;
   for (size_t at = 0; at < text.size();) {
     const bool space = text[at] == kSpace[0] && text.substr(at, kSpace.size()) == kSpace;
-    if (at > 0 && split_words_ && space && !in_spaces) return at;
+    if (at > 0 && split_words_ && ((space && !in_spaces) || !may_join(text[at - 1], text[at]))) return at;
     if (at > 0 && !user_defined_.empty() && user_defined_.longest(text.substr(at)).id != kNone) return at;
     in_spaces = space;
     at += char_bytes(text[at]);
@@ -160,15 +174,22 @@ size_t SpmEncoder::word_bytes(std::string_view text) const {
 }
 
 // Merging does not reach every piece from its own characters; one that it reached once, it always
-// reaches, which saves most words the merging.
+// reaches, which saves most words the merging. Of the others a text repeats many.
 void SpmEncoder::encode_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const {
-  const Token whole = word.size() <= kMaxWholeWord ? mergeable(word) : kNone;
-  if (whole == kNone) return merge_word(word, scratch, out);
-  std::atomic<bool>& reached = reached_[static_cast<size_t>(whole)];
-  if (reached.load(std::memory_order_relaxed)) return out.push_back(whole);
-  const size_t before = out.size();
+  if (word.size() > kMaxWholeWord) return merge_word(word, scratch, out);
+  const Token whole = mergeable(word);
+  std::atomic<bool>* reached = whole == kNone ? nullptr : &reached_[static_cast<size_t>(whole)];
+  if (reached && reached->load(std::memory_order_relaxed)) return out.push_back(whole);
+  const size_t slot = std::hash<std::string_view>{}(word) & (scratch.memos.size() - 1);
+  Scratch::Memo& memo = scratch.memos[slot];
+  if (memo.word == word) {
+    for (size_t i = 0; i < memo.n_ids; ++i) out.push_back(out[memo.first + i]);
+    return;
+  }
+  const size_t first = out.size();
   merge_word(word, scratch, out);
-  if (out.size() == before + 1 && out.back() == whole) reached.store(true, std::memory_order_relaxed);
+  memo = {word, first, out.size() - first};
+  if (reached && out.size() == first + 1 && out.back() == whole) reached->store(true, std::memory_order_relaxed);
 }
 
 void SpmEncoder::merge_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const {

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <atomic>
+#include <bitset>
 #include <memory>
 #include <optional>
 #include <string>
@@ -37,6 +38,10 @@ class SpmEncoder {
   struct Scratch;
   Token mergeable(std::string_view piece) const;
   size_t word_bytes(std::string_view text) const;
+  static size_t pair_index(char last, char first) {
+    return size_t{static_cast<unsigned char>(last)} << 8 | static_cast<unsigned char>(first);
+  }
+  bool may_join(char last, char first) const { return joins_[pair_index(last, first)]; }
   void encode_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const;
   void merge_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const;
   void emit(std::string_view word, const Symbol& symbol, Scratch& scratch, std::vector<Token>& out) const;
@@ -48,6 +53,7 @@ class SpmEncoder {
   std::array<Token, 256> byte_tokens_{};
   bool has_bytes_ = false;
   bool split_words_ = false;      // no piece reaches across the start of a word
+  std::bitset<65536> joins_;      // bytes that follow each other in some piece
   bool has_unused_ = false;
   std::unique_ptr<std::atomic<bool>[]> reached_;  // by id: merging its own characters gives it
 };
