@@ -123,8 +123,9 @@ SpmEncoder::SpmEncoder(const Vocabulary& vocab, const PieceMap& map, const std::
   }
   for (const Token id : byte_tokens_)
     if (id == kNone) fail(ErrorKind::format, source, ": the vocabulary has neither all byte tokens nor an unknown token");
-  // Which parts an unused piece falls apart into depends on merges elsewhere in the text.
-  split_words_ = split_words_ && !has_unused_;
+  // Which parts an unused piece falls apart into depends on merges elsewhere in the text, and a run
+  // of unknown characters is one token.
+  split_words_ = split_words_ && !has_unused_ && has_bytes_;
   user_defined_ = PrefixMatcher(std::move(user_defined));
   reached_ = std::make_unique<std::atomic<bool>[]>(vocab_.size());
 }
