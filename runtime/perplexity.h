@@ -33,7 +33,7 @@ struct PerplexityOptions {
   KvType kv_type = KvType::f32;
   const std::atomic<bool>* cancel = nullptr;
   // After each chunk: the result so far (without token_nll) and how many chunks there will be.
-  std::function<void(const PerplexityResult& so_far, size_t n_chunks)> progress;
+  std::function<void(const PerplexityResult& so_far, size_t n_chunks)> progress = {};
 };
 
 // Error(usage) when the text is shorter than one chunk or n_ctx is too small to score anything.
