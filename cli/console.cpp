@@ -1,5 +1,6 @@
 #include "cli/console.h"
 
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -45,6 +46,12 @@ void print_remark(const char* prefix, const char* colour, const std::string& tex
   const char* clear_bar = stderr_is_terminal() ? "\r\033[K" : "";
   std::fprintf(stderr, "%s%s%s%s %s\n", clear_bar, coloured ? colour : "", prefix,
                coloured ? "\033[0m" : "", one_line(text).c_str());
+}
+
+// A longer line would wrap, and \r would not reach its start.
+int terminal_columns() {
+  struct winsize size {};
+  return ::ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
 }
 
 std::string rate_text(ProgressBar::Unit unit, double per_second) {
@@ -124,9 +131,11 @@ void ProgressBar::update(uint64_t done, uint64_t total, std::string_view detail)
   const std::string eta =
       done == 0 ? "?"
                 : format_duration(static_cast<double>(total - std::min(done, total)) / per_second);
-  std::fprintf(stderr, "\r\033[K%s [%s] %3.0f%%  %s  ETA %s  %.*s", label_.c_str(), bar.c_str(),
-               100 * fraction, rate_text(unit_, per_second).c_str(), eta.c_str(),
-               static_cast<int>(std::min<size_t>(detail.size(), 40)), detail.data());
+  std::array<char, 256> line{};
+  std::snprintf(line.data(), line.size(), "%s [%s] %3.0f%%  %s  ETA %s  %.*s", label_.c_str(),
+                bar.c_str(), 100 * fraction, rate_text(unit_, per_second).c_str(), eta.c_str(),
+                static_cast<int>(std::min<size_t>(detail.size(), 100)), detail.data());
+  std::fprintf(stderr, "\r\033[K%.*s", terminal_columns() - 1, line.data());
 }
 
 }  // namespace duet::cli
