@@ -38,7 +38,8 @@ void merge_symbols(std::vector<Symbol>& symbols, std::vector<MergeCandidate>& he
     return true;
   };
   heap.clear();
-  for (size_t i = 0; i + 1 < symbols.size(); ++i) propose(static_cast<int32_t>(i), static_cast<int32_t>(i + 1));
+  for (size_t i = 0; i + 1 < symbols.size(); ++i)
+    propose(static_cast<int32_t>(i), static_cast<int32_t>(i + 1));
   std::make_heap(heap.begin(), heap.end());
   while (!heap.empty()) {
     std::pop_heap(heap.begin(), heap.end());
@@ -46,7 +47,8 @@ void merge_symbols(std::vector<Symbol>& symbols, std::vector<MergeCandidate>& he
     heap.pop_back();
     Symbol &left = at(top.left), &right = at(top.right);
     // Outdated when either side has merged since.
-    if (left.n_bytes == 0 || right.n_bytes == 0 || left.n_bytes + right.n_bytes != top.n_bytes) continue;
+    if (left.n_bytes == 0 || right.n_bytes == 0 || left.n_bytes + right.n_bytes != top.n_bytes)
+      continue;
     left.n_bytes = top.n_bytes;
     left.id = top.id;
     left.next = right.next;

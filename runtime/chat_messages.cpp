@@ -7,7 +7,8 @@
 namespace duet {
 namespace {
 
-constexpr std::array<std::string_view, 5> kRoles = {"system", "developer", "user", "assistant", "tool"};
+constexpr std::array<std::string_view, 5> kRoles = {"system", "developer", "user", "assistant",
+                                                    "tool"};
 
 class MessageReader {
  public:
@@ -19,8 +20,10 @@ class MessageReader {
     out.role = role();
     const auto content = json_.find("content");
     const bool has_content = content != json_.end() && !content->is_null();
-    if (has_content) out.content = text_of(*content);
-    else if (out.role != "assistant") bad("(", out.role, ") has no content");
+    if (has_content)
+      out.content = text_of(*content);
+    else if (out.role != "assistant")
+      bad("(", out.role, ") has no content");
     if (out.role == "assistant") {
       out.tool_calls = tool_calls();
       out.prefix = flag("prefix");
@@ -49,12 +52,15 @@ class MessageReader {
 
   std::string text_of(const Json& content) const {
     if (content.is_string()) return content.get<std::string>();
-    if (!content.is_array()) bad("has a content that is neither a string nor an array of text parts");
+    if (!content.is_array())
+      bad("has a content that is neither a string nor an array of text parts");
     std::string out;
     for (const Json& part : content) {
       const bool is_text = part.is_object() && part.contains("text") && part["text"].is_string() &&
                            (!part.contains("type") || part["type"] == "text");
-      if (!is_text) bad("has a content part that is not text; only {\"type\": \"text\", \"text\": ...} is supported");
+      if (!is_text)
+        bad("has a content part that is not text; only {\"type\": \"text\", \"text\": ...} is "
+            "supported");
       const std::string& text = part["text"].get_ref<const std::string&>();
       if (!out.empty() && !text.empty()) out += "\n\n";
       out += text;
@@ -79,9 +85,12 @@ class MessageReader {
     if (out.name.empty()) bad("has a tool call whose function has no name");
     const auto arguments = function->find("arguments");
     if (arguments == function->end() || arguments->is_null()) return out;
-    if (arguments->is_string()) out.arguments = arguments->get<std::string>();
-    else if (arguments->is_object()) out.arguments = arguments->dump(-1, ' ', false, Json::error_handler_t::replace);
-    else bad("has tool call arguments that are neither a string nor an object");
+    if (arguments->is_string())
+      out.arguments = arguments->get<std::string>();
+    else if (arguments->is_object())
+      out.arguments = arguments->dump(-1, ' ', false, Json::error_handler_t::replace);
+    else
+      bad("has tool call arguments that are neither a string nor an object");
     return out;
   }
 

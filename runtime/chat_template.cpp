@@ -11,7 +11,8 @@ namespace duet {
 namespace {
 
 constexpr std::string_view kVicunaSystem =
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, "
     "and polite answers to the user's questions.";
 
 constexpr size_t kMistralV1Vocabulary = 32000, kMistralV3Vocabulary = 32768;
@@ -19,27 +20,35 @@ constexpr size_t kMistralV1Vocabulary = 32000, kMistralV3Vocabulary = 32768;
 // The formats made of turns. llama2 and Mistral's own are written by code.
 struct FormatRow {
   std::string_view name;
-  std::string_view system_prefix, system_suffix, user_prefix, user_suffix, assistant_prefix, assistant_suffix, generation;
+  std::string_view system_prefix, system_suffix, user_prefix, user_suffix, assistant_prefix,
+      assistant_suffix, generation;
   std::string_view default_system;
   bool trim, alternate;
 };
 
 constexpr FormatRow kTurnFormats[] = {
     // Dolphin, Nous-Hermes-2, OpenHermes, Qwen, SmolLM2
-    {"chatml", "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n",
-     "<|im_end|>\n", "<|im_start|>assistant\n", "", false, false},
+    {"chatml", "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n",
+     "<|im_start|>assistant\n", "<|im_end|>\n", "<|im_start|>assistant\n", "", false, false},
     // WizardLM-2 and Vicuna 1.1, on one line
-    {"vicuna", "", " ", "USER: ", " ", "ASSISTANT: ", "</s>", "ASSISTANT:", kVicunaSystem, true, true},
+    {"vicuna", "", " ", "USER: ", " ", "ASSISTANT: ", "</s>", "ASSISTANT:", kVicunaSystem, true,
+     true},
     // the same, a line for each turn
-    {"vicuna-lines", "", "\n\n", "USER: ", "\n", "ASSISTANT: ", "</s>\n", "ASSISTANT:", "", true, true},
+    {"vicuna-lines", "", "\n\n", "USER: ", "\n", "ASSISTANT: ", "</s>\n", "ASSISTANT:", "", true,
+     true},
     // Synthia and other Orca descendants
-    {"vicuna-orca", "SYSTEM: ", "\n", "USER: ", "\n", "ASSISTANT: ", "</s>\n", "ASSISTANT:", "", true, true},
-    {"zephyr", "<|system|>\n", "</s>\n", "<|user|>\n", "</s>\n", "<|assistant|>\n", "</s>\n", "<|assistant|>\n", "", false, false},
-    {"alpaca", "", "\n\n", "### Instruction:\n", "\n\n", "### Response:\n", "</s>\n\n", "### Response:\n", "", true, true},
-    {"openchat", "GPT4 Correct System: ", "<|end_of_turn|>", "GPT4 Correct User: ", "<|end_of_turn|>",
-     "GPT4 Correct Assistant: ", "<|end_of_turn|>", "GPT4 Correct Assistant:", "", false, false},
-    {"llama3", "<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\n",
-     "<|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>",
+    {"vicuna-orca", "SYSTEM: ", "\n", "USER: ", "\n", "ASSISTANT: ", "</s>\n", "ASSISTANT:", "",
+     true, true},
+    {"zephyr", "<|system|>\n", "</s>\n", "<|user|>\n", "</s>\n", "<|assistant|>\n", "</s>\n",
+     "<|assistant|>\n", "", false, false},
+    {"alpaca", "", "\n\n", "### Instruction:\n", "\n\n", "### Response:\n", "</s>\n\n",
+     "### Response:\n", "", true, true},
+    {"openchat", "GPT4 Correct System: ", "<|end_of_turn|>",
+     "GPT4 Correct User: ", "<|end_of_turn|>", "GPT4 Correct Assistant: ", "<|end_of_turn|>",
+     "GPT4 Correct Assistant:", "", false, false},
+    {"llama3", "<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>",
+     "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>",
+     "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>",
      "<|start_header_id|>assistant<|end_header_id|>\n\n", "", true, false},
 };
 
@@ -65,10 +74,13 @@ std::string_view strip(std::string_view text) {
   return text;
 }
 
-bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
+bool contains(std::string_view text, std::string_view part) {
+  return text.find(part) != std::string_view::npos;
+}
 
 bool contains_ignoring_case(std::string text, std::string_view lower_part) {
-  std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  std::transform(text.begin(), text.end(), text.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
   return contains(text, lower_part);
 }
 
@@ -76,25 +88,30 @@ bool contains_ignoring_case(std::string text, std::string_view lower_part) {
 
 std::string without_spaces(std::string_view text) {
   std::string out;
-  std::copy_if(text.begin(), text.end(), std::back_inserter(out), [](unsigned char c) { return !std::isspace(c); });
+  std::copy_if(text.begin(), text.end(), std::back_inserter(out),
+               [](unsigned char c) { return !std::isspace(c); });
   std::replace(out.begin(), out.end(), '"', '\'');
   return out;
 }
 
-// '<|user|>\n' + message['content'] + eos_token; Tulu, which looks alike, has no end after a question.
+// '<|user|>\n' + message['content'] + eos_token; Tulu, which looks alike, has no end after a
+// question.
 bool writes_zephyr_turns(std::string_view dense) {
   for (const std::string_view role : {"<|user|>", "+'|>"})
     for (const std::string_view line_break : {"\\n'", "'"})
       for (const std::string_view filter : {"", "|trim"})
-        if (contains(dense, concat(role, line_break, "+message['content']", filter, "+eos_token"))) return true;
+        if (contains(dense, concat(role, line_break, "+message['content']", filter, "+eos_token")))
+          return true;
   return false;
 }
 
 std::string_view recognize_vicuna(std::string_view jinja, std::string_view dense) {
   if (contains(jinja, "SYSTEM: ")) return "vicuna-orca";
   for (const std::string_view filter : {"", "|trim"})
-    for (const std::string_view line_break : {"'\\n'", "''"})  // the line break itself went with the spaces
-      if (contains(dense, concat("'USER:'+message['content']", filter, "+", line_break))) return "vicuna-lines";
+    for (const std::string_view line_break :
+         {"'\\n'", "''"})  // the line break itself went with the spaces
+      if (contains(dense, concat("'USER:'+message['content']", filter, "+", line_break)))
+        return "vicuna-lines";
   return "vicuna";
 }
 
@@ -117,7 +134,8 @@ std::string_view recognize(std::string_view jinja) {
 }
 
 bool trims_contents(std::string_view dense) {
-  for (const std::string_view part : {"content']|trim", "content|trim", "content'].strip()", "content.strip()"})
+  for (const std::string_view part :
+       {"content']|trim", "content|trim", "content'].strip()", "content.strip()"})
     if (contains(dense, part)) return true;
   return false;
 }
@@ -141,11 +159,15 @@ std::optional<std::string> unescape_literal(std::string_view text) {
 // the template has none or puts it together from parts.
 std::string literal_system(std::string_view jinja) {
   constexpr std::string_view kOpen = "<|im_start|>system", kClose = "<|im_end|>";
-  for (size_t at = jinja.find(kOpen); at != std::string_view::npos; at = jinja.find(kOpen, at + 1)) {
+  for (size_t at = jinja.find(kOpen); at != std::string_view::npos;
+       at = jinja.find(kOpen, at + 1)) {
     std::string_view text = jinja.substr(at + kOpen.size());
-    if (text.starts_with("\\n")) text.remove_prefix(2);
-    else if (text.starts_with("\n")) text.remove_prefix(1);
-    else continue;
+    if (text.starts_with("\\n"))
+      text.remove_prefix(2);
+    else if (text.starts_with("\n"))
+      text.remove_prefix(1);
+    else
+      continue;
     const size_t end = text.find(kClose);
     if (end == std::string_view::npos) return {};
     if (const auto literal = unescape_literal(text.substr(0, end))) return *literal;
@@ -184,7 +206,10 @@ ChatTemplate ChatTemplate::named(std::string_view name) {
 ChatTemplate ChatTemplate::recognized(std::string_view jinja, const std::string& source) {
   const std::string_view name = recognize(jinja);
   if (name.empty())
-    fail(ErrorKind::unsupported, source, ": the chat template of the file is not one that duet knows; choose one with --template NAME: ", list_of_names());
+    fail(ErrorKind::unsupported, source,
+         ": the chat template of the file is not one that duet knows; choose one with --template "
+         "NAME: ",
+         list_of_names());
   ChatTemplate out = named(name);
   if (name == "chatml") out.default_system_ = literal_system(jinja);
   if (name == "vicuna" && !contains(jinja, "A chat between a curious")) out.default_system_.clear();
@@ -201,44 +226,62 @@ std::optional<ChatTemplate> ChatTemplate::of_model(const GgufFile& file, const N
     ChatTemplate out = recognized(*jinja, file.source());
     if (out.name_ != "mistral-v1" || !v3_vocabulary) return out;
     // The first template published for 8x22B-Instruct; the model was trained on the v3 form.
-    if (notice) notice("the file's chat template is Mistral's v1 form, its vocabulary v3: mistral-v3 taken");
+    if (notice)
+      notice("the file's chat template is Mistral's v1 form, its vocabulary v3: mistral-v3 taken");
     return named("mistral-v3");
   }
   bool instruct = false;
   for (const char* key : {"general.name", "general.basename", "general.finetune"})
-    if (const std::string* text = file.get_string(key)) instruct = instruct || contains_ignoring_case(*text, "instruct");
-  const std::string_view name = n_vocab == kMistralV1Vocabulary ? "mistral-v1" : n_vocab == kMistralV3Vocabulary ? "mistral-v3" : "";
+    if (const std::string* text = file.get_string(key))
+      instruct = instruct || contains_ignoring_case(*text, "instruct");
+  const std::string_view name = n_vocab == kMistralV1Vocabulary   ? "mistral-v1"
+                                : n_vocab == kMistralV3Vocabulary ? "mistral-v3"
+                                                                  : "";
   if (!instruct || name.empty()) return std::nullopt;
-  if (notice) notice(concat("the file has no chat template: ", name, " taken, for an Instruct model with ", n_vocab, " tokens"));
+  if (notice)
+    notice(concat("the file has no chat template: ", name, " taken, for an Instruct model with ",
+                  n_vocab, " tokens"));
   return named(name);
 }
 
 bool ChatTemplate::wants_bos(const Tokenizer& tokenizer) const {
-  const bool own = name_ == "mistral-v1" || name_ == "mistral-v3" || name_ == "llama2" || name_ == "llama3";
+  const bool own =
+      name_ == "mistral-v1" || name_ == "mistral-v3" || name_ == "llama2" || name_ == "llama3";
   return tokenizer.bos().has_value() && (own || tokenizer.add_bos());
 }
 
-std::vector<Segment> ChatTemplate::render(const std::vector<ChatMessage>& messages, const Json& tools, bool add_generation_prompt) const {
+std::vector<Segment> ChatTemplate::render(const std::vector<ChatMessage>& messages,
+                                          const Json& tools, bool add_generation_prompt) const {
   if (name_ == "mistral-v1") return render_mistral_v1(messages, tools);
   if (name_ == "mistral-v3") return render_mistral_v3(messages, tools);
-  if (!tools.empty()) fail(ErrorKind::usage, "the template ", name_, " has no tools; mistral-v3 has");
+  if (!tools.empty())
+    fail(ErrorKind::usage, "the template ", name_, " has no tools; mistral-v3 has");
   for (size_t i = 0; i < messages.size(); ++i) {
     if (messages[i].role == "tool" || !messages[i].tool_calls.empty())
-      fail(ErrorKind::usage, "message ", i, ": the template ", name_, " has no tool calls or results; mistral-v3 has");
-    if (messages[i].prefix && i + 1 < messages.size()) fail(ErrorKind::usage, "message ", i, ": only the last message can be continued (\"prefix\")");
+      fail(ErrorKind::usage, "message ", i, ": the template ", name_,
+           " has no tool calls or results; mistral-v3 has");
+    if (messages[i].prefix && i + 1 < messages.size())
+      fail(ErrorKind::usage, "message ", i,
+           ": only the last message can be continued (\"prefix\")");
   }
-  return name_ == "llama2" ? render_llama2(messages) : render_turns(messages, add_generation_prompt);
+  return name_ == "llama2" ? render_llama2(messages)
+                           : render_turns(messages, add_generation_prompt);
 }
 
-std::vector<Segment> ChatTemplate::render_turns(const std::vector<ChatMessage>& messages, bool add_generation_prompt) const {
+std::vector<Segment> ChatTemplate::render_turns(const std::vector<ChatMessage>& messages,
+                                                bool add_generation_prompt) const {
   std::vector<ChatMessage> turns = alternate_ ? merge_neighbours(messages) : messages;
   const std::string system = system_prompt(messages);
-  if (alternate_ && !system.empty()) turns.insert(turns.begin(), ChatMessage{.role = "system", .content = system});
+  if (alternate_ && !system.empty())
+    turns.insert(turns.begin(), ChatMessage{.role = "system", .content = system});
   const bool has_system = !turns.empty() && turns.front().role == "system";
-  if (!has_system && !default_system_.empty()) turns.insert(turns.begin(), ChatMessage{.role = "system", .content = default_system_});
+  if (!has_system && !default_system_.empty())
+    turns.insert(turns.begin(), ChatMessage{.role = "system", .content = default_system_});
   std::vector<Segment> out;
   for (const ChatMessage& turn : turns) {
-    const TurnFormat& format = turn.role == "system" ? system_ : turn.role == "user" ? user_ : assistant_;
+    const TurnFormat& format = turn.role == "system" ? system_
+                               : turn.role == "user" ? user_
+                                                     : assistant_;
     out.push_back({format.prefix, true});
     out.push_back({std::string(trim_ ? strip(turn.content) : turn.content), false});
     if (!turn.prefix) out.push_back({format.suffix, true});
@@ -248,12 +291,13 @@ std::vector<Segment> ChatTemplate::render_turns(const std::vector<ChatMessage>& 
   return out;
 }
 
-// "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nq [/INST] a </s><s>[INST] q2 [/INST]"; the first <s> is the BOS
-// that Tokenizer::encode adds.
+// "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nq [/INST] a </s><s>[INST] q2 [/INST]"; the first <s> is the
+// BOS that Tokenizer::encode adds.
 std::vector<Segment> ChatTemplate::render_llama2(const std::vector<ChatMessage>& messages) const {
   const std::string system = system_prompt(messages);
   std::vector<ChatMessage> turns = merge_neighbours(messages);
-  if (turns.empty() || turns.front().role != "user") turns.insert(turns.begin(), ChatMessage{.role = "user"});
+  if (turns.empty() || turns.front().role != "user")
+    turns.insert(turns.begin(), ChatMessage{.role = "user"});
   std::vector<Segment> out;
   for (size_t i = 0; i < turns.size(); ++i) {
     const std::string content(strip(turns[i].content));

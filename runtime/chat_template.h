@@ -18,14 +18,14 @@ struct ToolCall {
 struct ChatMessage {
   std::string role;  // system, user, assistant, tool
   std::string content{};
-  std::vector<ToolCall> tool_calls{};    // assistant
-  std::string tool_call_id{}, name{};    // tool
-  bool prefix = false;                   // assistant, last: to be continued, its turn stays open
+  std::vector<ToolCall> tool_calls{};  // assistant
+  std::string tool_call_id{}, name{};  // tool
+  bool prefix = false;                 // assistant, last: to be continued, its turn stays open
 };
 
-// An array of OpenAI messages; content as a string, null, or [{type:"text",text}] (several texts are
-// joined by a blank line, as mistral-common does); tool call arguments as a string or an object;
-// role "developer" is system. Error(usage) naming the message by its index.
+// An array of OpenAI messages; content as a string, null, or [{type:"text",text}] (several texts
+// are joined by a blank line, as mistral-common does); tool call arguments as a string or an
+// object; role "developer" is system. Error(usage) naming the message by its index.
 std::vector<ChatMessage> parse_messages(const Json& messages);
 
 // How one role's turn is written: prefix and suffix are markup, the content between them is text.
@@ -54,11 +54,13 @@ class ChatTemplate {
   // where the format wants roles to alternate, and system messages go where it has a place for
   // them: no conversation is refused for the order of its roles. Error(usage) where the format
   // cannot express the conversation (tools in mistral-v1).
-  std::vector<Segment> render(const std::vector<ChatMessage>& messages, const Json& tools, bool add_generation_prompt = true) const;
+  std::vector<Segment> render(const std::vector<ChatMessage>& messages, const Json& tools,
+                              bool add_generation_prompt = true) const;
 
  private:
   explicit ChatTemplate(std::string name) : name_(std::move(name)) {}
-  std::vector<Segment> render_turns(const std::vector<ChatMessage>& messages, bool add_generation_prompt) const;
+  std::vector<Segment> render_turns(const std::vector<ChatMessage>& messages,
+                                    bool add_generation_prompt) const;
   std::vector<Segment> render_llama2(const std::vector<ChatMessage>& messages) const;
 
   std::string name_;

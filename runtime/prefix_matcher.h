@@ -51,14 +51,20 @@ class PrefixMatcher {
   }
 
  private:
-  std::pair<uint32_t, uint32_t> narrow(uint32_t first, uint32_t last, size_t depth, int wanted) const {
+  std::pair<uint32_t, uint32_t> narrow(uint32_t first, uint32_t last, size_t depth,
+                                       int wanted) const {
     const auto byte_of = [&](const auto& name) {
-      return name.first.size() > depth ? static_cast<int>(static_cast<unsigned char>(name.first[depth])) : -1;
+      return name.first.size() > depth
+                 ? static_cast<int>(static_cast<unsigned char>(name.first[depth]))
+                 : -1;
     };
     const auto begin = names_.begin() + first, end = names_.begin() + last;
-    const auto low = std::partition_point(begin, end, [&](const auto& name) { return byte_of(name) < wanted; });
-    const auto high = std::partition_point(low, end, [&](const auto& name) { return byte_of(name) <= wanted; });
-    return {static_cast<uint32_t>(low - names_.begin()), static_cast<uint32_t>(high - names_.begin())};
+    const auto low =
+        std::partition_point(begin, end, [&](const auto& name) { return byte_of(name) < wanted; });
+    const auto high =
+        std::partition_point(low, end, [&](const auto& name) { return byte_of(name) <= wanted; });
+    return {static_cast<uint32_t>(low - names_.begin()),
+            static_cast<uint32_t>(high - names_.begin())};
   }
 
   std::vector<std::pair<std::string, int32_t>> names_;  // sorted bytewise

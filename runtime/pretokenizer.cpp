@@ -7,7 +7,9 @@
 namespace duet {
 namespace {
 
-bool is_letter(CharClass c) { return c == CharClass::upper || c == CharClass::lower || c == CharClass::letter; }
+bool is_letter(CharClass c) {
+  return c == CharClass::upper || c == CharClass::lower || c == CharClass::letter;
+}
 bool is_number(CharClass c) { return c == CharClass::number; }
 bool is_space(CharClass c) { return c == CharClass::space; }
 // [^\s\p{L}\p{N}]
@@ -91,11 +93,15 @@ size_t scan_llama3(const CharRow& row, size_t at, size_t end) {
   return spaces_or_others_end(row, at, end, false);
 }
 
-bool starts_word(CharClass c) { return c == CharClass::upper || c == CharClass::letter || c == CharClass::mark; }
-bool ends_word(CharClass c) { return c == CharClass::lower || c == CharClass::letter || c == CharClass::mark; }
+bool starts_word(CharClass c) {
+  return c == CharClass::upper || c == CharClass::letter || c == CharClass::mark;
+}
+bool ends_word(CharClass c) {
+  return c == CharClass::lower || c == CharClass::letter || c == CharClass::mark;
+}
 
-// [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+ ; caseless letters are in both sets, so
-// the first run gives them back when nothing follows it.
+// [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+ ; caseless letters are in both sets,
+// so the first run gives them back when nothing follows it.
 size_t capitalized_end(const CharRow& row, size_t at, size_t end) {
   const size_t upper = run_end(row, at, end, starts_word);
   const size_t stop = run_end(row, upper, end, ends_word);
@@ -117,9 +123,13 @@ size_t scan_tekken(const CharRow& row, size_t at, size_t end) {
 }
 
 // \p{N}
-size_t scan_digit(const CharRow& row, size_t at, size_t) { return is_number(row.classes[at]) ? at + 1 : at; }
+size_t scan_digit(const CharRow& row, size_t at, size_t) {
+  return is_number(row.classes[at]) ? at + 1 : at;
+}
 // \p{N}+
-size_t scan_digits(const CharRow& row, size_t at, size_t end) { return run_end(row, at, end, is_number); }
+size_t scan_digits(const CharRow& row, size_t at, size_t end) {
+  return run_end(row, at, end, is_number);
+}
 
 // [0-9][0-9][0-9]
 size_t scan_three_digits(const CharRow& row, size_t at, size_t end) {
@@ -131,7 +141,9 @@ size_t scan_three_digits(const CharRow& row, size_t at, size_t end) {
 // [\p{P}\$\+<=>\^~\|]+
 size_t scan_punctuation(const CharRow& row, size_t at, size_t end) {
   constexpr std::string_view kAlso = "$+<=>^~|";
-  while (at < end && (row.classes[at] == CharClass::punctuation || kAlso.find(row.ascii(at)) != std::string_view::npos)) ++at;
+  while (at < end && (row.classes[at] == CharClass::punctuation ||
+                      kAlso.find(row.ascii(at)) != std::string_view::npos))
+    ++at;
   return at;
 }
 
@@ -162,25 +174,48 @@ struct Entry {
 };
 
 constexpr std::array kEntries = {
-    Entry{"default", Entry::standard}, Entry{"gpt-2", Entry::gpt2},      Entry{"phi-2", Entry::gpt2},
-    Entry{"mpt", Entry::gpt2},         Entry{"olmo", Entry::gpt2},       Entry{"jais", Entry::gpt2},
-    Entry{"smollm", Entry::smollm},    Entry{"starcoder", Entry::smollm}, Entry{"refact", Entry::smollm},
-    Entry{"command-r", Entry::smollm}, Entry{"codeshell", Entry::smollm}, Entry{"exaone", Entry::smollm},
-    Entry{"llama3", Entry::llama3},    Entry{"llama-v3", Entry::llama3}, Entry{"llama-bpe", Entry::llama3},
-    Entry{"falcon3", Entry::llama3},   Entry{"pixtral", Entry::llama3},  Entry{"lfm2", Entry::llama3},
-    Entry{"dbrx", Entry::dbrx},        Entry{"smaug-bpe", Entry::dbrx},  Entry{"qwen2", Entry::qwen2},
-    Entry{"stablelm2", Entry::qwen2},  Entry{"deepseek-r1-qwen", Entry::qwen2}, Entry{"tekken", Entry::tekken},
+    Entry{"default", Entry::standard},
+    Entry{"gpt-2", Entry::gpt2},
+    Entry{"phi-2", Entry::gpt2},
+    Entry{"mpt", Entry::gpt2},
+    Entry{"olmo", Entry::gpt2},
+    Entry{"jais", Entry::gpt2},
+    Entry{"smollm", Entry::smollm},
+    Entry{"starcoder", Entry::smollm},
+    Entry{"refact", Entry::smollm},
+    Entry{"command-r", Entry::smollm},
+    Entry{"codeshell", Entry::smollm},
+    Entry{"exaone", Entry::smollm},
+    Entry{"llama3", Entry::llama3},
+    Entry{"llama-v3", Entry::llama3},
+    Entry{"llama-bpe", Entry::llama3},
+    Entry{"falcon3", Entry::llama3},
+    Entry{"pixtral", Entry::llama3},
+    Entry{"lfm2", Entry::llama3},
+    Entry{"dbrx", Entry::dbrx},
+    Entry{"smaug-bpe", Entry::dbrx},
+    Entry{"qwen2", Entry::qwen2},
+    Entry{"stablelm2", Entry::qwen2},
+    Entry{"deepseek-r1-qwen", Entry::qwen2},
+    Entry{"tekken", Entry::tekken},
 };
 
 PreTokenizer make(Entry::Kind kind) {
   switch (kind) {
-    case Entry::standard: return {{scan_punctuation, scan_gpt2, scan_digits, scan_three_digits}, false};
-    case Entry::gpt2: return {{scan_gpt2}, false};
-    case Entry::smollm: return {{scan_digit, scan_gpt2}, false};
-    case Entry::llama3: return {{scan_llama3<3>}, true};
-    case Entry::dbrx: return {{scan_llama3<3>}, false};
-    case Entry::qwen2: return {{scan_llama3<1>}, false};
-    case Entry::tekken: return {{scan_tekken}, true};
+    case Entry::standard:
+      return {{scan_punctuation, scan_gpt2, scan_digits, scan_three_digits}, false};
+    case Entry::gpt2:
+      return {{scan_gpt2}, false};
+    case Entry::smollm:
+      return {{scan_digit, scan_gpt2}, false};
+    case Entry::llama3:
+      return {{scan_llama3<3>}, true};
+    case Entry::dbrx:
+      return {{scan_llama3<3>}, false};
+    case Entry::qwen2:
+      return {{scan_llama3<1>}, false};
+    case Entry::tekken:
+      return {{scan_tekken}, true};
   }
   return {};
 }
@@ -212,7 +247,8 @@ std::vector<std::string_view> split(const PreTokenizer& pre, std::string_view te
   for (const Scanner scan : pre.passes) spans = apply(scan, row, spans);
   std::vector<std::string_view> out;
   out.reserve(spans.size());
-  for (const auto& [begin, end] : spans) out.push_back(text.substr(row.offsets[begin], row.offsets[end] - row.offsets[begin]));
+  for (const auto& [begin, end] : spans)
+    out.push_back(text.substr(row.offsets[begin], row.offsets[end] - row.offsets[begin]));
   return out;
 }
 

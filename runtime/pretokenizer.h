@@ -16,8 +16,8 @@ struct CharRow {
   explicit CharRow(std::string_view bytes);
 
   std::string_view text;
-  std::vector<uint32_t> offsets;  // [n + 1] first byte of each character, then text.size()
-  std::vector<CharClass> classes; // [n]
+  std::vector<uint32_t> offsets;   // [n + 1] first byte of each character, then text.size()
+  std::vector<CharClass> classes;  // [n]
 
   size_t size() const { return classes.size(); }
   char ascii(size_t i) const { return text[offsets[i]]; }  // first byte: compare with ASCII only
@@ -27,7 +27,7 @@ struct CharRow {
 using Scanner = size_t (*)(const CharRow& row, size_t at, size_t end);
 
 struct PreTokenizer {
-  std::vector<Scanner> passes;  // each splits the pieces of the one before; gaps are pieces too
+  std::vector<Scanner> passes;     // each splits the pieces of the one before; gaps are pieces too
   bool whole_words_first = false;  // a piece that is a token is that token, whatever the merges say
 };
 

@@ -20,14 +20,16 @@ std::string python_float(double value) {
   if (std::isnan(value)) return "NaN";
   if (std::isinf(value)) return value > 0 ? "Infinity" : "-Infinity";
   std::array<char, 64> buffer;
-  const auto result = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value, std::chars_format::scientific);
+  const auto result = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value,
+                                    std::chars_format::scientific);
   std::string digits(buffer.data(), result.ptr);
   const size_t e = digits.find('e');
   const int exponent = std::stoi(digits.substr(e + 1));
   if (exponent < -4 || exponent >= 16) {  // as to_chars: at least two digits and a sign
     return digits;
   }
-  const auto plain = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value, std::chars_format::fixed);
+  const auto plain =
+      std::to_chars(buffer.data(), buffer.data() + buffer.size(), value, std::chars_format::fixed);
   std::string out(buffer.data(), plain.ptr);
   if (out.find('.') == std::string::npos) out += ".0";
   return out;
@@ -39,13 +41,27 @@ void append_escaped(std::string& out, std::string_view text) {
   for (const char c : text) {
     const auto byte = static_cast<unsigned char>(c);
     switch (c) {
-      case '"': out += "\\\""; break;
-      case '\\': out += "\\\\"; break;
-      case '\n': out += "\\n"; break;
-      case '\r': out += "\\r"; break;
-      case '\t': out += "\\t"; break;
-      case '\f': out += "\\f"; break;
-      case '\b': out += "\\b"; break;
+      case '"':
+        out += "\\\"";
+        break;
+      case '\\':
+        out += "\\\\";
+        break;
+      case '\n':
+        out += "\\n";
+        break;
+      case '\r':
+        out += "\\r";
+        break;
+      case '\t':
+        out += "\\t";
+        break;
+      case '\f':
+        out += "\\f";
+        break;
+      case '\b':
+        out += "\\b";
+        break;
       default:
         if (byte >= 0x20) {
           out += c;
@@ -72,7 +88,8 @@ class Rewriter {
 
  private:
   void skip_space() {
-    while (!rest_.empty() && std::string_view(" \t\n\r").find(rest_[0]) != std::string_view::npos) rest_.remove_prefix(1);
+    while (!rest_.empty() && std::string_view(" \t\n\r").find(rest_[0]) != std::string_view::npos)
+      rest_.remove_prefix(1);
   }
   bool take(std::string_view word) {
     if (!rest_.starts_with(word)) return false;
@@ -110,8 +127,10 @@ class Rewriter {
       if (!take(":")) throw NotJson{};
       std::string text = value(depth + 1);
       const auto [at, is_new] = place.try_emplace(key, members.size());
-      if (is_new) members.emplace_back(std::move(key), std::move(text));
-      else members[at->second].second = std::move(text);
+      if (is_new)
+        members.emplace_back(std::move(key), std::move(text));
+      else
+        members[at->second].second = std::move(text);
       if (after_element('}')) break;
     }
     std::string out = "{";
@@ -177,7 +196,8 @@ class Rewriter {
     const std::string_view before = rest_;
     if (first < 0xDC00 && take("\\u")) {
       const char32_t second = hex4();
-      if (second >= 0xDC00 && second <= 0xDFFF) return 0x10000 + ((first - 0xD800) << 10) + (second - 0xDC00);
+      if (second >= 0xDC00 && second <= 0xDFFF)
+        return 0x10000 + ((first - 0xD800) << 10) + (second - 0xDC00);
     }
     rest_ = before;
     return 0xFFFD;
@@ -206,9 +226,12 @@ class Rewriter {
     if (rest_[sign] == '0') n_digits = 1;  // what follows a leading zero is left over, and refused
     size_t end = sign + n_digits;
     const size_t integer_end = end;
-    if (end < rest_.size() && rest_[end] == '.' && count_digits(end + 1) > 0) end += 1 + count_digits(end + 1);
+    if (end < rest_.size() && rest_[end] == '.' && count_digits(end + 1) > 0)
+      end += 1 + count_digits(end + 1);
     if (end < rest_.size() && (rest_[end] == 'e' || rest_[end] == 'E')) {
-      const size_t after = end + 1 < rest_.size() && (rest_[end + 1] == '-' || rest_[end + 1] == '+') ? end + 2 : end + 1;
+      const size_t after =
+          end + 1 < rest_.size() && (rest_[end + 1] == '-' || rest_[end + 1] == '+') ? end + 2
+                                                                                     : end + 1;
       if (count_digits(after) > 0) end = after + count_digits(after);
     }
     const std::string text(rest_.substr(0, end));

@@ -21,7 +21,8 @@ uint64_t next_random(uint64_t& state) {
 // differ in the last bit between machines, and a draw with it. Relative error below 1e-15.
 double exp_of_negative(double x) {
   if (x < -700) return 0;
-  constexpr double kLog2e = 1.4426950408889634, kLn2High = 0.693147180369123816490, kLn2Low = 1.90821492927058770002e-10;
+  constexpr double kLog2e = 1.4426950408889634, kLn2High = 0.693147180369123816490,
+                   kLn2Low = 1.90821492927058770002e-10;
   const double n = std::floor(x * kLog2e + 0.5);
   const double r = (x - n * kLn2High) - n * kLn2Low;
   double sum = 1;
@@ -35,7 +36,8 @@ Token best_of(std::span<const float> logits) {
     if (std::isnan(logits[i])) fail(ErrorKind::internal, "logit ", i, " is not a number");
     if (logits[i] > logits[best]) best = i;
   }
-  if (logits.empty() || !std::isfinite(logits[best])) fail(ErrorKind::internal, "the largest logit is not finite");
+  if (logits.empty() || !std::isfinite(logits[best]))
+    fail(ErrorKind::internal, "the largest logit is not finite");
   return static_cast<Token>(best);
 }
 
@@ -50,17 +52,22 @@ Sampler::Sampler(const SamplerParams& params) : params_(params), rng_(params.see
   check(finite(params.temperature), "temperature", params.temperature, "a finite number");
   check(params.top_p >= 0 && finite(params.top_p), "top-p", params.top_p, "0 or more");
   check(params.min_p <= 1 && finite(params.min_p), "min-p", params.min_p, "at most 1");
-  check(params.repeat_penalty > 0 && finite(params.repeat_penalty), "repeat penalty", params.repeat_penalty, "above 0");
-  check(finite(params.presence_penalty), "presence penalty", params.presence_penalty, "a finite number");
-  check(finite(params.frequency_penalty), "frequency penalty", params.frequency_penalty, "a finite number");
-  check(params.penalty_last_n >= -1, "penalty window", params.penalty_last_n, "-1 (whole sequence), 0 (off) or more");
+  check(params.repeat_penalty > 0 && finite(params.repeat_penalty), "repeat penalty",
+        params.repeat_penalty, "above 0");
+  check(finite(params.presence_penalty), "presence penalty", params.presence_penalty,
+        "a finite number");
+  check(finite(params.frequency_penalty), "frequency penalty", params.frequency_penalty,
+        "a finite number");
+  check(params.penalty_last_n >= -1, "penalty window", params.penalty_last_n,
+        "-1 (whole sequence), 0 (off) or more");
 }
 
 void Sampler::accept(Token token) {
   history_.push_back(token);
   if (params_.penalty_last_n < 0) return;
   const auto window = static_cast<size_t>(params_.penalty_last_n);
-  if (history_.size() > 2 * window + 64) history_.erase(history_.begin(), history_.end() - static_cast<ptrdiff_t>(window));
+  if (history_.size() > 2 * window + 64)
+    history_.erase(history_.begin(), history_.end() - static_cast<ptrdiff_t>(window));
 }
 
 Token Sampler::sample(std::span<const float> logits) {
@@ -73,8 +80,12 @@ Token Sampler::sample(std::span<const float> logits) {
 }
 
 std::span<const float> Sampler::penalized(std::span<const float> logits) {
-  const bool off = params_.repeat_penalty == 1 && params_.presence_penalty == 0 && params_.frequency_penalty == 0;
-  const size_t window = params_.penalty_last_n < 0 ? history_.size() : std::min(history_.size(), static_cast<size_t>(params_.penalty_last_n));
+  const bool off = params_.repeat_penalty == 1 && params_.presence_penalty == 0 &&
+                   params_.frequency_penalty == 0;
+  const size_t window =
+      params_.penalty_last_n < 0
+          ? history_.size()
+          : std::min(history_.size(), static_cast<size_t>(params_.penalty_last_n));
   if (off || window == 0) return logits;
   penalized_.assign(logits.begin(), logits.end());
   std::unordered_map<Token, int> counts;
@@ -111,8 +122,10 @@ void Sampler::select(std::span<const float> logits) {
     std::pop_heap(candidates_.begin(), candidates_.end(), better);
     candidates_.pop_back();
   }
-  if (!all) std::sort_heap(candidates_.begin(), candidates_.end(), better);
-  else if (params_.top_p < 1) std::sort(candidates_.begin(), candidates_.end(), better);
+  if (!all)
+    std::sort_heap(candidates_.begin(), candidates_.end(), better);
+  else if (params_.top_p < 1)
+    std::sort(candidates_.begin(), candidates_.end(), better);
 }
 
 // Top-p and min-p, both on the probabilities at temperature 1.
@@ -120,16 +133,23 @@ void Sampler::cut_by_probability() {
   float best = candidates_.front().logit;
   for (const Candidate& c : candidates_) best = std::max(best, c.logit);
   double total = 0;
-  for (Candidate& c : candidates_) total += c.weight = exp_of_negative(static_cast<double>(c.logit) - static_cast<double>(best));
+  for (Candidate& c : candidates_)
+    total += c.weight = exp_of_negative(static_cast<double>(c.logit) - static_cast<double>(best));
   if (params_.top_p < 1) {
     double sum = 0;
     size_t keep = 0;
-    while (keep < candidates_.size() && (keep == 0 || sum < static_cast<double>(params_.top_p) * total)) sum += candidates_[keep++].weight;
+    while (keep < candidates_.size() &&
+           (keep == 0 || sum < static_cast<double>(params_.top_p) * total))
+      sum += candidates_[keep++].weight;
     candidates_.resize(keep);
   }
-  if (params_.min_p > 0) std::erase_if(candidates_, [&](const Candidate& c) { return c.weight < static_cast<double>(params_.min_p); });
+  if (params_.min_p > 0)
+    std::erase_if(candidates_, [&](const Candidate& c) {
+      return c.weight < static_cast<double>(params_.min_p);
+    });
   for (Candidate& c : candidates_)
-    c.weight = exp_of_negative((static_cast<double>(c.logit) - static_cast<double>(best)) / static_cast<double>(params_.temperature));
+    c.weight = exp_of_negative((static_cast<double>(c.logit) - static_cast<double>(best)) /
+                               static_cast<double>(params_.temperature));
 }
 
 Token Sampler::draw() {
@@ -142,7 +162,8 @@ Token Sampler::draw() {
     left -= c.weight;
   }
   // Rounding may leave a last crumb: the last candidate that can be drawn takes it.
-  const auto drawable = std::find_if(candidates_.rbegin(), candidates_.rend(), [](const Candidate& c) { return c.weight > 0; });
+  const auto drawable = std::find_if(candidates_.rbegin(), candidates_.rend(),
+                                     [](const Candidate& c) { return c.weight > 0; });
   return drawable->id;
 }
 

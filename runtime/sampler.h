@@ -13,12 +13,12 @@ namespace duet {
 // greedy (after penalties; the lowest id wins a tie).
 struct SamplerParams {
   float temperature = 0.8f;
-  int32_t top_k = 40;              // <= 0: off
-  float top_p = 0.95f;             // >= 1: off
-  float min_p = 0.05f;             // <= 0: off
-  float repeat_penalty = 1.0f;     // divides positive / multiplies negative logits; 1: off
+  int32_t top_k = 40;           // <= 0: off
+  float top_p = 0.95f;          // >= 1: off
+  float min_p = 0.05f;          // <= 0: off
+  float repeat_penalty = 1.0f;  // divides positive / multiplies negative logits; 1: off
   float presence_penalty = 0.0f, frequency_penalty = 0.0f;
-  int32_t penalty_last_n = 64;     // window of the penalties; -1: whole sequence
+  int32_t penalty_last_n = 64;  // window of the penalties; -1: whole sequence
   uint64_t seed = 0;
 };
 
@@ -28,7 +28,7 @@ class Sampler {
   explicit Sampler(const SamplerParams& params);  // Error(usage) on NaN or out-of-range values
   // Does not accept. Error(internal) on logits that are NaN or have no finite maximum.
   Token sample(std::span<const float> logits);
-  void accept(Token token);                       // history for the penalties (prompt tokens too)
+  void accept(Token token);  // history for the penalties (prompt tokens too)
 
  private:
   struct Candidate {

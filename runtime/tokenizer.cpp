@@ -22,11 +22,16 @@ std::vector<std::string> make_texts(const Vocabulary& vocab) {
   for (size_t i = 0; i < vocab.size(); ++i) {
     const std::string& piece = vocab.pieces[i];
     const TokenType type = vocab.types[i];
-    if (type == TokenType::unknown) texts[i] = kUnknownText;
-    else if (type == TokenType::byte && spm) texts[i] = std::string(1, static_cast<char>(byte_of_piece(piece).value()));
-    else if (type == TokenType::control) texts[i] = piece;
-    else if (spm) texts[i] = unescape_spaces(piece);
-    else texts[i] = type == TokenType::normal ? bytes_of_bpe_piece(piece).value_or(piece) : piece;
+    if (type == TokenType::unknown)
+      texts[i] = kUnknownText;
+    else if (type == TokenType::byte && spm)
+      texts[i] = std::string(1, static_cast<char>(byte_of_piece(piece).value()));
+    else if (type == TokenType::control)
+      texts[i] = piece;
+    else if (spm)
+      texts[i] = unescape_spaces(piece);
+    else
+      texts[i] = type == TokenType::normal ? bytes_of_bpe_piece(piece).value_or(piece) : piece;
   }
   return texts;
 }
@@ -40,13 +45,16 @@ struct Tokenizer::State {
       spm.emplace(vocab, map, file.source());
     } else {
       const auto* merges = file.get_strings("tokenizer.ggml.merges");
-      if (!merges) fail(ErrorKind::format, file.source(), ": tokenizer.ggml.merges is missing; a gpt2 vocabulary needs it");
+      if (!merges)
+        fail(ErrorKind::format, file.source(),
+             ": tokenizer.ggml.merges is missing; a gpt2 vocabulary needs it");
       bpe.emplace(vocab, map, *merges, file.source(), notice);
     }
     texts = make_texts(vocab);
     std::vector<std::pair<std::string, int32_t>> names;
     for (size_t i = 0; i < vocab.size(); ++i)
-      if (vocab.types[i] == TokenType::control) names.emplace_back(vocab.pieces[i], static_cast<Token>(i));
+      if (vocab.types[i] == TokenType::control)
+        names.emplace_back(vocab.pieces[i], static_cast<Token>(i));
     control_names = PrefixMatcher(std::move(names));
   }
   State(const State&) = delete;  // the encoders borrow the vocabulary
@@ -60,8 +68,10 @@ struct Tokenizer::State {
   PrefixMatcher control_names;
 
   void encode_text(std::string_view text, bool dummy_space, std::vector<Token>& out) const {
-    if (spm) spm->encode(text, dummy_space, out);
-    else bpe->encode(text, out);
+    if (spm)
+      spm->encode(text, dummy_space, out);
+    else
+      bpe->encode(text, out);
   }
   bool known(Token id) const { return id >= 0 && static_cast<size_t>(id) < vocab.size(); }
   bool is_control(Token id) const { return known(id) && vocab.type(id) == TokenType::control; }
@@ -72,13 +82,16 @@ namespace {
 // Collects text between control tokens and encodes each stretch as one.
 class PromptEncoder {
  public:
-  PromptEncoder(std::function<void(std::string_view, bool, std::vector<Token>&)> encode, bool dummy_space)
+  PromptEncoder(std::function<void(std::string_view, bool, std::vector<Token>&)> encode,
+                bool dummy_space)
       : encode_(std::move(encode)), dummy_space_(dummy_space) {}
 
   void add(const Segment& segment, const PrefixMatcher& control_names) {
     if (segment.apart) flush(dummy_space_);
-    if (segment.is_markup) add_markup(segment.text, control_names);
-    else stretch_ += segment.text;
+    if (segment.is_markup)
+      add_markup(segment.text, control_names);
+    else
+      stretch_ += segment.text;
     if (segment.apart) flush(true);
   }
   std::vector<Token> finish() {
@@ -127,7 +140,9 @@ std::optional<Token> Tokenizer::eos() const { return state_->vocab.eos; }
 bool Tokenizer::add_bos() const { return state_->vocab.add_bos; }
 bool Tokenizer::dummy_space() const { return state_->vocab.add_space_prefix; }
 bool Tokenizer::is_control(Token token) const { return state_->is_control(token); }
-std::optional<Token> Tokenizer::find(std::string_view piece) const { return state_->map.find(piece); }
+std::optional<Token> Tokenizer::find(std::string_view piece) const {
+  return state_->map.find(piece);
+}
 
 bool Tokenizer::is_eog(Token token) const {
   return state_->known(token) && state_->vocab.is_eog[static_cast<size_t>(token)];
@@ -140,7 +155,8 @@ std::vector<Token> Tokenizer::encode(std::string_view text) const {
 }
 
 std::vector<Token> Tokenizer::encode(std::span<const Segment> segments, bool add_bos) const {
-  const auto encode_text = [this](std::string_view text, bool dummy_space, std::vector<Token>& out) {
+  const auto encode_text = [this](std::string_view text, bool dummy_space,
+                                  std::vector<Token>& out) {
     state_->encode_text(text, dummy_space, out);
   };
   PromptEncoder prompt(encode_text, state_->vocab.add_space_prefix);
@@ -164,13 +180,15 @@ std::string Tokenizer::piece(Token token, bool show_control) const {
 
 // As sentencepiece, the dummy space goes only from a piece that begins with U+2581, be it the first
 // one or after control tokens that show nothing.
-void Tokenizer::append_piece(Token token, bool show_control, bool& at_start, std::string& out) const {
+void Tokenizer::append_piece(Token token, bool show_control, bool& at_start,
+                             std::string& out) const {
   if (!state_->known(token))
     fail(ErrorKind::usage, "token id ", token, " is outside the vocabulary of ", n_vocab());
   if (state_->is_control(token) && !show_control) return;
   std::string_view text = state_->texts[static_cast<size_t>(token)];
   const TokenType type = state_->vocab.type(token);
-  const bool spaced = type == TokenType::normal || type == TokenType::user_defined || type == TokenType::unused;
+  const bool spaced =
+      type == TokenType::normal || type == TokenType::user_defined || type == TokenType::unused;
   if (at_start && dummy_space() && spaced && text.starts_with(' ')) text.remove_prefix(1);
   at_start = false;
   out += text;

@@ -39,9 +39,10 @@ class Tokenizer {
   size_t n_vocab() const;
   std::optional<Token> bos() const;
   std::optional<Token> eos() const;
-  bool add_bos() const;          // whether prompts start with BOS by default
-  bool dummy_space() const;      // SentencePiece: text begins with a space that is not its own
-  bool is_eog(Token token) const;  // any declared end-of-generation token (EOS, EOT, <|im_end|> ...)
+  bool add_bos() const;      // whether prompts start with BOS by default
+  bool dummy_space() const;  // SentencePiece: text begins with a space that is not its own
+  bool is_eog(
+      Token token) const;  // any declared end-of-generation token (EOS, EOT, <|im_end|> ...)
   bool is_control(Token token) const;
   std::optional<Token> find(std::string_view piece) const;  // exact piece, any type
 
@@ -69,7 +70,8 @@ class Tokenizer {
 // Text of a growing sequence, released only at UTF-8 boundaries.
 class TextStream {
  public:
-  explicit TextStream(const Tokenizer& tokenizer, bool at_text_start) : tokenizer_(&tokenizer), at_start_(at_text_start) {}
+  explicit TextStream(const Tokenizer& tokenizer, bool at_text_start)
+      : tokenizer_(&tokenizer), at_start_(at_text_start) {}
   std::string push(Token token);  // what became printable
   std::string finish();           // held-back bytes, invalid ones as U+FFFD
 

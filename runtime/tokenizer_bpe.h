@@ -37,7 +37,8 @@ class BpeEncoder {
     Token id;
   };
   struct Scratch;
-  void read_merges(const PieceMap& map, const std::vector<std::string>& merges, const std::string& source);
+  void read_merges(const PieceMap& map, const std::vector<std::string>& merges,
+                   const std::string& source);
   void find_byte_tokens(const std::string& source, const NoticeFn& notice);
   void encode_plain(std::string_view text, Scratch& scratch, std::vector<Token>& out) const;
   void encode_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const;
@@ -48,8 +49,8 @@ class BpeEncoder {
   PrefixMatcher user_defined_;
   std::vector<std::string> words_;  // bytes of each normal token, "" for the others
   std::unique_ptr<PieceMap> word_map_;
-  std::array<Token, 256> byte_tokens_{};  // -1: the vocabulary lacks this byte
-  std::unordered_map<uint64_t, Merge> merges_;  // left id << 32 | right id
+  std::array<Token, 256> byte_tokens_{};          // -1: the vocabulary lacks this byte
+  std::unordered_map<uint64_t, Merge> merges_;    // left id << 32 | right id
   std::unique_ptr<std::atomic<bool>[]> reached_;  // by id: merging its own bytes gives it
 };
 

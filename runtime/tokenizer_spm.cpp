@@ -20,8 +20,10 @@ constexpr Token kNone = -1;
 std::string escape_spaces(std::string_view text) {
   std::string out;
   for (const char c : text) {
-    if (c == ' ') out += kSpace;
-    else out += c;
+    if (c == ' ')
+      out += kSpace;
+    else
+      out += c;
   }
   return out;
 }
@@ -33,8 +35,10 @@ std::string normalize(std::string_view text, bool dummy_space) {
   if (dummy_space) out += kSpace;
   while (!text.empty()) {
     if (static_cast<signed char>(text[0]) >= 0) {
-      if (text[0] == ' ') out += kSpace;
-      else out += text[0];
+      if (text[0] == ' ')
+        out += kSpace;
+      else
+        out += text[0];
       text.remove_prefix(1);
       continue;
     }
@@ -53,8 +57,10 @@ uint32_t char_bytes(char lead) {
 }
 
 bool reaches_across_words(std::string_view piece) {
-  for (size_t at = piece.find(kSpace); at != std::string_view::npos; at = piece.find(kSpace, at + 1))
-    if (at >= kSpace.size() ? piece.substr(at - kSpace.size(), kSpace.size()) != kSpace : at > 0) return true;
+  for (size_t at = piece.find(kSpace); at != std::string_view::npos;
+       at = piece.find(kSpace, at + 1))
+    if (at >= kSpace.size() ? piece.substr(at - kSpace.size(), kSpace.size()) != kSpace : at > 0)
+      return true;
   return false;
 }
 
@@ -97,35 +103,46 @@ struct SpmEncoder::Scratch {
   std::unordered_map<Token, uint32_t> left_bytes;      // unused piece -> bytes of its left part
 };
 
-SpmEncoder::SpmEncoder(const Vocabulary& vocab, const PieceMap& map, const std::string& source) : vocab_(vocab), map_(map) {
+SpmEncoder::SpmEncoder(const Vocabulary& vocab, const PieceMap& map, const std::string& source)
+    : vocab_(vocab), map_(map) {
   std::vector<std::pair<std::string, int32_t>> user_defined;
   byte_tokens_.fill(vocab.unknown.value_or(kNone));
   split_words_ = true;
+  bool has_unused = false;
   for (Token id = 0; static_cast<size_t>(id) < vocab.size(); ++id) {
     const std::string& piece = vocab.piece(id);
     switch (vocab.type(id)) {
       case TokenType::byte: {
         const auto byte = byte_of_piece(piece);
-        if (!byte) fail(ErrorKind::format, source, ": byte token ", id, " is not of the form <0x00>");
+        if (!byte)
+          fail(ErrorKind::format, source, ": byte token ", id, " is not of the form <0x00>");
         byte_tokens_[*byte] = id;
         has_bytes_ = true;
         break;
       }
-      case TokenType::user_defined: user_defined.emplace_back(escape_spaces(piece), id); [[fallthrough]];
+      case TokenType::user_defined:
+        user_defined.emplace_back(escape_spaces(piece), id);
+        [[fallthrough]];
       case TokenType::normal:
         split_words_ = split_words_ && !reaches_across_words(piece);
-        for (size_t at = 1; at < piece.size(); ++at) joins_[pair_index(piece[at - 1], piece[at])] = true;
+        for (size_t at = 1; at < piece.size(); ++at)
+          joins_[pair_index(piece[at - 1], piece[at])] = true;
         break;
-      case TokenType::unused: has_unused_ = true; break;
+      case TokenType::unused:
+        has_unused = true;
+        break;
       case TokenType::unknown:
-      case TokenType::control: break;
+      case TokenType::control:
+        break;
     }
   }
   for (const Token id : byte_tokens_)
-    if (id == kNone) fail(ErrorKind::format, source, ": the vocabulary has neither all byte tokens nor an unknown token");
+    if (id == kNone)
+      fail(ErrorKind::format, source,
+           ": the vocabulary has neither all byte tokens nor an unknown token");
   // Which parts an unused piece falls apart into depends on merges elsewhere in the text, and a run
   // of unknown characters is one token.
-  split_words_ = split_words_ && !has_unused_ && has_bytes_;
+  split_words_ = split_words_ && !has_unused && has_bytes_;
   user_defined_ = PrefixMatcher(std::move(user_defined));
   reached_ = std::make_unique<std::atomic<bool>[]>(vocab_.size());
 }
@@ -135,14 +152,16 @@ Token SpmEncoder::mergeable(std::string_view piece) const {
   const auto id = map_.find(piece);
   if (!id) return kNone;
   const TokenType type = vocab_.type(*id);
-  const bool ok = type == TokenType::normal || type == TokenType::user_defined || type == TokenType::unused;
+  const bool ok =
+      type == TokenType::normal || type == TokenType::user_defined || type == TokenType::unused;
   return ok ? *id : kNone;
 }
 
 void SpmEncoder::encode(std::string_view text, bool dummy_space, std::vector<Token>& out) const {
   if (text.empty()) return;
   if (text.size() > std::numeric_limits<uint32_t>::max() / 4)
-    fail(ErrorKind::usage, "text of ", text.size(), " bytes is too long to be tokenized at once; at most 1 GiB");
+    fail(ErrorKind::usage, "text of ", text.size(),
+         " bytes is too long to be tokenized at once; at most 1 GiB");
   const std::string normalized = normalize(text, dummy_space);
   std::string_view rest = normalized;
   Scratch scratch;
@@ -166,8 +185,10 @@ size_t SpmEncoder::word_bytes(std::string_view text) const {
   bool in_spaces = true;
   for (size_t at = 0; at < text.size();) {
     const bool space = text[at] == kSpace[0] && text.substr(at, kSpace.size()) == kSpace;
-    if (at > 0 && split_words_ && ((space && !in_spaces) || !may_join(text[at - 1], text[at]))) return at;
-    if (at > 0 && !user_defined_.empty() && user_defined_.longest(text.substr(at)).id != kNone) return at;
+    if (at > 0 && split_words_ && ((space && !in_spaces) || !may_join(text[at - 1], text[at])))
+      return at;
+    if (at > 0 && !user_defined_.empty() && user_defined_.longest(text.substr(at)).id != kNone)
+      return at;
     in_spaces = space;
     at += char_bytes(text[at]);
   }
@@ -176,7 +197,8 @@ size_t SpmEncoder::word_bytes(std::string_view text) const {
 
 // Merging does not reach every piece from its own characters; one that it reached once, it always
 // reaches, which saves most words the merging. Of the others a text repeats many.
-void SpmEncoder::encode_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const {
+void SpmEncoder::encode_word(std::string_view word, Scratch& scratch,
+                             std::vector<Token>& out) const {
   if (word.size() > kMaxWholeWord) return merge_word(word, scratch, out);
   const Token whole = mergeable(word);
   std::atomic<bool>* reached = whole == kNone ? nullptr : &reached_[static_cast<size_t>(whole)];
@@ -190,33 +212,39 @@ void SpmEncoder::encode_word(std::string_view word, Scratch& scratch, std::vecto
   const size_t first = out.size();
   merge_word(word, scratch, out);
   memo = {word, first, out.size() - first};
-  if (reached && out.size() == first + 1 && out.back() == whole) reached->store(true, std::memory_order_relaxed);
+  if (reached && out.size() == first + 1 && out.back() == whole)
+    reached->store(true, std::memory_order_relaxed);
 }
 
-void SpmEncoder::merge_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const {
+void SpmEncoder::merge_word(std::string_view word, Scratch& scratch,
+                            std::vector<Token>& out) const {
   auto& symbols = scratch.symbols;
   symbols.clear();
   scratch.left_bytes.clear();
   for (size_t at = 0; at < word.size();) {
-    const uint32_t n = static_cast<uint32_t>(std::min<size_t>(char_bytes(word[at]), word.size() - at));
+    const uint32_t n =
+        static_cast<uint32_t>(std::min<size_t>(char_bytes(word[at]), word.size() - at));
     const auto index = static_cast<int32_t>(symbols.size());
     symbols.push_back({static_cast<uint32_t>(at), n, index - 1, index + 1, kNone, false});
     at += n;
   }
   symbols.back().next = -1;
-  merge_symbols(symbols, scratch.heap, [&](const Symbol& left, const Symbol&, MergeCandidate& merged) {
-    merged.id = mergeable(word.substr(left.begin, merged.n_bytes));
-    if (merged.id == kNone) return false;
-    merged.priority = static_cast<double>(vocab_.scores[static_cast<size_t>(merged.id)]);
-    if (vocab_.type(merged.id) == TokenType::unused) scratch.left_bytes[merged.id] = left.n_bytes;
-    return true;
-  });
+  merge_symbols(
+      symbols, scratch.heap, [&](const Symbol& left, const Symbol&, MergeCandidate& merged) {
+        merged.id = mergeable(word.substr(left.begin, merged.n_bytes));
+        if (merged.id == kNone) return false;
+        merged.priority = static_cast<double>(vocab_.scores[static_cast<size_t>(merged.id)]);
+        if (vocab_.type(merged.id) == TokenType::unused)
+          scratch.left_bytes[merged.id] = left.n_bytes;
+        return true;
+      });
   for (int32_t i = 0; i >= 0; i = symbols[static_cast<size_t>(i)].next)
     emit(word, symbols[static_cast<size_t>(i)], scratch, out);
 }
 
 // Unused pieces serve as steps of merging but are taken apart again at the end.
-void SpmEncoder::emit(std::string_view word, const Symbol& symbol, Scratch& scratch, std::vector<Token>& out) const {
+void SpmEncoder::emit(std::string_view word, const Symbol& symbol, Scratch& scratch,
+                      std::vector<Token>& out) const {
   auto& pending = scratch.pending;
   pending.assign(1, {symbol.begin, symbol.n_bytes});
   while (!pending.empty()) {
@@ -228,7 +256,8 @@ void SpmEncoder::emit(std::string_view word, const Symbol& symbol, Scratch& scra
       emit_unknown(piece, out);
       continue;
     }
-    const auto split = vocab_.type(id) == TokenType::unused ? scratch.left_bytes.find(id) : scratch.left_bytes.end();
+    const auto split = vocab_.type(id) == TokenType::unused ? scratch.left_bytes.find(id)
+                                                            : scratch.left_bytes.end();
     if (split == scratch.left_bytes.end()) {
       out.push_back(id);
       continue;
@@ -241,7 +270,8 @@ void SpmEncoder::emit(std::string_view word, const Symbol& symbol, Scratch& scra
 void SpmEncoder::emit_unknown(std::string_view piece, std::vector<Token>& out) const {
   if (has_bytes_) {
     for (const char c : piece) out.push_back(byte_tokens_[static_cast<unsigned char>(c)]);
-  } else if (out.empty() || out.back() != *vocab_.unknown) {  // a run of unknown characters is one token
+  } else if (out.empty() ||
+             out.back() != *vocab_.unknown) {  // a run of unknown characters is one token
     out.push_back(*vocab_.unknown);
   }
 }

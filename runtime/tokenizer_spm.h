@@ -1,5 +1,5 @@
-// SentencePiece BPE over a GGUF vocabulary ("llama"): the same ids as sentencepiece with an identity
-// normalizer (no NFKC, extra spaces kept), as Mistral and Llama vocabularies have it.
+// SentencePiece BPE over a GGUF vocabulary ("llama"): the same ids as sentencepiece with an
+// identity normalizer (no NFKC, extra spaces kept), as Mistral and Llama vocabularies have it.
 #pragma once
 
 #include <array>
@@ -44,7 +44,8 @@ class SpmEncoder {
   bool may_join(char last, char first) const { return joins_[pair_index(last, first)]; }
   void encode_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const;
   void merge_word(std::string_view word, Scratch& scratch, std::vector<Token>& out) const;
-  void emit(std::string_view word, const Symbol& symbol, Scratch& scratch, std::vector<Token>& out) const;
+  void emit(std::string_view word, const Symbol& symbol, Scratch& scratch,
+            std::vector<Token>& out) const;
   void emit_unknown(std::string_view piece, std::vector<Token>& out) const;
 
   const Vocabulary& vocab_;
@@ -52,9 +53,8 @@ class SpmEncoder {
   PrefixMatcher user_defined_;
   std::array<Token, 256> byte_tokens_{};
   bool has_bytes_ = false;
-  bool split_words_ = false;      // no piece reaches across the start of a word
-  std::bitset<65536> joins_;      // bytes that follow each other in some piece
-  bool has_unused_ = false;
+  bool split_words_ = false;                      // no piece reaches across the start of a word
+  std::bitset<65536> joins_;                      // bytes that follow each other in some piece
   std::unique_ptr<std::atomic<bool>[]> reached_;  // by id: merging its own characters gives it
 };
 

@@ -24,7 +24,8 @@ bool well_formed(char32_t cp, uint32_t n_bytes) {
 
 CharClass char_class(char32_t cp) {
   const auto ranges = char_ranges();
-  const auto after = std::upper_bound(ranges.begin(), ranges.end(), static_cast<uint32_t>(cp) << 4 | 15u);
+  const auto after =
+      std::upper_bound(ranges.begin(), ranges.end(), static_cast<uint32_t>(cp) << 4 | 15u);
   return after == ranges.begin() ? CharClass::other : static_cast<CharClass>(*(after - 1) & 15u);
 }
 
@@ -64,7 +65,9 @@ std::string sanitize_utf8(std::string_view text) {
 }
 
 void append_utf8(std::string& out, char32_t cp) {
-  const auto put = [&](char32_t byte) { out += static_cast<char>(static_cast<unsigned char>(byte)); };
+  const auto put = [&](char32_t byte) {
+    out += static_cast<char>(static_cast<unsigned char>(byte));
+  };
   if (cp < 0x80) return put(cp);
   if (cp < 0x800) {
     put(0xC0 | cp >> 6);

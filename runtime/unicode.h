@@ -18,7 +18,7 @@ enum class CharClass : uint8_t {
   number = 5,  // N*
   punctuation = 6,
   symbol = 7,
-  space = 8,   // White_Space
+  space = 8,  // White_Space
 };
 
 // Ranges of the table: first code point << 4 | class, ascending (unicode_tables.cpp, generated).

@@ -13,12 +13,26 @@ constexpr Token kMistralV3Inst = 3, kMistralV3LastMarker = 9;  // [INST] ... [/T
 constexpr size_t kMistralV3Size = 32768;
 
 // Generation ends at these wherever a vocabulary has them.
-constexpr std::array<std::string_view, 16> kEndNames = {
-    "</s>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>",
-    "<|end_of_turn|>", "<EOT>", "_<EOT>", "[EOS]", "[EOT]", "<eos>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"};
+constexpr std::array<std::string_view, 16> kEndNames = {"</s>",
+                                                        "<|im_end|>",
+                                                        "<|eot_id|>",
+                                                        "<|eom_id|>",
+                                                        "<|end|>",
+                                                        "<|endoftext|>",
+                                                        "<|end_of_text|>",
+                                                        "<end_of_turn>",
+                                                        "<|end_of_turn|>",
+                                                        "<EOT>",
+                                                        "_<EOT>",
+                                                        "[EOS]",
+                                                        "[EOT]",
+                                                        "<eos>",
+                                                        "<end_of_utterance>",
+                                                        "<｜end▁of▁sentence｜>"};
 // Not ends, but a user who types them must not open a turn either.
 constexpr std::array<std::string_view, 8> kTurnNames = {
-    "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<s>"};
+    "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>",
+    "<|user|>",     "<|assistant|>",       "<|system|>",        "<s>"};
 
 bool named_in(std::span<const std::string_view> names, std::string_view piece) {
   return std::find(names.begin(), names.end(), piece) != names.end();
@@ -55,11 +69,13 @@ class Reader {
     const std::string* model = file_.get_string("tokenizer.ggml.model");
     const auto* tokens = file_.get_strings("tokenizer.ggml.tokens");
     if (!model || *model == "none" || *model == "no_vocab" || !tokens || tokens->empty())
-      bad("the file has no tokenizer (tokenizer.ggml.model and .tokens); convert the model again with its tokenizer beside it");
+      bad("the file has no tokenizer (tokenizer.ggml.model and .tokens); convert the model again "
+          "with its tokenizer beside it");
     if (*model != "llama" && *model != "gpt2")
       fail(ErrorKind::unsupported, file_.source(), ": tokenizer model '", *model,
            "' is not supported (llama and gpt2 are)");
-    if (tokens->size() > (size_t{1} << 24)) bad("vocabulary of ", tokens->size(), " tokens; at most 16777216 are accepted");
+    if (tokens->size() > (size_t{1} << 24))
+      bad("vocabulary of ", tokens->size(), " tokens; at most 16777216 are accepted");
     vocab_.model = *model;
     vocab_.pieces = *tokens;
     if (const std::string* pre = file_.get_string("tokenizer.ggml.pre")) vocab_.pre = *pre;
@@ -71,10 +87,14 @@ class Reader {
     if (!value) return std::nullopt;
     std::vector<double> out;
     const auto take = [&](const auto& list) { out.assign(list.begin(), list.end()); };
-    if (const auto* reals = std::get_if<std::vector<double>>(&value->data)) take(*reals);
-    else if (const auto* ints = std::get_if<std::vector<int64_t>>(&value->data)) take(*ints);
-    else if (const auto* naturals = std::get_if<std::vector<uint64_t>>(&value->data)) take(*naturals);
-    else bad("key '", key, "' is not an array of numbers");
+    if (const auto* reals = std::get_if<std::vector<double>>(&value->data))
+      take(*reals);
+    else if (const auto* ints = std::get_if<std::vector<int64_t>>(&value->data))
+      take(*ints);
+    else if (const auto* naturals = std::get_if<std::vector<uint64_t>>(&value->data))
+      take(*naturals);
+    else
+      bad("key '", key, "' is not an array of numbers");
     if (out.size() != vocab_.size())
       bad("key '", key, "' has ", out.size(), " entries for ", vocab_.size(), " tokens");
     return out;
@@ -97,7 +117,8 @@ class Reader {
     if (!spm()) return;
     for (size_t i = 0; i < vocab_.size(); ++i) {
       const std::string& piece = vocab_.pieces[i];
-      if (piece.size() == 6 && piece.starts_with("<0x") && piece.ends_with(">")) vocab_.types[i] = TokenType::byte;
+      if (piece.size() == 6 && piece.starts_with("<0x") && piece.ends_with(">"))
+        vocab_.types[i] = TokenType::byte;
       if (piece == "<unk>") vocab_.types[i] = TokenType::unknown;
       if (piece == "<s>" || piece == "</s>") vocab_.types[i] = TokenType::control;
     }
@@ -117,7 +138,8 @@ class Reader {
   std::optional<Token> special(const char* key) const {
     const auto id = file_.get_uint(key);
     if (!id) return std::nullopt;
-    if (*id >= vocab_.size()) bad("key '", key, "' is ", *id, ", outside the vocabulary of ", vocab_.size());
+    if (*id >= vocab_.size())
+      bad("key '", key, "' is ", *id, ", outside the vocabulary of ", vocab_.size());
     return static_cast<Token>(*id);
   }
 
@@ -134,9 +156,11 @@ class Reader {
     if (spm() && !vocab_.bos) vocab_.bos = by_name("<s>");
     if (spm() && !vocab_.unknown) vocab_.unknown = by_name("<unk>");
     if (!vocab_.eos) find_missing_end();
-    const bool llama3_style = vocab_.pre == "llama-bpe" || vocab_.pre == "llama3" || vocab_.pre == "llama-v3" || vocab_.pre == "tekken";
+    const bool llama3_style = vocab_.pre == "llama-bpe" || vocab_.pre == "llama3" ||
+                              vocab_.pre == "llama-v3" || vocab_.pre == "tekken";
     vocab_.add_bos = file_.get_bool("tokenizer.ggml.add_bos_token").value_or(spm() || llama3_style);
-    vocab_.add_space_prefix = spm() && file_.get_bool("tokenizer.ggml.add_space_prefix").value_or(true);
+    vocab_.add_space_prefix =
+        spm() && file_.get_bool("tokenizer.ggml.add_space_prefix").value_or(true);
     if (vocab_.add_bos && !vocab_.bos) {
       remark("the vocabulary has no BOS token: prompts start without one");
       vocab_.add_bos = false;
@@ -147,7 +171,8 @@ class Reader {
     for (const std::string_view name : kEndNames) {
       vocab_.eos = by_name(name);
       if (!vocab_.eos) continue;
-      return remark("tokenizer.ggml.eos_token_id is missing: token ", *vocab_.eos, " '", name, "' ends a generation");
+      return remark("tokenizer.ggml.eos_token_id is missing: token ", *vocab_.eos, " '", name,
+                    "' ends a generation");
     }
     remark("the vocabulary names no end token: a generation ends at its length only");
   }
@@ -155,14 +180,19 @@ class Reader {
   // Compatibility 3f-5 and 3f-3: 8x22B-Instruct files whose markers are typed as ordinary text, and
   // whose add_bos_token is false because the chat template once wrote the BOS.
   void repair_mistral_v3() {
-    if (!spm() || vocab_.size() != kMistralV3Size || vocab_.piece(kMistralV3Inst) != "[INST]") return;
+    if (!spm() || vocab_.size() != kMistralV3Size || vocab_.piece(kMistralV3Inst) != "[INST]")
+      return;
     size_t n_repaired = 0;
-    for (Token id = kMistralV3Inst; id <= kMistralV3LastMarker; ++id) n_repaired += make_control(id);
+    for (Token id = kMistralV3Inst; id <= kMistralV3LastMarker; ++id)
+      n_repaired += make_control(id);
     if (n_repaired > 0)
-      remark("tokens 3-9 ([INST] ... [/TOOL_RESULTS]) are not marked as control tokens in this file: treated as such");
+      remark(
+          "tokens 3-9 ([INST] ... [/TOOL_RESULTS]) are not marked as control tokens in this file: "
+          "treated as such");
     if (vocab_.bos && !vocab_.add_bos) {
       vocab_.add_bos = true;
-      remark("add_bos_token is false, but this model expects one BOS: prompts start with exactly one");
+      remark(
+          "add_bos_token is false, but this model expects one BOS: prompts start with exactly one");
     }
   }
 
@@ -176,7 +206,8 @@ class Reader {
       if (make_control(static_cast<Token>(i)) && ++n_repaired == 1) first = piece;
     }
     if (n_repaired > 0)
-      remark(n_repaired, " chat marker(s) such as ", first, " are typed as text in this file: treated as control tokens");
+      remark(n_repaired, " chat marker(s) such as ", first,
+             " are typed as text in this file: treated as control tokens");
     for (const auto id : {vocab_.bos, vocab_.eos})
       if (id) make_control(*id);
   }
@@ -202,9 +233,11 @@ class Reader {
       vocab_.is_eog[static_cast<size_t>(*id)] = true;
     };
     mark(vocab_.eos);
-    for (const char* key : {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"}) mark(special(key));
+    for (const char* key : {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"})
+      mark(special(key));
     for (size_t i = 0; i < vocab_.size(); ++i)
-      if (vocab_.types[i] == TokenType::control && named_in(kEndNames, vocab_.pieces[i])) vocab_.is_eog[i] = true;
+      if (vocab_.types[i] == TokenType::control && named_in(kEndNames, vocab_.pieces[i]))
+        vocab_.is_eog[i] = true;
   }
 
   const GgufFile& file_;
@@ -214,6 +247,8 @@ class Reader {
 
 }  // namespace
 
-Vocabulary read_vocabulary(const GgufFile& file, const NoticeFn& notice) { return Reader(file, notice).read(); }
+Vocabulary read_vocabulary(const GgufFile& file, const NoticeFn& notice) {
+  return Reader(file, notice).read();
+}
 
 }  // namespace duet

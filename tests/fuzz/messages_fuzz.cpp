@@ -12,9 +12,11 @@ namespace {
 
 using namespace duet;
 
-void check_render(const ChatTemplate& chat, const std::vector<ChatMessage>& messages, const Json& tools) {
+void check_render(const ChatTemplate& chat, const std::vector<ChatMessage>& messages,
+                  const Json& tools) {
   size_t n_markup = 0;
-  for (const Segment& segment : chat.render(messages, tools)) n_markup = std::max(n_markup, segment.is_markup ? segment.text.size() : 0);
+  for (const Segment& segment : chat.render(messages, tools))
+    n_markup = std::max(n_markup, segment.is_markup ? segment.text.size() : 0);
   DUET_ASSERT(n_markup <= 200);  // of the longest piece a format writes itself
 }
 
@@ -38,7 +40,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const auto part = [&](const char* key) { return json.contains(key) ? json[key] : Json(); };
     const auto messages = parse_messages(part("messages"));
     check_render(ChatTemplate::named(names[data[0] % names.size()]), messages, part("tools"));
-    if (part("template").is_string()) check_render(ChatTemplate::recognized(part("template").get<std::string>(), "fuzz"), messages, {});
+    if (part("template").is_string())
+      check_render(ChatTemplate::recognized(part("template").get<std::string>(), "fuzz"), messages,
+                   {});
   } catch (const Error& e) {
     if (e.kind() == ErrorKind::internal) throw;
   }

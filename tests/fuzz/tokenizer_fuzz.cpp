@@ -52,9 +52,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   size -= sizeof n_gguf;
   if (n_gguf > size) return 0;
   try {
-    const GgufFile file = GgufFile::parse({reinterpret_cast<const std::byte*>(data), n_gguf}, "fuzz");
+    const GgufFile file =
+        GgufFile::parse({reinterpret_cast<const std::byte*>(data), n_gguf}, "fuzz");
     const Tokenizer tokenizer = Tokenizer::load(file, {});
-    check(tokenizer, *file.get_string("tokenizer.ggml.model"), {reinterpret_cast<const char*>(data) + n_gguf, size - n_gguf});
+    check(tokenizer, *file.get_string("tokenizer.ggml.model"),
+          {reinterpret_cast<const char*>(data) + n_gguf, size - n_gguf});
   } catch (const Error& e) {
     if (e.kind() == ErrorKind::internal) throw;
   }

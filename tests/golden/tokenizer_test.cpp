@@ -35,14 +35,16 @@ void check_cases(const Tokenizer& tokenizer, const Json& cases) {
   size_t n_wrong = 0;
   for (const Json& c : cases["encode"]) {
     const auto ids = tokenizer.encode(c["text"].get<std::string>());
-    n_wrong += ids != c["ids"].get<std::vector<Token>>() || tokenizer.decode(ids) != c["decoded"].get<std::string>() ||
+    n_wrong += ids != c["ids"].get<std::vector<Token>>() ||
+               tokenizer.decode(ids) != c["decoded"].get<std::string>() ||
                stream(tokenizer, ids) != c["decoded"].get<std::string>();
     if (n_wrong == 1) CHECK_MESSAGE(ids == c["ids"].get<std::vector<Token>>(), c["text"].dump());
   }
   CHECK(cases["encode"].size() > 150);
   for (const Json& c : cases["decode"]) {
     const auto ids = c["ids"].get<std::vector<Token>>();
-    n_wrong += tokenizer.decode(ids) != c["text"].get<std::string>() || stream(tokenizer, ids) != c["text"].get<std::string>();
+    n_wrong += tokenizer.decode(ids) != c["text"].get<std::string>() ||
+               stream(tokenizer, ids) != c["text"].get<std::string>();
   }
   CHECK(n_wrong == 0);
 }
@@ -73,14 +75,16 @@ TEST_CASE("tokenizer golden: every text survives encode and decode") {
 TEST_CASE("chat golden: mistral-v1 and mistral-v3 give mistral-common's ids") {
   const Json golden = read_golden("chat_demo.json");
   std::vector<test::VocabEntry> markers;
-  for (const Json& name : golden["markers"]) markers.push_back({name.get<std::string>(), 0, TokenType::control});
+  for (const Json& name : golden["markers"])
+    markers.push_back({name.get<std::string>(), 0, TokenType::control});
   const Tokenizer plain = Tokenizer::load(demo(), {});
   const auto marked = test::load_tokenizer(test::changed_spm_file(demo(), {}, markers));
   CHECK(golden["cases"].size() > 40);
   for (const Json& c : golden["cases"]) {
     CAPTURE(c["name"].dump());
     const auto version = c["version"].get<std::string>();
-    const auto segments = ChatTemplate::named("mistral-" + version).render(parse_messages(c["messages"]), c["tools"]);
+    const auto segments =
+        ChatTemplate::named("mistral-" + version).render(parse_messages(c["messages"]), c["tools"]);
     const Tokenizer& tokenizer = version == "v1" ? plain : marked.tokenizer;
     CHECK(tokenizer.encode(segments, true) == c["ids"].get<std::vector<Token>>());
   }

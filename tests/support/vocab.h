@@ -30,7 +30,8 @@ GgufBuilder mistral_v3_file(TokenType marker_type);
 GgufBuilder gpt2_file(const std::string& pre, const std::vector<std::string>& merges);
 
 // A vocabulary like `file`'s SentencePiece one with some types changed and entries added.
-GgufBuilder changed_spm_file(const GgufFile& file, const std::vector<std::pair<size_t, TokenType>>& types,
+GgufBuilder changed_spm_file(const GgufFile& file,
+                             const std::vector<std::pair<size_t, TokenType>>& types,
                              const std::vector<VocabEntry>& more);
 
 struct LoadedTokenizer {

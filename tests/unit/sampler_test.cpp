@@ -22,7 +22,8 @@ SamplerParams plain() {
   return params;
 }
 
-std::map<Token, int> draw_many(const SamplerParams& params, const std::vector<float>& logits, int n) {
+std::map<Token, int> draw_many(const SamplerParams& params, const std::vector<float>& logits,
+                               int n) {
   Sampler sampler(params);
   std::map<Token, int> counts;
   for (int i = 0; i < n; ++i) ++counts[sampler.sample(logits)];
@@ -86,7 +87,8 @@ TEST_CASE("sampler: a large top-k vocabulary is selected like a sorted one") {
 }
 
 TEST_CASE("sampler: top-p keeps the smallest set reaching p, at least one") {
-  const std::vector<float> logits = {std::log(0.5f), std::log(0.3f), std::log(0.15f), std::log(0.05f)};
+  const std::vector<float> logits = {std::log(0.5f), std::log(0.3f), std::log(0.15f),
+                                     std::log(0.05f)};
   SamplerParams params = plain();
   params.top_p = 0.75f;
   CHECK(draw_many(params, logits, 3000).size() == 2);
@@ -99,7 +101,8 @@ TEST_CASE("sampler: top-p keeps the smallest set reaching p, at least one") {
 }
 
 TEST_CASE("sampler: min-p cuts relative to the best, before the temperature") {
-  const std::vector<float> logits = {std::log(0.5f), std::log(0.3f), std::log(0.15f), std::log(0.05f)};
+  const std::vector<float> logits = {std::log(0.5f), std::log(0.3f), std::log(0.15f),
+                                     std::log(0.05f)};
   SamplerParams params = plain();
   params.min_p = 0.29f;
   params.temperature = 5;
@@ -161,7 +164,8 @@ TEST_CASE("sampler: a seed fixes the draws, another seed changes them") {
   CHECK(sequence(1) != sequence(2));
   const auto zero = sequence(0);
   // Written once: the same on every machine and in every later version.
-  CHECK(std::vector<Token>(zero.begin(), zero.begin() + 8) == std::vector<Token>{56, 27, 1, 62, 6, 20, 11, 49});
+  CHECK(std::vector<Token>(zero.begin(), zero.begin() + 8) ==
+        std::vector<Token>{56, 27, 1, 62, 6, 20, 11, 49});
 }
 
 TEST_CASE("sampler: -inf is never drawn, NaN and all -inf are errors") {

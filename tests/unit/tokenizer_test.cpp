@@ -27,7 +27,8 @@ std::vector<std::string> pieces_of(const Tokenizer& tokenizer, const std::vector
 
 using Pieces = std::vector<std::string>;
 
-// ---- SentencePiece -------------------------------------------------------------------------------
+// ---- SentencePiece
+// -------------------------------------------------------------------------------
 
 TEST_CASE("tokenizer: merges go by score, not by length") {
   const auto loaded = load_tokenizer(spm_file(small_spm_vocab()));
@@ -44,8 +45,10 @@ TEST_CASE("tokenizer: among equal scores the leftmost pair merges first") {
   vocab.push_back({"xy", -3.5f});
   vocab.push_back({"yx", -3.5f});
   const auto loaded = load_tokenizer(spm_file(vocab));
-  CHECK(pieces_of(loaded.tokenizer, loaded.tokenizer.encode("qyxyx")) == Pieces{" ", "q", "yx", "yx"});
-  CHECK(pieces_of(loaded.tokenizer, loaded.tokenizer.encode("qxyxy")) == Pieces{" ", "q", "xy", "xy"});
+  CHECK(pieces_of(loaded.tokenizer, loaded.tokenizer.encode("qyxyx")) ==
+        Pieces{" ", "q", "yx", "yx"});
+  CHECK(pieces_of(loaded.tokenizer, loaded.tokenizer.encode("qxyxy")) ==
+        Pieces{" ", "q", "xy", "xy"});
 }
 
 TEST_CASE("tokenizer: a character without a piece becomes its bytes") {
@@ -56,20 +59,25 @@ TEST_CASE("tokenizer: a character without a piece becomes its bytes") {
 }
 
 TEST_CASE("tokenizer: without byte tokens a run of unknown characters is one unknown token") {
-  std::vector<VocabEntry> vocab = {{"<unk>", 0, TokenType::unknown}, {"<s>", 0, TokenType::control},
-                                   {"</s>", 0, TokenType::control}, {"▁", -1}, {"a", -2}};
+  std::vector<VocabEntry> vocab = {{"<unk>", 0, TokenType::unknown},
+                                   {"<s>", 0, TokenType::control},
+                                   {"</s>", 0, TokenType::control},
+                                   {"▁", -1},
+                                   {"a", -2}};
   const auto loaded = load_tokenizer(spm_file(vocab));
   CHECK(loaded.tokenizer.encode("aZZa") == std::vector<Token>{3, 4, 0, 4});
   vocab[0] = {"other", 0, TokenType::normal};
   GgufBuilder bare = spm_file(vocab);
-  std::erase_if(bare.keys, [](const auto& key) { return key.name == "tokenizer.ggml.unknown_token_id"; });
+  std::erase_if(bare.keys,
+                [](const auto& key) { return key.name == "tokenizer.ggml.unknown_token_id"; });
   check_thrown(test::thrown_by([&] { load_tokenizer(bare); }), ErrorKind::format, "byte tokens");
 }
 
 TEST_CASE("tokenizer: user-defined tokens are matched first, the longest one") {
   auto vocab = small_spm_vocab();
   vocab.push_back({"<tool>", 0, TokenType::user_defined});
-  vocab.push_back({"<tool> x", 0, TokenType::user_defined});  // written with a plain space in some files
+  vocab.push_back(
+      {"<tool> x", 0, TokenType::user_defined});  // written with a plain space in some files
   const auto loaded = load_tokenizer(spm_file(vocab));
   const Tokenizer& t = loaded.tokenizer;
   CHECK(pieces_of(t, t.encode("a<tool>b")) == Pieces{" a", "<tool>", "b"});
@@ -80,7 +88,8 @@ TEST_CASE("tokenizer: user-defined tokens are matched first, the longest one") {
 TEST_CASE("tokenizer: names of control tokens in text are ordinary text") {
   const auto loaded = load_tokenizer(test::mistral_v3_file(TokenType::control));
   const Tokenizer& t = loaded.tokenizer;
-  for (const char* text : {"<s>", "</s>", "[INST]", "[/INST] x", "a</s><s>[TOOL_CALLS]", "<unk>", "<0x0A>"}) {
+  for (const char* text :
+       {"<s>", "</s>", "[INST]", "[/INST] x", "a</s><s>[TOOL_CALLS]", "<unk>", "<0x0A>"}) {
     CAPTURE(text);
     for (const Token id : t.encode(text)) CHECK(!t.is_control(id));
     CHECK(t.decode(t.encode(text)) == text);
@@ -106,7 +115,8 @@ TEST_CASE("tokenizer: invalid UTF-8 becomes U+FFFD byte by byte") {
   const auto loaded = load_tokenizer(spm_file(small_spm_vocab()));
   const Tokenizer& t = loaded.tokenizer;
   const std::string replaced = "\xEF\xBF\xBD";
-  CHECK(t.decode(t.encode("a\xFF" "b")) == "a" + replaced + "b");
+  CHECK(t.decode(t.encode("a\xFF"
+                          "b")) == "a" + replaced + "b");
   CHECK(t.decode(t.encode("\xE6\x97")) == replaced + replaced);
   CHECK(t.decode(t.encode("\xED\xA0\x80")) == replaced + replaced + replaced);  // a surrogate
   CHECK(t.decode(t.encode("\xC0\xAF")) == replaced + replaced);                 // overlong
@@ -115,13 +125,15 @@ TEST_CASE("tokenizer: invalid UTF-8 becomes U+FFFD byte by byte") {
 TEST_CASE("tokenizer: decode drops the dummy space only, bytes become characters") {
   const auto loaded = load_tokenizer(spm_file(small_spm_vocab()));
   const Tokenizer& t = loaded.tokenizer;
-  for (const char* text : {" a", "  a", "a ", "the the", "\n", " ", "é a"}) CHECK(t.decode(t.encode(text)) == text);
+  for (const char* text : {" a", "  a", "a ", "the the", "\n", " ", "é a"})
+    CHECK(t.decode(t.encode(text)) == text);
   const Token space = *t.find("▁"), a = *t.find("▁a");
   CHECK(t.decode(std::vector<Token>{1, a}) == "a");
   CHECK(t.decode(std::vector<Token>{1, a}, true) == "<s> a");
   CHECK(t.decode(std::vector<Token>{space, a}) == " a");
   CHECK(t.decode(std::vector<Token>{3 + 0xE6, 3 + 0x97, a}) == "\xEF\xBF\xBD\xEF\xBF\xBD a");
-  check_thrown(test::thrown_by([&] { (void)t.decode(std::vector<Token>{99999}); }), ErrorKind::usage, "99999");
+  check_thrown(test::thrown_by([&] { (void)t.decode(std::vector<Token>{99999}); }),
+               ErrorKind::usage, "99999");
   check_thrown(test::thrown_by([&] { (void)t.piece(-1); }), ErrorKind::usage, "-1");
 }
 
@@ -149,7 +161,8 @@ TEST_CASE("tokenizer: a megabyte on one line is no problem") {
   CHECK(bpe.tokenizer.encode(text).size() == text.size() / 4);
 }
 
-// ---- rules of compatibility 3f -------------------------------------------------------------------
+// ---- rules of compatibility 3f
+// -------------------------------------------------------------------
 
 TEST_CASE("3f-3 double BOS: exactly one, also when the markup begins with it") {
   const auto loaded = load_tokenizer(spm_file(small_spm_vocab()));
@@ -166,16 +179,19 @@ TEST_CASE("3f-3 double BOS: exactly one, also when the markup begins with it") {
 }
 
 TEST_CASE("3f-3 double BOS: add_bos_token false in an 8x22B-Instruct file still means one BOS") {
-  const auto loaded = load_tokenizer(test::mistral_v3_file(TokenType::control).boolean("tokenizer.ggml.add_bos_token", false));
+  const auto loaded = load_tokenizer(
+      test::mistral_v3_file(TokenType::control).boolean("tokenizer.ggml.add_bos_token", false));
   CHECK(loaded.tokenizer.add_bos());
   CHECK(loaded.noticed("add_bos_token"));
-  const auto other = load_tokenizer(spm_file(small_spm_vocab()).boolean("tokenizer.ggml.add_bos_token", false));
+  const auto other =
+      load_tokenizer(spm_file(small_spm_vocab()).boolean("tokenizer.ggml.add_bos_token", false));
   CHECK(!other.tokenizer.add_bos());
 }
 
 TEST_CASE("3f-4 space prefix: honoured for plain text, always there in Mistral's own formats") {
   const auto with = load_tokenizer(spm_file(small_spm_vocab()));
-  const auto without = load_tokenizer(spm_file(small_spm_vocab()).boolean("tokenizer.ggml.add_space_prefix", false));
+  const auto without =
+      load_tokenizer(spm_file(small_spm_vocab()).boolean("tokenizer.ggml.add_space_prefix", false));
   CHECK(pieces_of(with.tokenizer, with.tokenizer.encode("a")) == Pieces{" a"});
   CHECK(pieces_of(without.tokenizer, without.tokenizer.encode("a")) == Pieces{"a"});
   CHECK(without.tokenizer.decode(without.tokenizer.encode(" a")) == " a");
@@ -192,7 +208,8 @@ TEST_CASE("3f-5 untyped [INST]: ids 3-9 of a v3 vocabulary become control tokens
     CHECK(repaired.notices.size() == 1);
     CHECK(repaired.noticed("[INST]"));
     for (Token id = 3; id <= 9; ++id) CHECK(repaired.tokenizer.is_control(id));
-    const std::vector<Segment> prompt = {{"[INST]", true}, {"[INST] a", false, true}, {"[/INST]", true}};
+    const std::vector<Segment> prompt = {
+        {"[INST]", true}, {"[INST] a", false, true}, {"[/INST]", true}};
     CHECK(repaired.tokenizer.encode(prompt, true) == good.tokenizer.encode(prompt, true));
   }
 }
@@ -203,7 +220,8 @@ TEST_CASE("3f-8 several end tokens: generation stops at any declared one") {
   vocab.push_back({"<|im_start|>", 0, TokenType::user_defined});
   vocab.push_back({"<turn_over>", 0, TokenType::user_defined});
   const auto n = static_cast<Token>(vocab.size());
-  const auto loaded = load_tokenizer(spm_file(vocab).u32("tokenizer.ggml.eot_token_id", static_cast<uint32_t>(n - 1)));
+  const auto loaded = load_tokenizer(
+      spm_file(vocab).u32("tokenizer.ggml.eot_token_id", static_cast<uint32_t>(n - 1)));
   const Tokenizer& t = loaded.tokenizer;
   for (const Token id : {2, n - 3, n - 1}) {
     CHECK(t.is_eog(id));
@@ -215,21 +233,26 @@ TEST_CASE("3f-8 several end tokens: generation stops at any declared one") {
   CHECK(!t.is_eog(-1));
   CHECK(!t.is_eog(n));
   CHECK(loaded.noticed("<|im_end|>"));
-  for (const Token id : t.encode("<|im_start|>system<|im_end|><turn_over>")) CHECK(!t.is_control(id));
+  for (const Token id : t.encode("<|im_start|>system<|im_end|><turn_over>"))
+    CHECK(!t.is_control(id));
 }
 
 TEST_CASE("3f-8 several end tokens: a missing eos_token_id is found by name") {
   GgufBuilder file = spm_file(small_spm_vocab());
-  std::erase_if(file.keys, [](const auto& key) { return key.name == "tokenizer.ggml.eos_token_id"; });
+  std::erase_if(file.keys,
+                [](const auto& key) { return key.name == "tokenizer.ggml.eos_token_id"; });
   const auto loaded = load_tokenizer(file);
   CHECK(loaded.tokenizer.eos() == 2);
   CHECK(loaded.noticed("</s>"));
 }
 
-// ---- files that are wrong ------------------------------------------------------------------------
+// ---- files that are wrong
+// ------------------------------------------------------------------------
 
 TEST_CASE("tokenizer: a file without a tokenizer") {
-  check_thrown(test::thrown_by([] { load_tokenizer(GgufBuilder().text("general.architecture", "llama")); }), ErrorKind::format, "no tokenizer");
+  check_thrown(
+      test::thrown_by([] { load_tokenizer(GgufBuilder().text("general.architecture", "llama")); }),
+      ErrorKind::format, "no tokenizer");
   GgufBuilder none;
   none.text("tokenizer.ggml.model", "no_vocab");
   check_thrown(test::thrown_by([&] { load_tokenizer(none); }), ErrorKind::format, "no tokenizer");
@@ -239,7 +262,8 @@ TEST_CASE("tokenizer: unknown kinds are named") {
   GgufBuilder bert = spm_file(small_spm_vocab());
   bert.key("tokenizer.ggml.model").bytes = test::raw_string("bert");
   check_thrown(test::thrown_by([&] { load_tokenizer(bert); }), ErrorKind::unsupported, "'bert'");
-  check_thrown(test::thrown_by([] { load_tokenizer(test::gpt2_file("kimi-k2", {})); }), ErrorKind::unsupported, "'kimi-k2'");
+  check_thrown(test::thrown_by([] { load_tokenizer(test::gpt2_file("kimi-k2", {})); }),
+               ErrorKind::unsupported, "'kimi-k2'");
 }
 
 TEST_CASE("tokenizer: inconsistent vocabularies") {
@@ -250,15 +274,41 @@ TEST_CASE("tokenizer: inconsistent vocabularies") {
     const char* expected;
   };
   const std::vector<Case> cases = {
-      {"scores too short", {}, [](auto& f) { std::erase_if(f.keys, [](auto& k) { return k.name == "tokenizer.ggml.scores"; }); f.floats("tokenizer.ggml.scores", {1, 2}); }, "2 entries"},
-      {"no scores", {}, [](auto& f) { std::erase_if(f.keys, [](auto& k) { return k.name == "tokenizer.ggml.scores"; }); }, "scores"},
-      {"types too long", {}, [](auto& f) { std::erase_if(f.keys, [](auto& k) { return k.name == "tokenizer.ggml.token_type"; }); f.ints("tokenizer.ggml.token_type", std::vector<int32_t>(1000, 1)); }, "1000 entries"},
-      {"unknown type", [](auto& v) { v[270].type = static_cast<TokenType>(9); }, {}, "unknown type 9"},
+      {"scores too short",
+       {},
+       [](auto& f) {
+         std::erase_if(f.keys, [](auto& k) { return k.name == "tokenizer.ggml.scores"; });
+         f.floats("tokenizer.ggml.scores", {1, 2});
+       },
+       "2 entries"},
+      {"no scores",
+       {},
+       [](auto& f) {
+         std::erase_if(f.keys, [](auto& k) { return k.name == "tokenizer.ggml.scores"; });
+       },
+       "scores"},
+      {"types too long",
+       {},
+       [](auto& f) {
+         std::erase_if(f.keys, [](auto& k) { return k.name == "tokenizer.ggml.token_type"; });
+         f.ints("tokenizer.ggml.token_type", std::vector<int32_t>(1000, 1));
+       },
+       "1000 entries"},
+      {"unknown type",
+       [](auto& v) { v[270].type = static_cast<TokenType>(9); },
+       {},
+       "unknown type 9"},
       {"NaN score", [](auto& v) { v[270].score = std::nanf(""); }, {}, "token 270"},
       {"same text twice", [](auto& v) { v[270].piece = v[271].piece; }, {}, "same text"},
       {"bad byte token", [](auto& v) { v[5].piece = "<0xZZ>"; }, {}, "byte token 5"},
-      {"BOS outside", {}, [](auto& f) { f.key("tokenizer.ggml.bos_token_id").bytes = test::raw(uint32_t{70000}); }, "70000"},
-      {"EOT outside", {}, [](auto& f) { f.u32("tokenizer.ggml.eot_token_id", 4294967295u); }, "4294967295"},
+      {"BOS outside",
+       {},
+       [](auto& f) { f.key("tokenizer.ggml.bos_token_id").bytes = test::raw(uint32_t{70000}); },
+       "70000"},
+      {"EOT outside",
+       {},
+       [](auto& f) { f.u32("tokenizer.ggml.eot_token_id", 4294967295u); },
+       "4294967295"},
   };
   for (const Case& c : cases) {
     CAPTURE(c.name);
@@ -275,43 +325,53 @@ TEST_CASE("tokenizer: token types are guessed from names when the file has none"
   std::erase_if(file.keys, [](const auto& key) { return key.name == "tokenizer.ggml.token_type"; });
   const auto loaded = load_tokenizer(file), typed = load_tokenizer(spm_file(small_spm_vocab()));
   CHECK(loaded.noticed("token_type"));
-  for (const char* text : {"the é", "</s>", "<0x0A>"}) CHECK(loaded.tokenizer.encode(text) == typed.tokenizer.encode(text));
+  for (const char* text : {"the é", "</s>", "<0x0A>"})
+    CHECK(loaded.tokenizer.encode(text) == typed.tokenizer.encode(text));
 }
 
 TEST_CASE("tokenizer: odd vocabularies stay bounded") {
   auto vocab = small_spm_vocab();
-  vocab.push_back({"", 5});                                            // empty pieces are never matched
+  vocab.push_back({"", 5});  // empty pieces are never matched
   vocab.push_back({"", 5, TokenType::user_defined});
-  vocab.push_back({std::string(1 << 20, 'a'), 9});                     // a piece of a megabyte
+  vocab.push_back({std::string(1 << 20, 'a'), 9});  // a piece of a megabyte
   vocab.push_back({std::string((1 << 20) - 1, 'b') + "c", 9, TokenType::user_defined});
   vocab.push_back({std::string(5000, 'q'), 9, TokenType::unused});
-  vocab.push_back({"\xFF\xFE", 9});                                    // no UTF-8
-  vocab.push_back({"\xE2\x96", 9, TokenType::user_defined});           // half a character
+  vocab.push_back({"\xFF\xFE", 9});                           // no UTF-8
+  vocab.push_back({"\xE2\x96", 9, TokenType::user_defined});  // half a character
   const auto loaded = load_tokenizer(spm_file(vocab));
-  for (const std::string& text : {std::string(3000, 'a'), std::string(200000, 'b'), std::string(6000, 'q'), std::string("▁▁ x ▁")})
+  for (const std::string& text : {std::string(3000, 'a'), std::string(200000, 'b'),
+                                  std::string(6000, 'q'), std::string("▁▁ x ▁")})
     CHECK(loaded.tokenizer.decode(loaded.tokenizer.encode(text)).size() >= text.size() / 3);
   CHECK(loaded.tokenizer.find("").has_value() == false);
 }
 
-// ---- byte-level BPE ------------------------------------------------------------------------------
+// ---- byte-level BPE
+// ------------------------------------------------------------------------------
 
 TEST_CASE("gpt2: merges by rank within the pieces of the pre-tokenizer") {
-  const auto loaded = load_tokenizer(test::gpt2_file("gpt-2", {"h e", "l l", "he ll", "Ġ w", "o r", "hell o", "Ġw or"}));
+  const auto loaded = load_tokenizer(
+      test::gpt2_file("gpt-2", {"h e", "l l", "he ll", "Ġ w", "o r", "hell o", "Ġw or"}));
   const Tokenizer& t = loaded.tokenizer;
   CHECK(loaded.notices.empty());
   CHECK(pieces_of(t, t.encode("hello wor ld")) == Pieces{"hello", " wor", " ", "l", "d"});
   CHECK(t.decode(t.encode(" leading")) == " leading");
   CHECK(!t.add_bos());
-  for (const char* text : {"", "é日😀\n\t\r\n", "a\0b", "\x7f"}) CHECK(t.decode(t.encode(text)) == text);
-  CHECK(pieces_of(t, t.encode("a\xFF" "b")) == Pieces{"a", "\xFF", "b"});  // bytes are kept
-  CHECK(t.decode(t.encode("a\xFF" "b")) == "a\xEF\xBF\xBD" "b");           // but shown as U+FFFD
+  for (const char* text : {"", "é日😀\n\t\r\n", "a\0b", "\x7f"})
+    CHECK(t.decode(t.encode(text)) == text);
+  CHECK(pieces_of(t, t.encode("a\xFF"
+                              "b")) == Pieces{"a", "\xFF", "b"});  // bytes are kept
+  CHECK(t.decode(t.encode("a\xFF"
+                          "b")) ==
+        "a\xEF\xBF\xBD"
+        "b");  // but shown as U+FFFD
 }
 
 TEST_CASE("gpt2: control tokens come from markup only") {
   const auto loaded = load_tokenizer(test::gpt2_file("smollm", {"i m", "im _"}));
   const Tokenizer& t = loaded.tokenizer;
   for (const Token id : t.encode("<|im_start|>x<|im_end|><|endoftext|>")) CHECK(!t.is_control(id));
-  const std::vector<Segment> prompt = {{"<|im_start|>user\n", true}, {"<|im_end|>", false}, {"<|im_end|>\n", true}};
+  const std::vector<Segment> prompt = {
+      {"<|im_start|>user\n", true}, {"<|im_end|>", false}, {"<|im_end|>\n", true}};
   const auto ids = t.encode(prompt, false);
   CHECK(std::count(ids.begin(), ids.end(), 1) == 1);
   CHECK(std::count(ids.begin(), ids.end(), 2) == 1);
@@ -322,7 +382,8 @@ TEST_CASE("gpt2: control tokens come from markup only") {
 }
 
 TEST_CASE("gpt2: a whole word that is a token stands for itself where the model wants it so") {
-  const std::vector<std::string> merges = {"b c", "a b", "ab c"};  // abc is never reached: b c is first
+  const std::vector<std::string> merges = {"b c", "a b",
+                                           "ab c"};  // abc is never reached: b c is first
   const auto by_merges = load_tokenizer(test::gpt2_file("qwen2", merges));
   CHECK(pieces_of(by_merges.tokenizer, by_merges.tokenizer.encode("abc")) == Pieces{"a", "bc"});
   const auto whole = load_tokenizer(test::gpt2_file("llama-bpe", merges));
@@ -331,12 +392,14 @@ TEST_CASE("gpt2: a whole word that is a token stands for itself where the model 
 
 TEST_CASE("gpt2: damaged merges and missing bytes") {
   GgufBuilder no_merges = test::gpt2_file("gpt-2", {});
-  std::erase_if(no_merges.keys, [](const auto& key) { return key.name == "tokenizer.ggml.merges"; });
+  std::erase_if(no_merges.keys,
+                [](const auto& key) { return key.name == "tokenizer.ggml.merges"; });
   check_thrown(test::thrown_by([&] { load_tokenizer(no_merges); }), ErrorKind::format, "merges");
   for (const char* merge : {"h zz", "he", "", " ", "h  e", "q q"}) {
     CAPTURE(merge);
     GgufBuilder file = test::gpt2_file("gpt-2", {"h e"});
-    file.key("tokenizer.ggml.merges").bytes = GgufBuilder().texts("x", {"h e", merge}).keys[0].bytes;
+    file.key("tokenizer.ggml.merges").bytes =
+        GgufBuilder().texts("x", {"h e", merge}).keys[0].bytes;
     check_thrown(test::thrown_by([&] { load_tokenizer(file); }), ErrorKind::format, "merge 1");
   }
   const auto no_pre = load_tokenizer(test::gpt2_file("", {}));
@@ -345,7 +408,8 @@ TEST_CASE("gpt2: damaged merges and missing bytes") {
 
 Pieces split_by(const char* pre, std::string_view text) {
   Pieces out;
-  for (const std::string_view piece : split(pre_tokenizer_by_name(pre).value(), text)) out.emplace_back(piece);
+  for (const std::string_view piece : split(pre_tokenizer_by_name(pre).value(), text))
+    out.emplace_back(piece);
   return out;
 }
 
@@ -360,11 +424,15 @@ TEST_CASE("pre-tokenizers: each splits as its regular expression does") {
       {"gpt-2", "I'M", {"I", "'", "M"}},
       {"gpt-2", "a \n b\n\nc  ", {"a", " \n", " b", "\n", "\n", "c", "  "}},
       {"smollm", "x12 34", {"x", "1", "2", " ", "3", "4"}},
-      {"llama-bpe", "I'M 1234567 ok!!\n\nyes", {"I", "'M", " ", "123", "456", "7", " ok", "!!\n\n", "yes"}},
+      {"llama-bpe",
+       "I'M 1234567 ok!!\n\nyes",
+       {"I", "'M", " ", "123", "456", "7", " ok", "!!\n\n", "yes"}},
       {"llama-bpe", "x  \n \n y", {"x", "  \n \n", " y"}},
       {"llama-bpe", "(foo) $bar\tbaz", {"(foo", ")", " $", "bar", "\tbaz"}},
       {"qwen2", "1234", {"1", "2", "3", "4"}},
-      {"tekken", "HelloWorld ABCdef 12 a/b\n", {"Hello", "World", " ABCdef", " ", "1", "2", " a", "/b", "\n"}},
+      {"tekken",
+       "HelloWorld ABCdef 12 a/b\n",
+       {"Hello", "World", " ABCdef", " ", "1", "2", " a", "/b", "\n"}},
       {"tekken", "日本 ÀÉ x.//\n", {"日本", " ÀÉ", " x", ".//\n"}},
       {"default", "a, b$1234 'll", {"a", ",", " b", "$", "123", "4", " ", "'", "ll"}},
   };
