@@ -23,6 +23,13 @@ std::array<int, 512> make_alphabet() {
   return byte_of;
 }
 
+// Not a control character, nor a byte of unassigned or impossible UTF-8: those many vocabularies
+// lack.
+bool is_common_byte(size_t byte) {
+  if (byte < 0x80) return (byte >= 0x20 && byte < 0x7F) || byte == '\t' || byte == '\n';
+  return byte <= 0xF0 && byte != 0xC0 && byte != 0xC1;
+}
+
 uint64_t pair_key(Token left, Token right) {
   return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);
 }
@@ -74,17 +81,20 @@ BpeEncoder::BpeEncoder(const Vocabulary& vocab, const PieceMap& map,
 }
 
 void BpeEncoder::find_byte_tokens(const std::string& source, const NoticeFn& notice) {
-  size_t n_missing = 0;
+  size_t n_missing = 0, n_missing_common = 0;
   for (size_t byte = 0; byte < 256; ++byte) {
     const char text = static_cast<char>(static_cast<unsigned char>(byte));
     byte_tokens_[byte] = word_map_->find({&text, 1}).value_or(-1);
-    n_missing += byte_tokens_[byte] < 0;
+    if (byte_tokens_[byte] >= 0) continue;
+    ++n_missing;
+    n_missing_common += is_common_byte(byte);
   }
   if (n_missing == 256)
     fail(ErrorKind::format, source,
          ": the vocabulary has no byte tokens; it is not of the gpt2 kind");
-  if (n_missing > 0 && notice)
-    notice(concat("the vocabulary lacks tokens for ", n_missing, " of 256 bytes: text loses them"));
+  if (n_missing_common > 0 && notice)
+    notice(concat("the vocabulary lacks tokens for ", n_missing_common,
+                  " bytes of ordinary text: such text loses them"));
 }
 
 void BpeEncoder::read_merges(const PieceMap& map, const std::vector<std::string>& merges,

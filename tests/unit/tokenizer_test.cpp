@@ -402,6 +402,13 @@ TEST_CASE("gpt2: damaged merges and missing bytes") {
         GgufBuilder().texts("x", {"h e", merge}).keys[0].bytes;
     check_thrown(test::thrown_by([&] { load_tokenizer(file); }), ErrorKind::format, "merge 1");
   }
+  GgufBuilder no_a = test::gpt2_file("gpt-2", {});
+  std::string& tokens = no_a.key("tokenizer.ggml.tokens").bytes;
+  const std::string a = test::raw_string("a"), other = test::raw_string("\x01");
+  tokens.replace(tokens.find(a), a.size(), other);  // outside the byte alphabet
+  const auto lossy = load_tokenizer(no_a);
+  CHECK(lossy.noticed("lacks tokens for 1 byte"));
+  CHECK(lossy.tokenizer.decode(lossy.tokenizer.encode("bab")) == "bb");
   const auto no_pre = load_tokenizer(test::gpt2_file("", {}));
   CHECK(no_pre.noticed("tokenizer.ggml.pre"));
 }
