@@ -15,10 +15,14 @@ struct FeatureName {
   const char* name;
 };
 constexpr std::array kNames = {
-    FeatureName{kCpuAvx2, "avx2"},       FeatureName{kCpuFma, "fma"},
-    FeatureName{kCpuF16c, "f16c"},       FeatureName{kCpuAvx512, "avx512"},
-    FeatureName{kCpuAvx512Vnni, "avx512_vnni"}, FeatureName{kCpuAvx512Bf16, "avx512_bf16"},
-    FeatureName{kCpuAvxVnni, "avx_vnni"},       FeatureName{kCpuAmxInt8, "amx_int8"},
+    FeatureName{kCpuAvx2, "avx2"},
+    FeatureName{kCpuFma, "fma"},
+    FeatureName{kCpuF16c, "f16c"},
+    FeatureName{kCpuAvx512, "avx512"},
+    FeatureName{kCpuAvx512Vnni, "avx512_vnni"},
+    FeatureName{kCpuAvx512Bf16, "avx512_bf16"},
+    FeatureName{kCpuAvxVnni, "avx_vnni"},
+    FeatureName{kCpuAmxInt8, "amx_int8"},
     FeatureName{kCpuAmxBf16, "amx_bf16"},
 };
 
@@ -59,7 +63,8 @@ CpuFeatures detect_cpu_features() {
   set(os_avx && bit(r1.ecx, 12), kCpuFma);
   set(os_avx && bit(r1.ecx, 29), kCpuF16c);
   set(os_avx && bit(r71.eax, 4), kCpuAvxVnni);
-  const bool avx512 = os_avx512 && bit(r7.ebx, 16) && bit(r7.ebx, 17) && bit(r7.ebx, 30) && bit(r7.ebx, 31);
+  const bool avx512 =
+      os_avx512 && bit(r7.ebx, 16) && bit(r7.ebx, 17) && bit(r7.ebx, 30) && bit(r7.ebx, 31);
   set(avx512, kCpuAvx512);
   set(avx512 && bit(r7.ecx, 11), kCpuAvx512Vnni);
   set(avx512 && bit(r71.eax, 5), kCpuAvx512Bf16);

@@ -28,7 +28,8 @@ std::string slurp(const fs::path& path) {
 }
 
 std::optional<int64_t> parse_int(std::string_view text) {
-  while (!text.empty() && std::isspace(static_cast<unsigned char>(text.front()))) text.remove_prefix(1);
+  while (!text.empty() && std::isspace(static_cast<unsigned char>(text.front())))
+    text.remove_prefix(1);
   int64_t value = 0;
   const auto [end, code] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (code != std::errc{} || end == text.data()) return std::nullopt;
@@ -62,7 +63,9 @@ std::vector<int> listed_cpus(const fs::path& folder) {
   for (const auto& entry : fs::directory_iterator(folder, ec)) {
     const std::string name = entry.path().filename().string();
     const auto digits = std::string_view(name).substr(std::min<size_t>(3, name.size()));
-    if (!name.starts_with("cpu") || digits.empty() || !std::all_of(digits.begin(), digits.end(), ::isdigit)) continue;
+    if (!name.starts_with("cpu") || digits.empty() ||
+        !std::all_of(digits.begin(), digits.end(), ::isdigit))
+      continue;
     if (const auto cpu = parse_int(digits)) out.push_back(static_cast<int>(*cpu));
   }
   return out;
@@ -73,9 +76,12 @@ int count_physical(const std::vector<int>& cpus, const fs::path& folder) {
   int n_unknown = 0;
   for (const int cpu : cpus) {
     const fs::path topology = folder / ("cpu" + std::to_string(cpu)) / "topology";
-    const auto package = read_int(topology / "physical_package_id"), core = read_int(topology / "core_id");
-    if (package && core) cores.emplace(*package, *core);
-    else ++n_unknown;  // no topology known: each CPU counts as a core
+    const auto package = read_int(topology / "physical_package_id"),
+               core = read_int(topology / "core_id");
+    if (package && core)
+      cores.emplace(*package, *core);
+    else
+      ++n_unknown;  // no topology known: each CPU counts as a core
   }
   return static_cast<int>(cores.size()) + n_unknown;
 }
@@ -97,9 +103,11 @@ bool is_folder(const fs::path& path) {
 // host sees; the mount itself is then the container's group.
 std::vector<fs::path> chain(const fs::path& mount, const std::string& group) {
   fs::path relative = fs::path(group).relative_path().lexically_normal();
-  const bool hidden = !relative.empty() && (*relative.begin() == ".." || !is_folder(mount / relative));
+  const bool hidden =
+      !relative.empty() && (*relative.begin() == ".." || !is_folder(mount / relative));
   std::vector<fs::path> out;
-  for (; !hidden && !relative.empty() && relative != "."; relative = relative.parent_path()) out.push_back(mount / relative);
+  for (; !hidden && !relative.empty() && relative != "."; relative = relative.parent_path())
+    out.push_back(mount / relative);
   out.push_back(mount);
   return out;
 }
@@ -124,11 +132,14 @@ GroupPath find_group(const fs::path& root, const char* controller) {
     const size_t first = line.find(':');
     const size_t second = first == std::string::npos ? first : line.find(':', first + 1);
     if (second == std::string::npos) continue;
-    const std::string controllers = line.substr(first + 1, second - first - 1), group = line.substr(second + 1);
+    const std::string controllers = line.substr(first + 1, second - first - 1),
+                      group = line.substr(second + 1);
     if (controllers.empty()) {
-      if (is_folder(mounts)) v2 = {2, chain(is_folder(mounts / "unified") ? mounts / "unified" : mounts, group)};
+      if (is_folder(mounts))
+        v2 = {2, chain(is_folder(mounts / "unified") ? mounts / "unified" : mounts, group)};
     } else if (lists(controllers, controller)) {
-      const fs::path joint = mounts / controllers;  // "cpu,cpuacct"; the single name is often a link to it
+      const fs::path joint =
+          mounts / controllers;  // "cpu,cpuacct"; the single name is often a link to it
       const fs::path mount = is_folder(joint) ? joint : mounts / controller;
       if (is_folder(mount)) return {1, chain(mount, group)};
     }
@@ -155,7 +166,8 @@ std::optional<double> quota_of(const GroupPath& group, const fs::path& folder) {
 // Least limit of one group in bytes; v1 writes "none" as a number near 2^63.
 std::optional<uint64_t> limit_of(const GroupPath& group, const fs::path& folder) {
   std::optional<uint64_t> least;
-  const auto names = group.version == 2 ? std::vector{"memory.max", "memory.high"} : std::vector{"memory.limit_in_bytes"};
+  const auto names = group.version == 2 ? std::vector{"memory.max", "memory.high"}
+                                        : std::vector{"memory.limit_in_bytes"};
   for (const char* name : names) {
     const auto value = read_int(folder / name);
     if (!value || *value < 0 || *value >= int64_t{1} << 60) continue;
@@ -206,8 +218,10 @@ HostMemory read_host_memory(const fs::path& root) {
     const auto limit = limit_of(group, level);
     if (!limit || *limit >= out.cgroup_limit_bytes.value_or(UINT64_MAX)) continue;
     out.cgroup_limit_bytes = limit;
-    const auto used = read_int(level / (group.version == 2 ? "memory.current" : "memory.usage_in_bytes"));
-    out.cgroup_used_bytes = used && *used >= 0 ? std::optional(static_cast<uint64_t>(*used)) : std::nullopt;
+    const auto used =
+        read_int(level / (group.version == 2 ? "memory.current" : "memory.usage_in_bytes"));
+    out.cgroup_used_bytes =
+        used && *used >= 0 ? std::optional(static_cast<uint64_t>(*used)) : std::nullopt;
   }
   return out;
 }

@@ -16,7 +16,8 @@ namespace {
 // 100,000 keys (a tokenizer, a hostile header) cost 10^10 comparisons.
 class DocumentBuilder : public nlohmann::json_sax<Json> {
  public:
-  DocumentBuilder(const std::string& source, int max_depth) : source_(source), max_depth_(max_depth) {}
+  DocumentBuilder(const std::string& source, int max_depth)
+      : source_(source), max_depth_(max_depth) {}
   Json take() { return std::move(root_); }
 
   bool null() override { return add(nullptr), true; }
@@ -37,7 +38,8 @@ class DocumentBuilder : public nlohmann::json_sax<Json> {
     return true;
   }
   bool parse_error(size_t, const std::string&, const nlohmann::detail::exception& e) override {
-    fail(ErrorKind::format, source_, ": not valid JSON: ", std::string_view(e.what()).substr(0, 200));
+    fail(ErrorKind::format, source_,
+         ": not valid JSON: ", std::string_view(e.what()).substr(0, 200));
   }
 
  private:
@@ -67,23 +69,32 @@ class DocumentBuilder : public nlohmann::json_sax<Json> {
 
 template <class T>
 constexpr const char* type_name() {
-  if constexpr (std::is_same_v<T, bool>) return "a boolean";
-  else if constexpr (std::is_same_v<T, int64_t>) return "an integer";
-  else if constexpr (std::is_same_v<T, uint64_t>) return "a non-negative integer";
-  else if constexpr (std::is_same_v<T, double>) return "a number";
-  else return "a string";
+  if constexpr (std::is_same_v<T, bool>)
+    return "a boolean";
+  else if constexpr (std::is_same_v<T, int64_t>)
+    return "an integer";
+  else if constexpr (std::is_same_v<T, uint64_t>)
+    return "a non-negative integer";
+  else if constexpr (std::is_same_v<T, double>)
+    return "a number";
+  else
+    return "a string";
 }
 
 template <class T>
 bool has_type(const Json& value) {
-  if constexpr (std::is_same_v<T, bool>) return value.is_boolean();
+  if constexpr (std::is_same_v<T, bool>)
+    return value.is_boolean();
   else if constexpr (std::is_same_v<T, int64_t>)
     return value.is_number_integer() &&
-           (!value.is_number_unsigned() || value.get<uint64_t>() <= uint64_t{std::numeric_limits<int64_t>::max()});
+           (!value.is_number_unsigned() ||
+            value.get<uint64_t>() <= uint64_t{std::numeric_limits<int64_t>::max()});
   else if constexpr (std::is_same_v<T, uint64_t>)
     return value.is_number_unsigned() || (value.is_number_integer() && value.get<int64_t>() >= 0);
-  else if constexpr (std::is_same_v<T, double>) return value.is_number();
-  else return value.is_string();
+  else if constexpr (std::is_same_v<T, double>)
+    return value.is_number();
+  else
+    return value.is_string();
 }
 
 // A value of the wrong type in a message: kinds with contents by name, the rest as written.
@@ -95,7 +106,8 @@ std::string shown(const Json& value) {
 template <class T>
 T typed(const Json& value, const char* key, const std::string& source) {
   if (!has_type<T>(value))
-    fail(ErrorKind::format, source, ": '", key, "' is ", shown(value), ", expected ", type_name<T>());
+    fail(ErrorKind::format, source, ": '", key, "' is ", shown(value), ", expected ",
+         type_name<T>());
   return value.get<T>();
 }
 
@@ -103,13 +115,15 @@ T typed(const Json& value, const char* key, const std::string& source) {
 
 Json parse_json(std::string_view text, const std::string& source, const JsonLimits& limits) {
   if (text.size() > limits.max_bytes)
-    fail(ErrorKind::format, source, ": JSON of ", text.size(), " bytes, at most ", limits.max_bytes, " accepted");
+    fail(ErrorKind::format, source, ": JSON of ", text.size(), " bytes, at most ", limits.max_bytes,
+         " accepted");
   try {
     DocumentBuilder builder(source, limits.max_depth);
     Json::sax_parse(text, &builder);
     return builder.take();
   } catch (const Json::exception& e) {
-    fail(ErrorKind::format, source, ": not valid JSON: ", std::string_view(e.what()).substr(0, 200));
+    fail(ErrorKind::format, source,
+         ": not valid JSON: ", std::string_view(e.what()).substr(0, 200));
   }
 }
 
@@ -136,6 +150,7 @@ template bool json_get_or<bool>(const Json&, const char*, bool, const std::strin
 template int64_t json_get_or<int64_t>(const Json&, const char*, int64_t, const std::string&);
 template uint64_t json_get_or<uint64_t>(const Json&, const char*, uint64_t, const std::string&);
 template double json_get_or<double>(const Json&, const char*, double, const std::string&);
-template std::string json_get_or<std::string>(const Json&, const char*, std::string, const std::string&);
+template std::string json_get_or<std::string>(const Json&, const char*, std::string,
+                                              const std::string&);
 
 }  // namespace duet

@@ -25,7 +25,9 @@ class FileDescriptor {
   explicit FileDescriptor(int fd) : fd_(fd) {}
   FileDescriptor(const FileDescriptor&) = delete;
   FileDescriptor& operator=(const FileDescriptor&) = delete;
-  ~FileDescriptor() { if (fd_ >= 0) ::close(fd_); }
+  ~FileDescriptor() {
+    if (fd_ >= 0) ::close(fd_);
+  }
   int get() const { return fd_; }
 
  private:
@@ -58,7 +60,8 @@ MappedFile MappedFile::open(const fs::path& path) {
   out.size_ = size;
   if (size == 0) return out;
   void* p = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, fd.get(), 0);
-  if (p == MAP_FAILED) fail(ErrorKind::io, path.string(), ": cannot map ", size, " bytes: ", errno_text());
+  if (p == MAP_FAILED)
+    fail(ErrorKind::io, path.string(), ": cannot map ", size, " bytes: ", errno_text());
   out.data_ = static_cast<const std::byte*>(p);
   return out;
 }
@@ -86,7 +89,8 @@ void MappedFile::drop(std::span<const std::byte> part) const {
   if (begin < start || end > stop) return;
   const uintptr_t first = (begin + page - 1) / page * page;  // whole pages only: neighbours stay
   const uintptr_t last = end == stop ? end : end / page * page;
-  if (first < last) ::madvise(const_cast<std::byte*>(data_) + (first - start), last - first, MADV_DONTNEED);
+  if (first < last)
+    ::madvise(const_cast<std::byte*>(data_) + (first - start), last - first, MADV_DONTNEED);
 }
 
 std::string read_file(const fs::path& path, uint64_t max_bytes) {
@@ -99,7 +103,8 @@ std::string read_file(const fs::path& path, uint64_t max_bytes) {
   for (size_t done = 0; done < size;) {
     const ssize_t n = ::read(fd.get(), text.data() + done, size - done);
     if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) fail(ErrorKind::io, path.string(), ": cannot read: ", n == 0 ? "file shrank" : errno_text());
+    if (n <= 0)
+      fail(ErrorKind::io, path.string(), ": cannot read: ", n == 0 ? "file shrank" : errno_text());
     done += static_cast<size_t>(n);
   }
   return text;
@@ -108,9 +113,11 @@ std::string read_file(const fs::path& path, uint64_t max_bytes) {
 OutputFile::OutputFile(fs::path path, uint64_t expected_bytes) : path_(std::move(path)) {
   std::error_code ec;
   const fs::file_status old = fs::status(path_, ec);
-  if (fs::is_directory(old)) fail(ErrorKind::io, path_.string(), ": is a folder, not a file to write");
+  if (fs::is_directory(old))
+    fail(ErrorKind::io, path_.string(), ": is a folder, not a file to write");
   // The rename would replace a device such as /dev/null by a file.
-  if (fs::exists(old) && !fs::is_regular_file(old)) fail(ErrorKind::io, path_.string(), ": is not a regular file");
+  if (fs::exists(old) && !fs::is_regular_file(old))
+    fail(ErrorKind::io, path_.string(), ": is not a regular file");
   const fs::path folder = path_.has_parent_path() ? path_.parent_path() : fs::path(".");
   struct statvfs disk {};
   if (::statvfs(folder.c_str(), &disk) != 0)
@@ -134,7 +141,9 @@ void OutputFile::write(std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
     const ssize_t n = ::write(fd_, bytes.data(), bytes.size());
     if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) fail(ErrorKind::io, path_.string(), ": write failed after ", format_size(size_), ": ", errno_text());
+    if (n <= 0)
+      fail(ErrorKind::io, path_.string(), ": write failed after ", format_size(size_), ": ",
+           errno_text());
     bytes = bytes.subspan(static_cast<size_t>(n));
     size_ += static_cast<uint64_t>(n);
   }
@@ -147,7 +156,8 @@ void OutputFile::write(std::string_view text) {
 void OutputFile::commit() {
   const int fd = std::exchange(fd_, -1);
   const bool synced = ::fsync(fd) == 0;
-  if (::close(fd) != 0 || !synced) fail(ErrorKind::io, path_.string(), ": cannot complete the file: ", errno_text());
+  if (::close(fd) != 0 || !synced)
+    fail(ErrorKind::io, path_.string(), ": cannot complete the file: ", errno_text());
   if (::rename(temp_.c_str(), path_.c_str()) != 0)
     fail(ErrorKind::io, path_.string(), ": cannot rename into place: ", errno_text());
   temp_.clear();

@@ -11,7 +11,9 @@ namespace duet {
 void detail::run_parallel(int n_threads, size_t n, size_t grain, ChunkFn fn, void* context) {
   grain = std::max<size_t>(grain, 1);
   const size_t n_chunks = n / grain + (n % grain != 0);
-  const auto run_chunk = [&](size_t i) { fn(context, i * grain, i * grain + std::min(grain, n - i * grain)); };
+  const auto run_chunk = [&](size_t i) {
+    fn(context, i * grain, i * grain + std::min(grain, n - i * grain));
+  };
   if (n_threads <= 1 || n_chunks <= 1) {
     // Chunk by chunk here too: bodies size their scratch by the grain.
     for (size_t i = 0; i < n_chunks; ++i) run_chunk(i);

@@ -20,7 +20,8 @@ double unit_factor(std::string_view suffix) {
   if (power == std::string_view::npos) return 0;
   const std::string_view rest = suffix.substr(1);
   const double exponent = static_cast<double>(power + 1);
-  if (rest.empty() || rest == "iB" || rest == "ib" || rest == "i") return std::pow(1024.0, exponent);
+  if (rest.empty() || rest == "iB" || rest == "ib" || rest == "i")
+    return std::pow(1024.0, exponent);
   if (rest == "B" || rest == "b") return std::pow(1000.0, exponent);
   return 0;
 }
@@ -29,12 +30,14 @@ double unit_factor(std::string_view suffix) {
 
 uint64_t parse_size(std::string_view text) {
   double number = 0;
-  const auto [end, code] = std::from_chars(text.data(), text.data() + text.size(), number, std::chars_format::fixed);
+  const auto [end, code] =
+      std::from_chars(text.data(), text.data() + text.size(), number, std::chars_format::fixed);
   std::string_view suffix = text.substr(static_cast<size_t>(end - text.data()));
   while (!suffix.empty() && suffix.front() == ' ') suffix.remove_prefix(1);
   const double value = number * unit_factor(suffix);
   if (code != std::errc{} || !(number >= 0) || unit_factor(suffix) == 0 || value > 9e18)
-    fail(ErrorKind::usage, "'", text, "' is not a size: write it like 12GiB, 12G, 500MB or 1048576");
+    fail(ErrorKind::usage, "'", text,
+         "' is not a size: write it like 12GiB, 12G, 500MB or 1048576");
   return static_cast<uint64_t>(value);
 }
 
@@ -56,8 +59,10 @@ std::string format_duration(double seconds) {
   const long long total = seconds > 0 ? std::llround(std::min(seconds, 1e9)) : 0;
   std::array<char, 32> text{};
   const long long h = total / 3600, m = total / 60 % 60, s = total % 60;
-  if (h > 0) std::snprintf(text.data(), text.size(), "%lld:%02lld:%02lld", h, m, s);
-  else std::snprintf(text.data(), text.size(), "%lld:%02lld", m, s);
+  if (h > 0)
+    std::snprintf(text.data(), text.size(), "%lld:%02lld:%02lld", h, m, s);
+  else
+    std::snprintf(text.data(), text.size(), "%lld:%02lld", m, s);
   return text.data();
 }
 

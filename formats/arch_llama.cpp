@@ -29,26 +29,63 @@ Shape vocab_matrix(const H& h) { return {h.n_vocab, h.n_embd}; }
 // Before the layers, in each layer, after them: the order of the file.
 const std::array kHead = {
     Row{TensorKind::token_embd, "token_embd", "model.embed_tokens", vocab_matrix},
-    Row{TensorKind::rope_freqs, "rope_freqs", nullptr, [](const H& h) { return Shape{h.n_rot / 2}; }, Presence::rope_freqs},
+    Row{TensorKind::rope_freqs, "rope_freqs", nullptr,
+        [](const H& h) { return Shape{h.n_rot / 2}; }, Presence::rope_freqs},
 };
 const std::array kLayer = {
     Row{TensorKind::attn_norm, "attn_norm", "input_layernorm", norm},
-    Row{TensorKind::attn_q, "attn_q", "self_attn.q_proj", [](const H& h) { return Shape{q_rows(h), h.n_embd}; }},
-    Row{TensorKind::attn_k, "attn_k", "self_attn.k_proj", [](const H& h) { return Shape{kv_rows(h), h.n_embd}; }},
-    Row{TensorKind::attn_v, "attn_v", "self_attn.v_proj", [](const H& h) { return Shape{kv_rows(h), h.n_embd}; }},
-    Row{TensorKind::attn_output, "attn_output", "self_attn.o_proj", [](const H& h) { return Shape{h.n_embd, q_rows(h)}; }},
+    Row{TensorKind::attn_q, "attn_q", "self_attn.q_proj",
+        [](const H& h) {
+          return Shape{q_rows(h), h.n_embd};
+        }},
+    Row{TensorKind::attn_k, "attn_k", "self_attn.k_proj",
+        [](const H& h) {
+          return Shape{kv_rows(h), h.n_embd};
+        }},
+    Row{TensorKind::attn_v, "attn_v", "self_attn.v_proj",
+        [](const H& h) {
+          return Shape{kv_rows(h), h.n_embd};
+        }},
+    Row{TensorKind::attn_output, "attn_output", "self_attn.o_proj",
+        [](const H& h) {
+          return Shape{h.n_embd, q_rows(h)};
+        }},
     Row{TensorKind::ffn_norm, "ffn_norm", "post_attention_layernorm", norm},
     Row{TensorKind::ffn_gate_inp, "ffn_gate_inp", "block_sparse_moe.gate",
-        [](const H& h) { return Shape{h.n_expert, h.n_embd}; }, Presence::experts},
-    Row{TensorKind::ffn_gate, "ffn_gate", "mlp.gate_proj", [](const H& h) { return Shape{h.n_ff, h.n_embd}; }, Presence::dense},
-    Row{TensorKind::ffn_up, "ffn_up", "mlp.up_proj", [](const H& h) { return Shape{h.n_ff, h.n_embd}; }, Presence::dense},
-    Row{TensorKind::ffn_down, "ffn_down", "mlp.down_proj", [](const H& h) { return Shape{h.n_embd, h.n_ff}; }, Presence::dense},
+        [](const H& h) {
+          return Shape{h.n_expert, h.n_embd};
+        },
+        Presence::experts},
+    Row{TensorKind::ffn_gate, "ffn_gate", "mlp.gate_proj",
+        [](const H& h) {
+          return Shape{h.n_ff, h.n_embd};
+        },
+        Presence::dense},
+    Row{TensorKind::ffn_up, "ffn_up", "mlp.up_proj",
+        [](const H& h) {
+          return Shape{h.n_ff, h.n_embd};
+        },
+        Presence::dense},
+    Row{TensorKind::ffn_down, "ffn_down", "mlp.down_proj",
+        [](const H& h) {
+          return Shape{h.n_embd, h.n_ff};
+        },
+        Presence::dense},
     Row{TensorKind::ffn_gate_exps, "ffn_gate_exps", nullptr,
-        [](const H& h) { return Shape{h.n_expert, h.n_ff, h.n_embd}; }, Presence::experts},
+        [](const H& h) {
+          return Shape{h.n_expert, h.n_ff, h.n_embd};
+        },
+        Presence::experts},
     Row{TensorKind::ffn_up_exps, "ffn_up_exps", nullptr,
-        [](const H& h) { return Shape{h.n_expert, h.n_ff, h.n_embd}; }, Presence::experts},
+        [](const H& h) {
+          return Shape{h.n_expert, h.n_ff, h.n_embd};
+        },
+        Presence::experts},
     Row{TensorKind::ffn_down_exps, "ffn_down_exps", nullptr,
-        [](const H& h) { return Shape{h.n_expert, h.n_embd, h.n_ff}; }, Presence::experts},
+        [](const H& h) {
+          return Shape{h.n_expert, h.n_embd, h.n_ff};
+        },
+        Presence::experts},
 };
 const std::array kTail = {
     Row{TensorKind::output_norm, "output_norm", "model.norm", norm},
@@ -57,11 +94,16 @@ const std::array kTail = {
 
 bool present(const Row& row, const HParams& h) {
   switch (row.presence) {
-    case Presence::always: return true;
-    case Presence::dense: return h.n_expert == 0;
-    case Presence::experts: return h.n_expert > 0;
-    case Presence::untied: return !h.tied_output;
-    case Presence::rope_freqs: return h.rope_freqs;
+    case Presence::always:
+      return true;
+    case Presence::dense:
+      return h.n_expert == 0;
+    case Presence::experts:
+      return h.n_expert > 0;
+    case Presence::untied:
+      return !h.tied_output;
+    case Presence::rope_freqs:
+      return h.rope_freqs;
   }
   return false;
 }
@@ -72,7 +114,8 @@ void append(std::vector<TensorSpec>& out, std::span<const Row> rows, const HPara
     TensorSpec spec;
     spec.kind = row.kind;
     spec.layer = layer;
-    spec.gguf_name = layer < 0 ? concat(row.gguf, ".weight") : concat("blk.", layer, ".", row.gguf, ".weight");
+    spec.gguf_name =
+        layer < 0 ? concat(row.gguf, ".weight") : concat("blk.", layer, ".", row.gguf, ".weight");
     spec.shape = row.shape(h);
     spec.optional = row.presence == Presence::rope_freqs;
     out.push_back(std::move(spec));
@@ -80,7 +123,8 @@ void append(std::vector<TensorSpec>& out, std::span<const Row> rows, const HPara
 }
 
 const Row& row_of(TensorKind kind) {
-  for (const std::span<const Row> rows : {std::span<const Row>(kHead), std::span<const Row>(kLayer), std::span<const Row>(kTail)})
+  for (const std::span<const Row> rows :
+       {std::span<const Row>(kHead), std::span<const Row>(kLayer), std::span<const Row>(kTail)})
     for (const Row& row : rows)
       if (row.kind == kind) return row;
   fail(ErrorKind::internal, "tensor kind ", static_cast<int>(kind), " has no row");
@@ -89,19 +133,25 @@ const Row& row_of(TensorKind kind) {
 // Mixtral's letters: w1 = gate, w3 = up, w2 = down.
 const char* hf_expert_matrix(TensorKind kind) {
   switch (kind) {
-    case TensorKind::ffn_gate_exps: return "w1";
-    case TensorKind::ffn_up_exps: return "w3";
-    case TensorKind::ffn_down_exps: return "w2";
-    default: return nullptr;
+    case TensorKind::ffn_gate_exps:
+      return "w1";
+    case TensorKind::ffn_up_exps:
+      return "w3";
+    case TensorKind::ffn_down_exps:
+      return "w2";
+    default:
+      return nullptr;
   }
 }
 
 // One tensor per expert, or (transformers 5, save_original_format=False) one for all of them with
 // gate above up.
-std::vector<HfSource> expert_sources(const HParams& h, const TensorSpec& spec, const std::string& prefix) {
+std::vector<HfSource> expert_sources(const HParams& h, const TensorSpec& spec,
+                                     const std::string& prefix) {
   HfSource single, fused;
   for (uint32_t e = 0; e < h.n_expert; ++e)
-    single.names.push_back(concat(prefix, "block_sparse_moe.experts.", e, ".", hf_expert_matrix(spec.kind), ".weight"));
+    single.names.push_back(concat(prefix, "block_sparse_moe.experts.", e, ".",
+                                  hf_expert_matrix(spec.kind), ".weight"));
   const bool down = spec.kind == TensorKind::ffn_down_exps;
   fused.names.push_back(concat(prefix, "mlp.experts.", down ? "down_proj" : "gate_up_proj"));
   if (spec.kind == TensorKind::ffn_gate_exps) fused.rows = HfSource::Rows::first_half;
@@ -114,7 +164,8 @@ std::vector<HfSource> expert_sources(const HParams& h, const TensorSpec& spec, c
 std::vector<TensorSpec> tensor_table(const HParams& hparams) {
   std::vector<TensorSpec> out;
   append(out, kHead, hparams, -1);
-  for (uint32_t layer = 0; layer < hparams.n_layer; ++layer) append(out, kLayer, hparams, static_cast<int>(layer));
+  for (uint32_t layer = 0; layer < hparams.n_layer; ++layer)
+    append(out, kLayer, hparams, static_cast<int>(layer));
   append(out, kTail, hparams, -1);
   return out;
 }

@@ -55,19 +55,22 @@ class PartReader {
     const auto magic = bytes_.first(std::min<size_t>(4, bytes_.size()));
     const std::string_view text(reinterpret_cast<const char*>(magic.data()), magic.size());
     if (text != "GGUF")
-      fail(ErrorKind::format, source_, ": not a GGUF file: starts with ", quote(text), ", expected 'GGUF'");
+      fail(ErrorKind::format, source_, ": not a GGUF file: starts with ", quote(text),
+           ", expected 'GGUF'");
     in_.take(4, "magic");
     part_.version = in_.read<uint32_t>("version");
     if (part_.version != 0 && (part_.version & 0xffffu) == 0)
-      fail(ErrorKind::unsupported, source_, ": big-endian GGUF (version ", __builtin_bswap32(part_.version),
-           " byte-swapped); duet reads little-endian files only");
+      fail(ErrorKind::unsupported, source_, ": big-endian GGUF (version ",
+           __builtin_bswap32(part_.version), " byte-swapped); duet reads little-endian files only");
     if (part_.version < 2 || part_.version > 3)
-      fail(ErrorKind::unsupported, source_, ": GGUF version ", part_.version, ", duet reads versions 2 and 3");
+      fail(ErrorKind::unsupported, source_, ": GGUF version ", part_.version,
+           ", duet reads versions 2 and 3");
   }
 
   void check_count(uint64_t n, uint64_t most, uint64_t least_bytes, const char* what) const {
     if (n > most || n > in_.remaining() / least_bytes)
-      in_.bad(what, " is ", n, ", more than the ", in_.remaining(), " bytes left (or any real model) can hold");
+      in_.bad(what, " is ", n, ", more than the ", in_.remaining(),
+              " bytes left (or any real model) can hold");
   }
 
   void charge(uint64_t n_bytes) {
@@ -110,33 +113,58 @@ class PartReader {
       return value;
     }
     switch (value.type) {
-      case GgufType::f32: case GgufType::f64: value.data = read_float(value.type); break;
-      case GgufType::boolean: value.data = read_bool(); break;
-      case GgufType::string: value.data = read_string(kMaxStringBytes, "metadata string"); break;
-      case GgufType::i8: case GgufType::i16: case GgufType::i32: case GgufType::i64:
-        value.data = read_signed(value.type); break;
-      default: value.data = read_unsigned(value.type);
+      case GgufType::f32:
+      case GgufType::f64:
+        value.data = read_float(value.type);
+        break;
+      case GgufType::boolean:
+        value.data = read_bool();
+        break;
+      case GgufType::string:
+        value.data = read_string(kMaxStringBytes, "metadata string");
+        break;
+      case GgufType::i8:
+      case GgufType::i16:
+      case GgufType::i32:
+      case GgufType::i64:
+        value.data = read_signed(value.type);
+        break;
+      default:
+        value.data = read_unsigned(value.type);
     }
     return value;
   }
 
   void read_array(GgufValue& value) {
     value.element_type = read_type();
-    if (value.element_type == GgufType::array) in_.bad("key ", quote(key_), ": arrays of arrays are not accepted");
+    if (value.element_type == GgufType::array)
+      in_.bad("key ", quote(key_), ": arrays of arrays are not accepted");
     const uint64_t n = in_.read<uint64_t>("array length");
     const uint64_t least = kLeastBytes[static_cast<size_t>(value.element_type)];
     if (n > in_.remaining() / least)
-      in_.bad("key ", quote(key_), ": array of ", n, " elements in ", in_.remaining(), " remaining bytes");
+      in_.bad("key ", quote(key_), ": array of ", n, " elements in ", in_.remaining(),
+              " remaining bytes");
     const GgufType type = value.element_type;
     switch (type) {
-      case GgufType::f32: case GgufType::f64:
-        value.data = read_list<double>(n, [&] { return read_float(type); }); break;
-      case GgufType::boolean: value.data = read_list<bool>(n, [&] { return read_bool(); }); break;
+      case GgufType::f32:
+      case GgufType::f64:
+        value.data = read_list<double>(n, [&] { return read_float(type); });
+        break;
+      case GgufType::boolean:
+        value.data = read_list<bool>(n, [&] { return read_bool(); });
+        break;
       case GgufType::string:
-        value.data = read_list<std::string>(n, [&] { return read_string(kMaxStringBytes, "string of an array"); }); break;
-      case GgufType::i8: case GgufType::i16: case GgufType::i32: case GgufType::i64:
-        value.data = read_list<int64_t>(n, [&] { return read_signed(type); }); break;
-      default: value.data = read_list<uint64_t>(n, [&] { return read_unsigned(type); });
+        value.data = read_list<std::string>(
+            n, [&] { return read_string(kMaxStringBytes, "string of an array"); });
+        break;
+      case GgufType::i8:
+      case GgufType::i16:
+      case GgufType::i32:
+      case GgufType::i64:
+        value.data = read_list<int64_t>(n, [&] { return read_signed(type); });
+        break;
+      default:
+        value.data = read_list<uint64_t>(n, [&] { return read_unsigned(type); });
     }
   }
 
@@ -152,19 +180,27 @@ class PartReader {
 
   uint64_t read_unsigned(GgufType type) {
     switch (type) {
-      case GgufType::u8: return in_.read<uint8_t>("metadata value");
-      case GgufType::u16: return in_.read<uint16_t>("metadata value");
-      case GgufType::u32: return in_.read<uint32_t>("metadata value");
-      default: return in_.read<uint64_t>("metadata value");
+      case GgufType::u8:
+        return in_.read<uint8_t>("metadata value");
+      case GgufType::u16:
+        return in_.read<uint16_t>("metadata value");
+      case GgufType::u32:
+        return in_.read<uint32_t>("metadata value");
+      default:
+        return in_.read<uint64_t>("metadata value");
     }
   }
 
   int64_t read_signed(GgufType type) {
     switch (type) {
-      case GgufType::i8: return in_.read<int8_t>("metadata value");
-      case GgufType::i16: return in_.read<int16_t>("metadata value");
-      case GgufType::i32: return in_.read<int32_t>("metadata value");
-      default: return in_.read<int64_t>("metadata value");
+      case GgufType::i8:
+        return in_.read<int8_t>("metadata value");
+      case GgufType::i16:
+        return in_.read<int16_t>("metadata value");
+      case GgufType::i32:
+        return in_.read<int32_t>("metadata value");
+      default:
+        return in_.read<int64_t>("metadata value");
     }
   }
 
@@ -186,8 +222,10 @@ class PartReader {
       if (kv.value.type != GgufType::u32)
         in_.bad("general.alignment is of type ", gguf_type_name(kv.value.type), ", expected u32");
       part_.alignment = std::get<uint64_t>(kv.value.data);
-      if (!std::has_single_bit(part_.alignment) || part_.alignment < 8 || part_.alignment > (1u << 20))
-        in_.bad("general.alignment is ", part_.alignment, ", expected a power of two from 8 to 1048576");
+      if (!std::has_single_bit(part_.alignment) || part_.alignment < 8 ||
+          part_.alignment > (1u << 20))
+        in_.bad("general.alignment is ", part_.alignment,
+                ", expected a power of two from 8 to 1048576");
     }
   }
 
@@ -199,7 +237,8 @@ class PartReader {
       TensorView tensor;
       tensor.name = read_string(kMaxKeyBytes, "tensor name");
       if (tensor.name.empty()) in_.bad("tensor ", i, " has no name");
-      if (!seen.insert(tensor.name).second) in_.bad("tensor ", quote(tensor.name), " appears twice");
+      if (!seen.insert(tensor.name).second)
+        in_.bad("tensor ", quote(tensor.name), " appears twice");
       tensor.shape = read_shape(tensor.name);
       tensor.format = read_format(tensor.name);
       places_.push_back(read_place(tensor));
@@ -210,7 +249,8 @@ class PartReader {
   // Row-major; the file has the innermost dimension first.
   std::vector<uint64_t> read_shape(const std::string& name) {
     const uint32_t n_dims = in_.read<uint32_t>("dimension count");
-    if (n_dims < 1 || n_dims > 4) in_.bad("tensor ", quote(name), " has ", n_dims, " dimensions, expected 1 to 4");
+    if (n_dims < 1 || n_dims > 4)
+      in_.bad("tensor ", quote(name), " has ", n_dims, " dimensions, expected 1 to 4");
     std::vector<uint64_t> shape(n_dims);
     for (uint32_t d = n_dims; d-- > 0;) {
       shape[d] = in_.read<uint64_t>("tensor dimension");
@@ -221,11 +261,12 @@ class PartReader {
 
   const Format* read_format(const std::string& name) {
     const uint32_t id = in_.read<uint32_t>("tensor type");
-    if (id >= kGgmlTypeCount) in_.bad("tensor ", quote(name), " has type id ", id, ", which does not exist");
+    if (id >= kGgmlTypeCount)
+      in_.bad("tensor ", quote(name), " has type id ", id, ", which does not exist");
     const Format* format = find_format(id);
     if (format == nullptr)
-      fail(ErrorKind::unsupported, source_, ": tensor ", quote(name), " is of type ", ggml_type_name(id),
-           ", which duet cannot read");
+      fail(ErrorKind::unsupported, source_, ": tensor ", quote(name), " is of type ",
+           ggml_type_name(id), ", which duet cannot read");
     return format;
   }
 
@@ -233,14 +274,16 @@ class PartReader {
   Place read_place(const TensorView& tensor) {
     const Format& format = *tensor.format;
     if (tensor.cols() % format.block_elems != 0)
-      in_.bad("tensor ", quote(tensor.name), ": rows of ", tensor.cols(), " elements are no multiple of the ",
-              format.block_elems, " of a ", format.name, " block");
+      in_.bad("tensor ", quote(tensor.name), ": rows of ", tensor.cols(),
+              " elements are no multiple of the ", format.block_elems, " of a ", format.name,
+              " block");
     uint64_t n_bytes = tensor.cols() / format.block_elems;
     bool fits = checked_mul(n_bytes, format.block_bytes, n_bytes);
     uint64_t n_elems = 1;
     for (size_t d = 0; d < tensor.shape.size(); ++d) {
       fits = fits && checked_mul(n_elems, tensor.shape[d], n_elems);
-      if (d + 1 < tensor.shape.size()) fits = fits && checked_mul(n_bytes, tensor.shape[d], n_bytes);
+      if (d + 1 < tensor.shape.size())
+        fits = fits && checked_mul(n_bytes, tensor.shape[d], n_bytes);
     }
     if (!fits) in_.bad("tensor ", quote(tensor.name), ": its size does not fit 64 bits");
     return {in_.read<uint64_t>("tensor offset"), n_bytes};
@@ -254,15 +297,18 @@ class PartReader {
       TensorView& tensor = part_.tensors[i];
       const Place& place = places_[i];
       if (place.offset % part_.alignment != 0)
-        in_.bad("tensor ", quote(tensor.name), ": offset ", place.offset, " is not aligned to ", part_.alignment);
+        in_.bad("tensor ", quote(tensor.name), ": offset ", place.offset, " is not aligned to ",
+                part_.alignment);
       if (place.offset < previous_end)
-        in_.bad("tensor ", quote(tensor.name), ": offset ", place.offset, " lies before the end ", previous_end,
-                " of the tensor listed before it (overlap or wrong order)");
+        in_.bad("tensor ", quote(tensor.name), ": offset ", place.offset, " lies before the end ",
+                previous_end, " of the tensor listed before it (overlap or wrong order)");
       uint64_t begin = 0;
-      if (!checked_add(place.offset, place.n_bytes, previous_end) || !checked_add(start, place.offset, begin) ||
-          begin > bytes_.size() || place.n_bytes > bytes_.size() - begin)
-        in_.bad("tensor ", quote(tensor.name), ": ", place.n_bytes, " bytes at data offset ", place.offset,
-                " lie outside the file of ", bytes_.size(), " bytes; the file is truncated or damaged");
+      if (!checked_add(place.offset, place.n_bytes, previous_end) ||
+          !checked_add(start, place.offset, begin) || begin > bytes_.size() ||
+          place.n_bytes > bytes_.size() - begin)
+        in_.bad("tensor ", quote(tensor.name), ": ", place.n_bytes, " bytes at data offset ",
+                place.offset, " lie outside the file of ", bytes_.size(),
+                " bytes; the file is truncated or damaged");
       tensor.data = bytes_.subspan(begin, place.n_bytes);
     }
   }

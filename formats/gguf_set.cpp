@@ -23,7 +23,9 @@ struct PartName {
 };
 
 bool all_of_kind(std::string_view text, int (*kind)(int)) {
-  return !text.empty() && std::all_of(text.begin(), text.end(), [&](char c) { return kind(static_cast<unsigned char>(c)) != 0; });
+  return !text.empty() && std::all_of(text.begin(), text.end(), [&](char c) {
+    return kind(static_cast<unsigned char>(c)) != 0;
+  });
 }
 
 PartName parse_part_name(const std::string& file_name) {
@@ -33,13 +35,16 @@ PartName parse_part_name(const std::string& file_name) {
   const std::string_view tail = std::string_view(file_name).substr(at);
   const std::string_view number = tail.substr(1, 5), count = tail.substr(10, 5);
   const bool matches = tail[0] == '-' && tail.substr(6, 4) == "-of-" && tail.ends_with(".gguf");
-  if (!matches || !all_of_kind(number, std::isdigit) || !all_of_kind(count, std::isdigit)) return {};
-  return {file_name.substr(0, at), std::stoull(std::string(number)), std::stoull(std::string(count))};
+  if (!matches || !all_of_kind(number, std::isdigit) || !all_of_kind(count, std::isdigit))
+    return {};
+  return {file_name.substr(0, at), std::stoull(std::string(number)),
+          std::stoull(std::string(count))};
 }
 
 std::string part_file_name(const PartName& name, uint64_t number) {
   std::array<char, 32> digits{};
-  std::snprintf(digits.data(), digits.size(), "-%05llu-of-%05llu.gguf", static_cast<unsigned long long>(number),
+  std::snprintf(digits.data(), digits.size(), "-%05llu-of-%05llu.gguf",
+                static_cast<unsigned long long>(number),
                 static_cast<unsigned long long>(name.count));
   return name.prefix + digits.data();
 }
@@ -59,7 +64,9 @@ void refuse_raw_piece(const fs::path& path) {
   constexpr std::string_view kEnding = ".gguf";
   const std::string file_name = path.filename().string();
   const size_t at = file_name.rfind(kEnding);
-  if (at == std::string::npos || !is_piece_suffix(std::string_view(file_name).substr(at + kEnding.size()))) return;
+  if (at == std::string::npos ||
+      !is_piece_suffix(std::string_view(file_name).substr(at + kEnding.size())))
+    return;
   const std::string whole = file_name.substr(0, at + kEnding.size());
   fail(ErrorKind::unsupported, path.string(), ": a raw piece of '", whole,
        "': join all pieces in order first (cat PIECES > ", whole, ")");
@@ -69,7 +76,8 @@ uint64_t uint_or(const GgufPart& part, std::string_view key, uint64_t fallback) 
   for (const GgufKeyValue& kv : part.metadata) {
     if (kv.key != key) continue;
     if (const auto* u = std::get_if<uint64_t>(&kv.value.data)) return *u;
-    if (const auto* i = std::get_if<int64_t>(&kv.value.data); i != nullptr && *i >= 0) return static_cast<uint64_t>(*i);
+    if (const auto* i = std::get_if<int64_t>(&kv.value.data); i != nullptr && *i >= 0)
+      return static_cast<uint64_t>(*i);
   }
   return fallback;
 }
@@ -115,7 +123,8 @@ void GgufFile::State::index() {
   for (const GgufKeyValue& kv : metadata) key_index.emplace(kv.key, &kv);
   for (const TensorView& tensor : tensors) {
     if (!tensor_index.emplace(tensor.name, &tensor).second)
-      fail(ErrorKind::format, source, ": tensor ", quote(tensor.name), " is in two parts of the set");
+      fail(ErrorKind::format, source, ": tensor ", quote(tensor.name),
+           " is in two parts of the set");
   }
 }
 
@@ -124,18 +133,21 @@ void GgufFile::State::open_set(const fs::path& folder, const PartName& name) {
   for (uint64_t number = 1; number <= name.count; ++number) {
     const fs::path path = folder / part_file_name(name, number);
     if (std::error_code ec; !fs::exists(path, ec))
-      fail(ErrorKind::io, path.string(), ": part ", number, " of ", name.count, " is missing; put all parts in one folder");
+      fail(ErrorKind::io, path.string(), ": part ", number, " of ", name.count,
+           " is missing; put all parts in one folder");
     files.push_back(MappedFile::open(path));
     GgufPart part = read_gguf_part(files.back().bytes(), path.string());
-    const uint64_t no = uint_or(part, "split.no", number - 1), count = uint_or(part, "split.count", name.count);
+    const uint64_t no = uint_or(part, "split.no", number - 1),
+                   count = uint_or(part, "split.count", name.count);
     if (no != number - 1 || count != name.count)
-      fail(ErrorKind::format, path.string(), ": named part ", number, " of ", name.count, ", but its metadata say part ",
-           no + 1, " of ", count);
+      fail(ErrorKind::format, path.string(), ": named part ", number, " of ", name.count,
+           ", but its metadata say part ", no + 1, " of ", count);
     if (number == 1) n_tensors = uint_or(part, "split.tensors.count", 0);
     add(std::move(part), files.back().bytes().size());
   }
   if (n_tensors != 0 && n_tensors != tensors.size())
-    fail(ErrorKind::format, source, ": the parts have ", tensors.size(), " tensors, split.tensors.count says ", n_tensors);
+    fail(ErrorKind::format, source, ": the parts have ", tensors.size(),
+         " tensors, split.tensors.count says ", n_tensors);
   // Joined, it is one model: a copy of these keys into one file would name parts that it lacks.
   std::erase_if(metadata, [](const GgufKeyValue& kv) { return kv.key.starts_with("split."); });
 }
@@ -150,7 +162,8 @@ GgufFile GgufFile::open(const fs::path& path) {
   const uint64_t count = uint_or(part, "split.count", 0);
   if (count > 1 && name.count == 0)
     fail(ErrorKind::io, state->source, ": part ", uint_or(part, "split.no", 0) + 1, " of ", count,
-         " of a set, but not named '...-0000N-of-0000M.gguf', so the other parts cannot be found; restore its name");
+         " of a set, but not named '...-0000N-of-0000M.gguf', so the other parts cannot be found; "
+         "restore its name");
   if (name.count > 1) {
     if (name.number < 1 || name.number > name.count)
       fail(ErrorKind::format, state->source, ": named part ", name.number, " of ", name.count);
@@ -197,16 +210,20 @@ const T* GgufFile::State::typed(std::string_view key, const char* expected) cons
   const GgufValue& value = it->second->value;
   const T* data = std::get_if<T>(&value.data);
   if (data == nullptr)
-    fail(ErrorKind::format, source, ": key '", key, "' is ", value_kind(value), ", expected ", expected);
+    fail(ErrorKind::format, source, ": key '", key, "' is ", value_kind(value), ", expected ",
+         expected);
   return data;
 }
 
 std::optional<uint64_t> GgufFile::get_uint(std::string_view key) const {
   const GgufValue* value = find(key);
   if (value == nullptr) return std::nullopt;
-  if (!std::holds_alternative<int64_t>(value->data)) return *state_->typed<uint64_t>(key, "an integer");
+  if (!std::holds_alternative<int64_t>(value->data))
+    return *state_->typed<uint64_t>(key, "an integer");
   const int64_t number = std::get<int64_t>(value->data);
-  if (number < 0) fail(ErrorKind::format, source(), ": key '", key, "' is ", number, ", expected a non-negative integer");
+  if (number < 0)
+    fail(ErrorKind::format, source(), ": key '", key, "' is ", number,
+         ", expected a non-negative integer");
   return static_cast<uint64_t>(number);
 }
 

@@ -47,15 +47,33 @@ class HeaderBytes {
   template <class T>
   void narrow(T value, GgufType type) {
     switch (type) {
-      case GgufType::u8: number(static_cast<uint8_t>(value)); break;
-      case GgufType::i8: number(static_cast<int8_t>(value)); break;
-      case GgufType::u16: number(static_cast<uint16_t>(value)); break;
-      case GgufType::i16: number(static_cast<int16_t>(value)); break;
-      case GgufType::u32: number(static_cast<uint32_t>(value)); break;
-      case GgufType::i32: number(static_cast<int32_t>(value)); break;
-      case GgufType::u64: number(static_cast<uint64_t>(value)); break;
-      case GgufType::i64: number(static_cast<int64_t>(value)); break;
-      default: fail(ErrorKind::internal, "GGUF metadata: an integer cannot be stored as type ", static_cast<int>(type));
+      case GgufType::u8:
+        number(static_cast<uint8_t>(value));
+        break;
+      case GgufType::i8:
+        number(static_cast<int8_t>(value));
+        break;
+      case GgufType::u16:
+        number(static_cast<uint16_t>(value));
+        break;
+      case GgufType::i16:
+        number(static_cast<int16_t>(value));
+        break;
+      case GgufType::u32:
+        number(static_cast<uint32_t>(value));
+        break;
+      case GgufType::i32:
+        number(static_cast<int32_t>(value));
+        break;
+      case GgufType::u64:
+        number(static_cast<uint64_t>(value));
+        break;
+      case GgufType::i64:
+        number(static_cast<int64_t>(value));
+        break;
+      default:
+        fail(ErrorKind::internal, "GGUF metadata: an integer cannot be stored as type ",
+             static_cast<int>(type));
     }
   }
 
@@ -67,8 +85,10 @@ class HeaderBytes {
   }
   void scalar(GgufType type, double v) {
     DUET_ASSERT(type == GgufType::f32 || type == GgufType::f64);
-    if (type == GgufType::f32) number(static_cast<float>(v));
-    else number(v);
+    if (type == GgufType::f32)
+      number(static_cast<float>(v));
+    else
+      number(v);
   }
   void scalar(GgufType type, const std::string& v) {
     DUET_ASSERT(type == GgufType::string);
@@ -154,8 +174,10 @@ uint64_t GgufWriter::State::data_bytes() const {
 
 void GgufWriter::State::put(std::span<const std::byte> bytes) {
   if (buffer.size() + bytes.size() > kBufferBytes) flush();
-  if (bytes.size() >= kBufferBytes) file->write(bytes);
-  else buffer.insert(buffer.end(), bytes.begin(), bytes.end());
+  if (bytes.size() >= kBufferBytes)
+    file->write(bytes);
+  else
+    buffer.insert(buffer.end(), bytes.begin(), bytes.end());
 }
 
 void GgufWriter::State::flush() {
@@ -179,9 +201,12 @@ GgufWriter::~GgufWriter() = default;
 void GgufWriter::set(std::string key, GgufValue value) {
   DUET_ASSERT(state_->file == nullptr);
   auto& metadata = state_->metadata;
-  const auto it = std::find_if(metadata.begin(), metadata.end(), [&](const auto& kv) { return kv.key == key; });
-  if (it == metadata.end()) metadata.push_back({std::move(key), std::move(value)});
-  else it->value = std::move(value);
+  const auto it =
+      std::find_if(metadata.begin(), metadata.end(), [&](const auto& kv) { return kv.key == key; });
+  if (it == metadata.end())
+    metadata.push_back({std::move(key), std::move(value)});
+  else
+    it->value = std::move(value);
 }
 
 void GgufWriter::add_tensor(std::string name, const Format& format, std::vector<uint64_t> shape) {
@@ -189,9 +214,11 @@ void GgufWriter::add_tensor(std::string name, const Format& format, std::vector<
   DUET_ASSERT(!shape.empty() && shape.size() <= 4);
   DUET_ASSERT(shape.back() % format.block_elems == 0);
   uint64_t n_bytes = row_bytes(format, shape.back());
-  for (size_t d = 0; d + 1 < shape.size(); ++d) DUET_ASSERT(checked_mul(n_bytes, shape[d], n_bytes));
+  for (size_t d = 0; d + 1 < shape.size(); ++d)
+    DUET_ASSERT(checked_mul(n_bytes, shape[d], n_bytes));
   DUET_ASSERT(n_bytes > 0);
-  if (!state_->names.insert(name).second) fail(ErrorKind::internal, "tensor '", name, "' declared twice");
+  if (!state_->names.insert(name).second)
+    fail(ErrorKind::internal, "tensor '", name, "' declared twice");
   state_->tensors.push_back({std::move(name), &format, std::move(shape), n_bytes});
 }
 
@@ -209,8 +236,8 @@ void GgufWriter::write(std::span<const std::byte> bytes) {
   DUET_ASSERT(state_->file != nullptr && state_->current < state_->tensors.size());
   const DeclaredTensor& tensor = state_->tensors[state_->current];
   if (bytes.size() > tensor.n_bytes - state_->delivered)
-    fail(ErrorKind::internal, "tensor '", tensor.name, "': ", state_->delivered + bytes.size(), " bytes delivered, declared ",
-         tensor.n_bytes);
+    fail(ErrorKind::internal, "tensor '", tensor.name, "': ", state_->delivered + bytes.size(),
+         " bytes delivered, declared ", tensor.n_bytes);
   state_->put(bytes);
   state_->delivered += bytes.size();
   if (state_->delivered == tensor.n_bytes) state_->end_tensor();
@@ -219,8 +246,9 @@ void GgufWriter::write(std::span<const std::byte> bytes) {
 void GgufWriter::finish() {
   DUET_ASSERT(state_->file != nullptr);
   if (state_->current < state_->tensors.size())
-    fail(ErrorKind::internal, "tensor '", state_->tensors[state_->current].name, "' is incomplete: ", state_->delivered,
-         " of ", state_->tensors[state_->current].n_bytes, " bytes");
+    fail(ErrorKind::internal, "tensor '", state_->tensors[state_->current].name,
+         "' is incomplete: ", state_->delivered, " of ", state_->tensors[state_->current].n_bytes,
+         " bytes");
   state_->flush();
   state_->file->commit();
 }

@@ -26,10 +26,9 @@ struct Dtype {
   std::optional<DType> dtype;  // empty: known, but not a weight format here
 };
 constexpr Dtype kDtypes[] = {
-    {"F32", 4, DType::F32}, {"F16", 2, DType::F16}, {"BF16", 2, DType::BF16},
-    {"F64", 8, {}},         {"I64", 8, {}},         {"I32", 4, {}},
-    {"I16", 2, {}},         {"I8", 1, {}},          {"U64", 8, {}},
-    {"U32", 4, {}},         {"U16", 2, {}},         {"U8", 1, {}},
+    {"F32", 4, DType::F32}, {"F16", 2, DType::F16}, {"BF16", 2, DType::BF16}, {"F64", 8, {}},
+    {"I64", 8, {}},         {"I32", 4, {}},         {"I16", 2, {}},           {"I8", 1, {}},
+    {"U64", 8, {}},         {"U32", 4, {}},         {"U16", 2, {}},           {"U8", 1, {}},
     {"BOOL", 1, {}},        {"F8_E4M3", 1, {}},     {"F8_E5M2", 1, {}},
 };
 
@@ -43,17 +42,20 @@ struct Entry {
 const Dtype& dtype_named(const std::string& name, const std::string& where) {
   for (const Dtype& dtype : kDtypes)
     if (name == dtype.name) return dtype;
-  fail(ErrorKind::unsupported, where, ": dtype ", quote(name), " is not known; duet reads F32, F16 and BF16");
+  fail(ErrorKind::unsupported, where, ": dtype ", quote(name),
+       " is not known; duet reads F32, F16 and BF16");
 }
 
 uint64_t uint_of(const Json& value, const std::string& where, const char* what) {
-  if (!value.is_number_unsigned()) fail(ErrorKind::format, where, ": ", what, " is no non-negative integer");
+  if (!value.is_number_unsigned())
+    fail(ErrorKind::format, where, ": ", what, " is no non-negative integer");
   return value.get<uint64_t>();
 }
 
 const Json& array_of(const Json& object, const char* key, const std::string& where) {
   const auto it = object.find(key);
-  if (it == object.end() || !it->is_array()) fail(ErrorKind::format, where, ": '", key, "' is missing or no array");
+  if (it == object.end() || !it->is_array())
+    fail(ErrorKind::format, where, ": '", key, "' is missing or no array");
   return *it;
 }
 
@@ -66,40 +68,48 @@ Entry read_entry(const std::string& name, const Json& value, const std::string& 
   uint64_t n_bytes = entry.dtype->n_bytes;
   for (const Json& dim : array_of(value, "shape", where)) {
     entry.shape.push_back(uint_of(dim, where, "a dimension"));
-    if (!checked_mul(n_bytes, entry.shape.back(), n_bytes)) fail(ErrorKind::format, where, ": its size does not fit 64 bits");
+    if (!checked_mul(n_bytes, entry.shape.back(), n_bytes))
+      fail(ErrorKind::format, where, ": its size does not fit 64 bits");
   }
   const Json& offsets = array_of(value, "data_offsets", where);
-  if (offsets.size() != 2) fail(ErrorKind::format, where, ": 'data_offsets' has ", offsets.size(), " numbers, expected 2");
+  if (offsets.size() != 2)
+    fail(ErrorKind::format, where, ": 'data_offsets' has ", offsets.size(), " numbers, expected 2");
   entry.begin = uint_of(offsets[0], where, "an offset");
   entry.end = uint_of(offsets[1], where, "an offset");
   if (entry.end < entry.begin || entry.end - entry.begin != n_bytes)
-    fail(ErrorKind::format, where, ": offsets ", entry.begin, " to ", entry.end, ", its shape and dtype need ", n_bytes,
-         " bytes");
+    fail(ErrorKind::format, where, ": offsets ", entry.begin, " to ", entry.end,
+         ", its shape and dtype need ", n_bytes, " bytes");
   return entry;
 }
 
 // Data must be covered exactly: entries sorted by offset meet, the last ends with the file.
-void check_coverage(const std::vector<Entry>& entries, uint64_t data_bytes, const std::string& source) {
+void check_coverage(const std::vector<Entry>& entries, uint64_t data_bytes,
+                    const std::string& source) {
   uint64_t expected = 0;
   for (const Entry& entry : entries) {
     if (entry.begin != expected)
-      fail(ErrorKind::format, source, ": tensor ", quote(entry.name), " begins at data byte ", entry.begin, ", expected ",
-           expected, " (", entry.begin < expected ? "overlap" : "gap", ")");
+      fail(ErrorKind::format, source, ": tensor ", quote(entry.name), " begins at data byte ",
+           entry.begin, ", expected ", expected, " (", entry.begin < expected ? "overlap" : "gap",
+           ")");
     expected = entry.end;
   }
   if (expected != data_bytes)
-    fail(ErrorKind::format, source, ": tensors end at data byte ", expected, ", the file has ", data_bytes,
-         expected > data_bytes ? " bytes: it is truncated" : " bytes");
+    fail(ErrorKind::format, source, ": tensors end at data byte ", expected, ", the file has ",
+         data_bytes, expected > data_bytes ? " bytes: it is truncated" : " bytes");
 }
 
 TensorView view_of(const Entry& entry, std::span<const std::byte> data, const std::string& source) {
   const std::string where = concat(source, ": tensor ", quote(entry.name));
   if (!entry.dtype->dtype)
-    fail(ErrorKind::unsupported, where, " is of dtype ", entry.dtype->name, "; duet reads F32, F16 and BF16 weights");
-  if (entry.shape.size() > 4) fail(ErrorKind::unsupported, where, " has ", entry.shape.size(), " dimensions, at most 4 accepted");
+    fail(ErrorKind::unsupported, where, " is of dtype ", entry.dtype->name,
+         "; duet reads F32, F16 and BF16 weights");
+  if (entry.shape.size() > 4)
+    fail(ErrorKind::unsupported, where, " has ", entry.shape.size(),
+         " dimensions, at most 4 accepted");
   // Kernels read 16-bit values in place. Writers pad the header to 8 bytes, so this is rare.
   if (reinterpret_cast<uintptr_t>(data.data() + entry.begin) % 2 != 0)
-    fail(ErrorKind::unsupported, where, " begins at an odd byte of the file; rewrite the file with a current safetensors library");
+    fail(ErrorKind::unsupported, where,
+         " begins at an odd byte of the file; rewrite the file with a current safetensors library");
   if (entry.begin == entry.end) fail(ErrorKind::unsupported, where, " has no elements");
   TensorView view;
   view.name = entry.name;
@@ -119,8 +129,8 @@ Shard read_shard(std::span<const std::byte> bytes, const std::string& source) {
   ByteReader in(bytes, source);
   const uint64_t header_bytes = in.read<uint64_t>("safetensors header length");
   if (header_bytes > kMaxHeaderBytes)
-    fail(ErrorKind::format, source, ": header of ", header_bytes, " bytes, at most ", kMaxHeaderBytes,
-         " accepted; not a safetensors file, or damaged");
+    fail(ErrorKind::format, source, ": header of ", header_bytes, " bytes, at most ",
+         kMaxHeaderBytes, " accepted; not a safetensors file, or damaged");
   const std::string_view text = in.text(header_bytes, "safetensors header");
   const Json header = parse_json(text, source, {.max_bytes = kMaxHeaderBytes, .max_depth = 4});
   if (!header.is_object()) fail(ErrorKind::format, source, ": header is no JSON object");
@@ -135,7 +145,8 @@ Shard read_shard(std::span<const std::byte> bytes, const std::string& source) {
   return shard;
 }
 
-std::vector<fs::path> files_ending(const fs::path& folder, std::initializer_list<const char*> endings) {
+std::vector<fs::path> files_ending(const fs::path& folder,
+                                   std::initializer_list<const char*> endings) {
   std::vector<fs::path> out;
   std::error_code ec;
   for (const auto& entry : fs::directory_iterator(folder, ec))
@@ -153,11 +164,13 @@ fs::path single_file(const fs::path& folder) {
   if (files.size() > 1) {
     const fs::path model = folder / "model.safetensors";
     if (std::find(files.begin(), files.end(), model) != files.end()) return model;
-    fail(ErrorKind::io, (folder / kIndexName).string(), ": missing, and the folder has ", files.size(), " .safetensors files");
+    fail(ErrorKind::io, (folder / kIndexName).string(), ": missing, and the folder has ",
+         files.size(), " .safetensors files");
   }
   const auto pickles = files_ending(folder, {".bin", ".pt", ".pth"});
   if (!pickles.empty())
-    fail(ErrorKind::unsupported, folder.string(), ": only PyTorch pickles (", pickles[0].filename().string(),
+    fail(ErrorKind::unsupported, folder.string(), ": only PyTorch pickles (",
+         pickles[0].filename().string(),
          "); duet reads safetensors: get the repository's .safetensors files");
   fail(ErrorKind::io, folder.string(), ": no .safetensors file there");
 }
@@ -167,17 +180,21 @@ using WeightMap = std::map<std::string, std::unordered_set<std::string>>;
 
 WeightMap read_index(const fs::path& path) {
   const std::string source = path.string();
-  const Json index = parse_json(read_file(path, kMaxHeaderBytes), source, {.max_bytes = kMaxHeaderBytes, .max_depth = 8});
+  const Json index = parse_json(read_file(path, kMaxHeaderBytes), source,
+                                {.max_bytes = kMaxHeaderBytes, .max_depth = 8});
   const auto map = index.find("weight_map");
   if (map == index.end() || !map->is_object() || map->empty())
     fail(ErrorKind::format, source, ": 'weight_map' is missing or empty");
   WeightMap out;
   for (const auto& [tensor, file] : map->items()) {
-    if (!file.is_string()) fail(ErrorKind::format, source, ": tensor ", quote(tensor), ": its shard is no file name");
+    if (!file.is_string())
+      fail(ErrorKind::format, source, ": tensor ", quote(tensor), ": its shard is no file name");
     const auto name = file.get<std::string>();
     // A file beside the index, nothing else: an index must not lead to other folders.
-    if (name.empty() || name == "." || name == ".." || name.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos)
-      fail(ErrorKind::format, source, ": tensor ", quote(tensor), ": shard ", quote(name), " is no plain file name");
+    if (name.empty() || name == "." || name == ".." ||
+        name.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos)
+      fail(ErrorKind::format, source, ": tensor ", quote(tensor), ": shard ", quote(name),
+           " is no plain file name");
     out[name].insert(tensor);
   }
   return out;
@@ -191,7 +208,8 @@ struct Safetensors::State {
   std::unordered_map<std::string_view, const TensorView*> tensor_index;  // into tensors
   uint64_t file_bytes = 0;
 
-  void add(std::span<const std::byte> bytes, const std::string& source, const std::unordered_set<std::string>* wanted);
+  void add(std::span<const std::byte> bytes, const std::string& source,
+           const std::unordered_set<std::string>* wanted);
   void add_file(const fs::path& path, const std::unordered_set<std::string>* wanted);
   void index();
 };
@@ -217,7 +235,8 @@ void Safetensors::State::add(std::span<const std::byte> bytes, const std::string
        " in all) that the index places there");
 }
 
-void Safetensors::State::add_file(const fs::path& path, const std::unordered_set<std::string>* wanted) {
+void Safetensors::State::add_file(const fs::path& path,
+                                  const std::unordered_set<std::string>* wanted) {
   files.push_back(MappedFile::open(path));
   add(files.back().bytes(), path.string(), wanted);
 }

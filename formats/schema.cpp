@@ -10,7 +10,8 @@ namespace {
 
 constexpr float kMixtralRopeBase = 1e6f;
 constexpr uint32_t kMixtralExperts = 8;
-constexpr uint64_t kMaxDim = uint64_t{1} << 24;  // of any one dimension: vocabulary, width, context / 256
+constexpr uint64_t kMaxDim = uint64_t{1}
+                             << 24;  // of any one dimension: vocabulary, width, context / 256
 
 void note(const NoticeFn& notice, const std::string& text) {
   if (notice) notice(text);
@@ -18,26 +19,31 @@ void note(const NoticeFn& notice, const std::string& text) {
 
 // ---- ranges and consistency, common to both sources ---------------------------------------------
 
-void check_range(const std::string& source, const char* what, uint64_t value, uint64_t least, uint64_t most) {
+void check_range(const std::string& source, const char* what, uint64_t value, uint64_t least,
+                 uint64_t most) {
   if (value < least || value > most)
     fail(ErrorKind::format, source, ": ", what, " is ", value, ", expected ", least, " to ", most);
 }
 
 // Written so that NaN fails.
-void check_float(const std::string& source, const char* what, float value, float above, float most) {
+void check_float(const std::string& source, const char* what, float value, float above,
+                 float most) {
   if (!(value > above && value <= most))
-    fail(ErrorKind::format, source, ": ", what, " is ", value, ", expected more than ", above, " and at most ", most);
+    fail(ErrorKind::format, source, ": ", what, " is ", value, ", expected more than ", above,
+         " and at most ", most);
 }
 
 void check_attention(const HParams& h, const std::string& source) {
   check_range(source, "number of heads", h.n_head, 1, 4096);
   check_range(source, "number of KV heads", h.n_head_kv, 1, h.n_head);
   if (h.n_head % h.n_head_kv != 0)
-    fail(ErrorKind::format, source, ": ", h.n_head, " heads are no multiple of ", h.n_head_kv, " KV heads");
+    fail(ErrorKind::format, source, ": ", h.n_head, " heads are no multiple of ", h.n_head_kv,
+         " KV heads");
   check_range(source, "head size", h.head_dim, 2, 1024);
   check_range(source, "rotated dimensions", h.n_rot, 2, h.head_dim);
   if (h.head_dim % 2 != 0 || h.n_rot % 2 != 0)
-    fail(ErrorKind::format, source, ": head size ", h.head_dim, " and rotated dimensions ", h.n_rot, " must be even");
+    fail(ErrorKind::format, source, ": head size ", h.head_dim, " and rotated dimensions ", h.n_rot,
+         " must be even");
 }
 
 void check_rope(const HParams& h, const std::string& source) {
@@ -65,13 +71,15 @@ void check_hparams(const HParams& h, const std::string& source) {
 }
 
 uint32_t narrow(uint64_t value, const char* key, const std::string& source) {
-  if (value > UINT32_MAX) fail(ErrorKind::format, source, ": '", key, "' is ", value, ", which is too large");
+  if (value > UINT32_MAX)
+    fail(ErrorKind::format, source, ": '", key, "' is ", value, ", which is too large");
   return static_cast<uint32_t>(value);
 }
 
 uint32_t default_head_dim(const HParams& h, const std::string& source) {
   if (h.n_head == 0 || h.n_embd % h.n_head != 0)
-    fail(ErrorKind::format, source, ": embedding size ", h.n_embd, " is no multiple of ", h.n_head, " heads");
+    fail(ErrorKind::format, source, ": embedding size ", h.n_embd, " is no multiple of ", h.n_head,
+         " heads");
   return h.n_embd / h.n_head;
 }
 
@@ -82,11 +90,13 @@ void drop_window_of_experts(HParams& h, const std::string& source, const NoticeF
   h.sliding_window = 0;
 }
 
-// ---- GGUF ----------------------------------------------------------------------------------------
+// ---- GGUF
+// ----------------------------------------------------------------------------------------
 
 class GgufHParams {
  public:
-  GgufHParams(const GgufFile& file, const NoticeFn& notice) : file_(file), source_(file.source()), notice_(notice) {}
+  GgufHParams(const GgufFile& file, const NoticeFn& notice)
+      : file_(file), source_(file.source()), notice_(notice) {}
 
   HParams read() {
     check_architecture();
@@ -104,14 +114,16 @@ class GgufHParams {
  private:
   void check_architecture() {
     const std::string* arch = file_.get_string("general.architecture");
-    if (arch == nullptr) fail(ErrorKind::format, source_, ": key 'general.architecture' is missing");
+    if (arch == nullptr)
+      fail(ErrorKind::format, source_, ": key 'general.architecture' is missing");
     if (*arch != "llama")
       fail(ErrorKind::unsupported, source_, ": architecture ", quote(*arch),
            " is not supported; duet runs 'llama' (Llama, Mistral, Mixtral)");
     // Biases are parts of a model that this family lacks: leaving them out would be silently wrong.
     for (const TensorView& tensor : file_.tensors())
       if (tensor.name.ends_with(".bias"))
-        fail(ErrorKind::unsupported, source_, ": tensor ", quote(tensor.name), ": biases are not supported");
+        fail(ErrorKind::unsupported, source_, ": tensor ", quote(tensor.name),
+             ": biases are not supported");
     if (const std::string* name = file_.get_string("general.name")) h_.name = *name;
   }
 
@@ -144,15 +156,19 @@ class GgufHParams {
   uint32_t read_n_vocab() const {
     const auto stated = optional_uint("llama.vocab_size");
     const std::vector<std::string>* tokens = file_.get_strings("tokenizer.ggml.tokens");
-    if (const TensorView* embd = file_.find_tensor("token_embd.weight"); embd != nullptr && embd->shape.size() == 2) {
+    if (const TensorView* embd = file_.find_tensor("token_embd.weight");
+        embd != nullptr && embd->shape.size() == 2) {
       const uint32_t rows = narrow(embd->shape[0], "token_embd rows", source_);
       if (stated && *stated != rows)
-        note(notice_, concat(source_, ": llama.vocab_size says ", *stated, ", token_embd has ", rows, " rows: using ", rows));
+        note(notice_, concat(source_, ": llama.vocab_size says ", *stated, ", token_embd has ",
+                             rows, " rows: using ", rows));
       return rows;
     }
     if (stated) return *stated;
     if (tokens == nullptr)
-      fail(ErrorKind::format, source_, ": no vocabulary size: llama.vocab_size, token_embd.weight and tokenizer.ggml.tokens are missing");
+      fail(ErrorKind::format, source_,
+           ": no vocabulary size: llama.vocab_size, token_embd.weight and tokenizer.ggml.tokens "
+           "are missing");
     return narrow(tokens->size(), "tokenizer.ggml.tokens", source_);
   }
 
@@ -161,10 +177,11 @@ class GgufHParams {
     h_.n_head_kv = optional_uint("llama.attention.head_count_kv").value_or(h_.n_head);
     const auto key_length = optional_uint("llama.attention.key_length");
     h_.head_dim = key_length ? *key_length : default_head_dim(h_, source_);
-    const uint32_t value_length = optional_uint("llama.attention.value_length").value_or(h_.head_dim);
+    const uint32_t value_length =
+        optional_uint("llama.attention.value_length").value_or(h_.head_dim);
     if (value_length != h_.head_dim)
-      fail(ErrorKind::unsupported, source_, ": keys of ", h_.head_dim, " and values of ", value_length,
-           " elements per head; duet needs them equal");
+      fail(ErrorKind::unsupported, source_, ": keys of ", h_.head_dim, " and values of ",
+           value_length, " elements per head; duet needs them equal");
     h_.n_rot = optional_uint("llama.rope.dimension_count").value_or(h_.head_dim);
     h_.sliding_window = optional_uint("llama.attention.sliding_window").value_or(0);
   }
@@ -179,10 +196,12 @@ class GgufHParams {
     }
     const std::string* kind = file_.get_string("llama.rope.scaling.type");
     if (kind != nullptr && *kind != "none" && *kind != "linear")
-      fail(ErrorKind::unsupported, source_, ": rope scaling ", quote(*kind), " is not supported (none, linear)");
+      fail(ErrorKind::unsupported, source_, ": rope scaling ", quote(*kind),
+           " is not supported (none, linear)");
     auto factor = file_.get_float("llama.rope.scaling.factor");
     if (!factor) factor = file_.get_float("llama.rope.scale_linear");  // name of 2023 files
-    if (factor && *factor != 0 && (kind == nullptr || *kind == "linear")) h_.rope_scale = static_cast<float>(1.0 / *factor);
+    if (factor && *factor != 0 && (kind == nullptr || *kind == "linear"))
+      h_.rope_scale = static_cast<float>(1.0 / *factor);
   }
 
   const GgufFile& file_;
@@ -191,7 +210,8 @@ class GgufHParams {
   HParams h_;
 };
 
-// ---- Hugging Face config.json --------------------------------------------------------------------
+// ---- Hugging Face config.json
+// --------------------------------------------------------------------
 
 class HfConfig {
  public:
@@ -205,7 +225,8 @@ class HfConfig {
     read_sizes();
     read_attention();
     read_rope();
-    h_.rms_eps = static_cast<float>(json_get_or<double>(config_, "rms_norm_eps", mixtral() ? 1e-5 : 1e-6, source_));
+    h_.rms_eps = static_cast<float>(
+        json_get_or<double>(config_, "rms_norm_eps", mixtral() ? 1e-5 : 1e-6, source_));
     h_.tied_output = json_get_or<bool>(config_, "tie_word_embeddings", false, source_);
     drop_window_of_experts(h_, source_, notice_);
     check_hparams(h_, source_);
@@ -217,13 +238,16 @@ class HfConfig {
 
   void read_family() {
     const auto names = config_.find("architectures");
-    if (names != config_.end() && names->is_array() && !names->empty() && names->front().is_string())
+    if (names != config_.end() && names->is_array() && !names->empty() &&
+        names->front().is_string())
       family_ = names->front().get<std::string>();
     else
       family_ = family_of_type(json_get<std::string>(config_, "model_type", source_));
-    if (family_ != "MixtralForCausalLM" && family_ != "MistralForCausalLM" && family_ != "LlamaForCausalLM")
+    if (family_ != "MixtralForCausalLM" && family_ != "MistralForCausalLM" &&
+        family_ != "LlamaForCausalLM")
       fail(ErrorKind::unsupported, source_, ": architecture ", quote(family_),
-           " is not supported; duet converts MixtralForCausalLM, MistralForCausalLM and LlamaForCausalLM");
+           " is not supported; duet converts MixtralForCausalLM, MistralForCausalLM and "
+           "LlamaForCausalLM");
   }
 
   static std::string family_of_type(const std::string& type) {
@@ -238,14 +262,20 @@ class HfConfig {
       if (json_get_or<bool>(config_, key, false, source_))
         fail(ErrorKind::unsupported, source_, ": '", key, "' is true: biases are not supported");
     const auto act = json_get_or<std::string>(config_, "hidden_act", "silu", source_);
-    if (act != "silu") fail(ErrorKind::unsupported, source_, ": hidden_act ", quote(act), " is not supported (silu)");
+    if (act != "silu")
+      fail(ErrorKind::unsupported, source_, ": hidden_act ", quote(act),
+           " is not supported (silu)");
     if (const auto q = config_.find("quantization_config"); q != config_.end() && !q->is_null())
-      fail(ErrorKind::unsupported, source_, ": the weights are quantized ('quantization_config'); convert the original model");
+      fail(ErrorKind::unsupported, source_,
+           ": the weights are quantized ('quantization_config'); convert the original model");
     if (json_get_or<double>(config_, "partial_rotary_factor", 1.0, source_) != 1.0)
-      fail(ErrorKind::unsupported, source_, ": 'partial_rotary_factor' other than 1 is not supported");
+      fail(ErrorKind::unsupported, source_,
+           ": 'partial_rotary_factor' other than 1 is not supported");
   }
 
-  uint32_t required(const char* key) const { return narrow(json_get<uint64_t>(config_, key, source_), key, source_); }
+  uint32_t required(const char* key) const {
+    return narrow(json_get<uint64_t>(config_, key, source_), key, source_);
+  }
   uint32_t get_or(const char* key, uint32_t fallback) const {
     return narrow(json_get_or<uint64_t>(config_, key, fallback, source_), key, source_);
   }
@@ -278,7 +308,8 @@ class HfConfig {
     const Json& scaling = modern.empty() ? object_or_empty("rope_scaling") : modern;
     const double fallback = mixtral() ? double{kMixtralRopeBase} : 10000.0;
     const double top_level = json_get_or<double>(config_, "rope_theta", fallback, source_);
-    h_.rope_freq_base = static_cast<float>(json_get_or<double>(modern, "rope_theta", top_level, source_));
+    h_.rope_freq_base =
+        static_cast<float>(json_get_or<double>(modern, "rope_theta", top_level, source_));
     auto kind = json_get_or<std::string>(scaling, "type", "default", source_);  // older name
     kind = json_get_or<std::string>(scaling, "rope_type", kind, source_);
     if (kind == "linear") {
@@ -286,7 +317,8 @@ class HfConfig {
     } else if (kind == "llama3") {
       read_llama3(scaling);
     } else if (kind != "default") {
-      fail(ErrorKind::unsupported, source_, ": rope scaling ", quote(kind), " is not supported (default, linear, llama3)");
+      fail(ErrorKind::unsupported, source_, ": rope scaling ", quote(kind),
+           " is not supported (default, linear, llama3)");
     }
   }
 
@@ -294,9 +326,11 @@ class HfConfig {
     auto& l3 = h_.llama3_rope;
     l3.factor = static_cast<float>(json_get<double>(scaling, "factor", source_));
     l3.low_freq_factor = static_cast<float>(json_get<double>(scaling, "low_freq_factor", source_));
-    l3.high_freq_factor = static_cast<float>(json_get<double>(scaling, "high_freq_factor", source_));
-    l3.n_ctx_original = narrow(json_get<uint64_t>(scaling, "original_max_position_embeddings", source_),
-                               "original_max_position_embeddings", source_);
+    l3.high_freq_factor =
+        static_cast<float>(json_get<double>(scaling, "high_freq_factor", source_));
+    l3.n_ctx_original =
+        narrow(json_get<uint64_t>(scaling, "original_max_position_embeddings", source_),
+               "original_max_position_embeddings", source_);
     check_float(source_, "rope scaling factor", l3.factor, 0.0f, 1e6f);
     h_.rope_freqs = true;
   }
@@ -318,7 +352,9 @@ class HfConfig {
 
 }  // namespace
 
-HParams read_hparams(const GgufFile& file, const NoticeFn& notice) { return GgufHParams(file, notice).read(); }
+HParams read_hparams(const GgufFile& file, const NoticeFn& notice) {
+  return GgufHParams(file, notice).read();
+}
 
 HParams read_hf_config(const Json& config, const std::string& source, const NoticeFn& notice) {
   return HfConfig(config, source, notice).read();
@@ -361,10 +397,12 @@ std::vector<float> llama3_rope_freqs(const HParams& h) {
   const auto& l3 = h.llama3_rope;
   std::vector<float> out(h.n_rot / 2);
   for (size_t i = 0; i < out.size(); ++i) {
-    const double frequency = std::pow(double{h.rope_freq_base}, -2.0 * static_cast<double>(i) / h.n_rot);
+    const double frequency =
+        std::pow(double{h.rope_freq_base}, -2.0 * static_cast<double>(i) / h.n_rot);
     const double turns = l3.n_ctx_original * frequency / kTau;  // within the original context
     // Weight of the unscaled frequency: 0 below low_freq_factor turns, 1 above high_freq_factor.
-    const double ramp = (turns - l3.low_freq_factor) / (double{l3.high_freq_factor} - l3.low_freq_factor);
+    const double ramp =
+        (turns - l3.low_freq_factor) / (double{l3.high_freq_factor} - l3.low_freq_factor);
     const double unscaled = std::min(std::max(ramp, 0.0), 1.0);
     out[i] = static_cast<float>(1.0 / ((1.0 - unscaled) / l3.factor + unscaled));
   }

@@ -11,8 +11,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     DUET_ASSERT(parse_json(json.dump(), "again").dump() == json.dump());
     if (!json.is_object()) return 0;
     for (const auto& [key, value] : json.items()) {
-      if (value.is_string()) DUET_ASSERT(json_get<std::string>(json, key.c_str(), "fuzz") == value);
-      else (void)json_get_or<uint64_t>(json, key.c_str(), 0, "fuzz");
+      if (value.is_string())
+        DUET_ASSERT(json_get<std::string>(json, key.c_str(), "fuzz") == value);
+      else
+        (void)json_get_or<uint64_t>(json, key.c_str(), 0, "fuzz");
     }
   } catch (const Error& e) {
     if (e.kind() == ErrorKind::internal) throw;

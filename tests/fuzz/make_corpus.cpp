@@ -1,5 +1,6 @@
-// Writes the seeds of the binary corpora: make_fuzz_corpus FOLDER (tests/fuzz/corpus). Seeds of text
-// formats are kept as written by hand; inputs named crash-* were found by the fuzzer and fixed.
+// Writes the seeds of the binary corpora: make_fuzz_corpus FOLDER (tests/fuzz/corpus). Seeds of
+// text formats are kept as written by hand; inputs named crash-* were found by the fuzzer and
+// fixed.
 #include <cstdio>
 #include <filesystem>
 
@@ -13,18 +14,31 @@ using namespace duet;
 using namespace duet::test;
 
 void write_gguf(const std::filesystem::path& folder) {
-  const TinyModelOptions small{.n_layer = 1, .n_expert = 2, .n_embd = 8, .n_ff = 8, .n_head = 2, .n_head_kv = 1};
+  const TinyModelOptions small{
+      .n_layer = 1, .n_expert = 2, .n_embd = 8, .n_ff = 8, .n_head = 2, .n_head_kv = 1};
   GgufBuilder model = tiny_model(small);
   for (const char* key : {"tokens", "scores", "token_type"})
-    std::erase_if(model.keys, [&](const auto& k) { return k.name == std::string("tokenizer.ggml.") + key; });
-  model.texts("tokenizer.ggml.tokens", {"<unk>", "<s>", "</s>"}).floats("tokenizer.ggml.scores", {0, 0, 0});
+    std::erase_if(model.keys,
+                  [&](const auto& k) { return k.name == std::string("tokenizer.ggml.") + key; });
+  model.texts("tokenizer.ggml.tokens", {"<unk>", "<s>", "</s>"})
+      .floats("tokenizer.ggml.scores", {0, 0, 0});
   model.ints("tokenizer.ggml.token_type", {2, 3, 3});
-  std::erase_if(model.tensors, [](const auto& t) { return t.name == "token_embd.weight" || t.name == "output.weight"; });
+  std::erase_if(model.tensors, [](const auto& t) {
+    return t.name == "token_embd.weight" || t.name == "output.weight";
+  });
   write_bytes(folder / "seed-mixtral", model.build());
 
   GgufBuilder kinds;
-  kinds.u8("u8", 1).u16("u16", 2).u32("u32", 3).f32("f32", 4).boolean("bool", true).text("text", "t");
-  kinds.texts("texts", {"a", ""}).floats("floats", {1}).ints("ints", {-1}).u32("general.alignment", 8);
+  kinds.u8("u8", 1)
+      .u16("u16", 2)
+      .u32("u32", 3)
+      .f32("f32", 4)
+      .boolean("bool", true)
+      .text("text", "t");
+  kinds.texts("texts", {"a", ""})
+      .floats("floats", {1})
+      .ints("ints", {-1})
+      .u32("general.alignment", 8);
   kinds.keys.push_back({"i8", 1, raw(int8_t{-1})});
   kinds.keys.push_back({"f64", 12, raw(1.0)});
   kinds.keys.push_back({"u64", 10, raw(uint64_t{1})});
@@ -35,7 +49,9 @@ void write_gguf(const std::filesystem::path& folder) {
   GgufBuilder formats;
   formats.version = 2;
   for (const Format& format : all_formats())
-    formats.tensors.push_back({format.name, {format.block_elems, 1}, static_cast<uint32_t>(format.dtype),
+    formats.tensors.push_back({format.name,
+                               {format.block_elems, 1},
+                               static_cast<uint32_t>(format.dtype),
                                std::string(format.block_bytes, '\x2a')});
   write_bytes(folder / "seed-formats", formats.build());
 }
@@ -45,8 +61,11 @@ void write_safetensors(const std::filesystem::path& folder) {
     while (header.size() % 8 != 0) header += ' ';
     write_text(folder / name, raw(uint64_t{header.size()}) + header + std::string(n_data, '\x2a'));
   };
-  file("seed-two", R"({"__metadata__":{"format":"pt"},"b":{"dtype":"BF16","shape":[2,1],"data_offsets":[8,12]},)"
-                   R"("a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", 12);
+  file(
+      "seed-two",
+      R"({"__metadata__":{"format":"pt"},"b":{"dtype":"BF16","shape":[2,1],"data_offsets":[8,12]},)"
+      R"("a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})",
+      12);
   file("seed-scalar", R"({"s":{"dtype":"F16","shape":[],"data_offsets":[0,2]}})", 2);
   file("seed-integers", R"({"s":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}})", 8);
   file("seed-empty", "{}", 0);
@@ -62,9 +81,11 @@ void write_tokenizer(const std::filesystem::path& folder) {
   seed("seed-spm", spm_file(entries), "the abc </s> <0x0A>\n  \xFF日 aa");
   entries.push_back({"<tool>", 0, TokenType::user_defined});
   entries.push_back({"abcabc", -0.5f, TokenType::unused});
-  seed("seed-spm-types", spm_file(entries).boolean("tokenizer.ggml.add_space_prefix", false), "abcabc<tool>the");
+  seed("seed-spm-types", spm_file(entries).boolean("tokenizer.ggml.add_space_prefix", false),
+       "abcabc<tool>the");
   for (const char* pre : {"gpt-2", "llama-bpe", "tekken", "default"})
-    seed((std::string("seed-") + pre).c_str(), gpt2_file(pre, {"h e", "l l", "he ll", "Ġ w"}), "hello w <|im_end|> I'm 1234\r\n\xC0 Ab");
+    seed((std::string("seed-") + pre).c_str(), gpt2_file(pre, {"h e", "l l", "he ll", "Ġ w"}),
+         "hello w <|im_end|> I'm 1234\r\n\xC0 Ab");
 }
 
 }  // namespace

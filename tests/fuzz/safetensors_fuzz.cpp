@@ -12,7 +12,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const Safetensors file = Safetensors::parse(std::as_bytes(std::span(bytes)), "fuzz");
     volatile unsigned sum = 0;
     for (const TensorView& tensor : file.tensors()) {
-      sum = sum + std::to_integer<unsigned>(tensor.data.front()) + std::to_integer<unsigned>(tensor.data.back());
+      sum = sum + std::to_integer<unsigned>(tensor.data.front()) +
+            std::to_integer<unsigned>(tensor.data.back());
       DUET_ASSERT(tensor.data.size() == tensor.rows() * row_bytes(*tensor.format, tensor.cols()));
     }
   } catch (const Error& e) {

@@ -12,14 +12,25 @@
 namespace duet::test {
 namespace {
 
-enum : uint32_t { kU8 = 0, kU16 = 2, kU32 = 4, kI32 = 5, kF32 = 6, kBool = 7, kString = 8, kArray = 9 };
+enum : uint32_t {
+  kU8 = 0,
+  kU16 = 2,
+  kU32 = 4,
+  kI32 = 5,
+  kF32 = 6,
+  kBool = 7,
+  kString = 8,
+  kArray = 9
+};
 
 template <class T>
 std::string raw_array(uint32_t type, const std::vector<T>& items) {
   std::string out = raw(type) + raw(uint64_t{items.size()});
   for (const T& item : items) {
-    if constexpr (std::is_same_v<T, std::string>) out += raw_string(item);
-    else out += raw(item);
+    if constexpr (std::is_same_v<T, std::string>)
+      out += raw_string(item);
+    else
+      out += raw(item);
   }
   return out;
 }
@@ -30,7 +41,9 @@ void pad(std::string& out, uint64_t alignment) {
 
 }  // namespace
 
-std::string raw_string(std::string_view text) { return raw(uint64_t{text.size()}) + std::string(text); }
+std::string raw_string(std::string_view text) {
+  return raw(uint64_t{text.size()}) + std::string(text);
+}
 
 GgufBuilder& GgufBuilder::u8(std::string name, uint8_t v) {
   keys.push_back({std::move(name), kU8, raw(v)});
@@ -71,8 +84,10 @@ GgufBuilder& GgufBuilder::ints(std::string name, const std::vector<int32_t>& v) 
 
 GgufBuilder& GgufBuilder::add(const GgufKeyValue& kv) {
   const auto& data = kv.value.data;
-  if (kv.value.type == GgufType::u32) return u32(kv.key, static_cast<uint32_t>(std::get<uint64_t>(data)));
-  if (kv.value.type == GgufType::f32) return f32(kv.key, static_cast<float>(std::get<double>(data)));
+  if (kv.value.type == GgufType::u32)
+    return u32(kv.key, static_cast<uint32_t>(std::get<uint64_t>(data)));
+  if (kv.value.type == GgufType::f32)
+    return f32(kv.key, static_cast<float>(std::get<double>(data)));
   if (kv.value.type == GgufType::boolean) return boolean(kv.key, std::get<bool>(data));
   if (kv.value.type == GgufType::string) return text(kv.key, std::get<std::string>(data));
   throw std::logic_error("GgufBuilder::add: " + kv.key + " is of a type not offered here");
@@ -92,7 +107,8 @@ GgufBuilder::Key& GgufBuilder::key(std::string_view name) {
 }
 
 std::vector<std::byte> GgufBuilder::build() const {
-  std::string out = magic + raw(version) + raw(n_tensors.value_or(tensors.size())) + raw(n_keys.value_or(keys.size()));
+  std::string out = magic + raw(version) + raw(n_tensors.value_or(tensors.size())) +
+                    raw(n_keys.value_or(keys.size()));
   for (const Key& k : keys) out += raw_string(k.name) + raw(k.type) + k.bytes;
   std::string data;
   for (const Tensor& t : tensors) {

@@ -35,45 +35,53 @@ uint64_t hash(std::string_view text, uint64_t seed) {
   return seed;
 }
 
-std::string encode(const Format& format, const std::vector<float>& values, size_t cols, Random& random) {
+std::string encode(const Format& format, const std::vector<float>& values, size_t cols,
+                   Random& random) {
   std::string out(row_bytes(format, cols) * (values.size() / cols), '\0');
   if (format.encode_row != nullptr) {
     for (size_t r = 0; r < values.size() / cols; ++r)
-      format.encode_row(values.data() + r * cols, out.data() + r * row_bytes(format, cols), cols, nullptr);
+      format.encode_row(values.data() + r * cols, out.data() + r * row_bytes(format, cols), cols,
+                        nullptr);
     return out;
   }
   // Formats without an encoder (IQ4_NL, IQ4_XS) begin each block with its scale: random codes do.
   const float level = 1.0f / (100.0f * std::sqrt(static_cast<float>(cols)));
   const uint16_t d = f32_to_f16(format.block_elems == 256 ? level / 16 : level);
   for (char& c : out) c = static_cast<char>(random.next());
-  for (size_t at = 0; at < out.size(); at += format.block_bytes) std::memcpy(out.data() + at, &d, sizeof d);
+  for (size_t at = 0; at < out.size(); at += format.block_bytes)
+    std::memcpy(out.data() + at, &d, sizeof d);
   return out;
 }
 
 bool is_norm(TensorKind kind) {
-  return kind == TensorKind::attn_norm || kind == TensorKind::ffn_norm || kind == TensorKind::output_norm;
+  return kind == TensorKind::attn_norm || kind == TensorKind::ffn_norm ||
+         kind == TensorKind::output_norm;
 }
 
-// Weights depend on seed and merged name and position only: both expert layouts hold the same model.
+// Weights depend on seed and merged name and position only: both expert layouts hold the same
+// model.
 std::vector<float> random_values(const TensorSpec& spec, uint64_t seed) {
   Random random(hash(spec.gguf_name, seed));
   size_t n = 1;
   for (const uint64_t d : spec.shape) n *= d;
   const bool norm = is_norm(spec.kind);
-  const float scale = norm                                       ? 0.1f
-                      : spec.kind == TensorKind::token_embd      ? 1.0f
-                      : spec.kind == TensorKind::output          ? 3.0f / std::sqrt(static_cast<float>(spec.shape.back()))
-                                                                 : 1.0f / std::sqrt(static_cast<float>(spec.shape.back()));
+  const float scale = norm                                  ? 0.1f
+                      : spec.kind == TensorKind::token_embd ? 1.0f
+                      : spec.kind == TensorKind::output
+                          ? 3.0f / std::sqrt(static_cast<float>(spec.shape.back()))
+                          : 1.0f / std::sqrt(static_cast<float>(spec.shape.back()));
   std::vector<float> values(n);
   for (float& v : values) v = (norm ? 1.0f : 0.0f) + scale * random.normal();
   return values;
 }
 
-void add_matrix(GgufBuilder& out, const std::string& name, DType type, const std::vector<uint64_t>& shape,
-                const std::vector<float>& values, uint64_t seed) {
+void add_matrix(GgufBuilder& out, const std::string& name, DType type,
+                const std::vector<uint64_t>& shape, const std::vector<float>& values,
+                uint64_t seed) {
   Random random(hash(name, seed));
   std::vector<uint64_t> ne(shape.rbegin(), shape.rend());
-  out.tensors.push_back({name, ne, static_cast<uint32_t>(type), encode(format_of(type), values, shape.back(), random)});
+  out.tensors.push_back({name, ne, static_cast<uint32_t>(type),
+                         encode(format_of(type), values, shape.back(), random)});
 }
 
 void add_tensor(GgufBuilder& out, const TensorSpec& spec, const TinyModelOptions& options) {
@@ -87,8 +95,9 @@ void add_tensor(GgufBuilder& out, const TensorSpec& spec, const TinyModelOptions
   const size_t slice = spec.shape[1] * spec.shape[2];
   for (size_t e = 0; e < spec.shape[0]; ++e) {
     const auto first = values.begin() + static_cast<std::ptrdiff_t>(e * slice);
-    add_matrix(out, split_expert_name(spec.kind, spec.layer, static_cast<int>(e)), type, {spec.shape[1], spec.shape[2]},
-               {first, first + static_cast<std::ptrdiff_t>(slice)}, options.seed);
+    add_matrix(out, split_expert_name(spec.kind, spec.layer, static_cast<int>(e)), type,
+               {spec.shape[1], spec.shape[2]}, {first, first + static_cast<std::ptrdiff_t>(slice)},
+               options.seed);
   }
 }
 
@@ -98,7 +107,9 @@ void add_tokenizer(GgufBuilder& out, const TinyModelOptions& options) {
   out.texts("tokenizer.ggml.tokens", vocabulary.tokens);
   out.floats("tokenizer.ggml.scores", vocabulary.scores);
   out.ints("tokenizer.ggml.token_type", vocabulary.types);
-  out.u32("tokenizer.ggml.bos_token_id", 1).u32("tokenizer.ggml.eos_token_id", 2).u32("tokenizer.ggml.unknown_token_id", 0);
+  out.u32("tokenizer.ggml.bos_token_id", 1)
+      .u32("tokenizer.ggml.eos_token_id", 2)
+      .u32("tokenizer.ggml.unknown_token_id", 0);
   out.boolean("tokenizer.ggml.add_bos_token", true).boolean("tokenizer.ggml.add_eos_token", false);
   if (!options.chat_template.empty()) out.text("tokenizer.chat_template", options.chat_template);
 }
@@ -142,7 +153,8 @@ TinyVocabulary tiny_vocabulary(uint32_t n_vocab) {
     add(name.data(), 0, kByte);
   }
   float rank = 0;
-  for (const char* merged : {"\u2581t", "he", "\u2581a", "in", "\u2581the", "er", "on", "\u2581s", "re", "an", "and", "\u2581and", "ing"})
+  for (const char* merged : {"\u2581t", "he", "\u2581a", "in", "\u2581the", "er", "on", "\u2581s",
+                             "re", "an", "and", "\u2581and", "ing"})
     add(merged, -rank++, kNormal);
   add("\u2581", -rank++, kNormal);
   for (char c = 'a'; c <= 'z'; ++c) add(std::string(1, c), -rank++, kNormal);
@@ -161,11 +173,14 @@ GgufBuilder tiny_model(const TinyModelOptions& options) {
     return std::find(names.begin(), names.end(), name) != names.end();
   };
   std::erase_if(out.keys, [&](const auto& key) { return listed(options.omit_keys, key.name); });
-  std::erase_if(out.tensors, [&](const auto& tensor) { return listed(options.omit_tensors, tensor.name); });
+  std::erase_if(out.tensors,
+                [&](const auto& tensor) { return listed(options.omit_tensors, tensor.name); });
   return out;
 }
 
-std::vector<std::byte> tiny_model_bytes(const TinyModelOptions& options) { return tiny_model(options).build(); }
+std::vector<std::byte> tiny_model_bytes(const TinyModelOptions& options) {
+  return tiny_model(options).build();
+}
 
 void write_tiny_model(const std::filesystem::path& path, const TinyModelOptions& options) {
   write_bytes(path, tiny_model_bytes(options));

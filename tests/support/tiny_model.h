@@ -17,9 +17,9 @@ struct TinyModelOptions {
   // Rows must be whole blocks: use 256 for n_embd and n_ff with the K formats and IQ4_XS.
   uint32_t n_embd = 64, n_ff = 96, n_head = 4, n_head_kv = 2;
   uint32_t n_ctx_train = 512;
-  uint32_t n_vocab = 0;          // 0: the vocabulary's own size; more is filled with unused tokens
-  DType type = DType::F32;       // of every matrix but the router; norms and router are F32
-  bool split_experts = false;    // blk.N.ffn_gate.E.weight instead of blk.N.ffn_gate_exps.weight
+  uint32_t n_vocab = 0;        // 0: the vocabulary's own size; more is filled with unused tokens
+  DType type = DType::F32;     // of every matrix but the router; norms and router are F32
+  bool split_experts = false;  // blk.N.ffn_gate.E.weight instead of blk.N.ffn_gate_exps.weight
   bool tied_output = false;
   uint32_t sliding_window = 0;
   float rope_freq_base = 10000.0f;

@@ -29,7 +29,9 @@ namespace {
 constexpr auto kFormat = ErrorKind::format;
 constexpr auto kIo = ErrorKind::io;
 
-Json parse(std::string_view text, const JsonLimits& limits = {}) { return parse_json(text, "test.json", limits); }
+Json parse(std::string_view text, const JsonLimits& limits = {}) {
+  return parse_json(text, "test.json", limits);
+}
 
 size_t n_files(const std::filesystem::path& folder) {
   return static_cast<size_t>(std::distance(std::filesystem::directory_iterator(folder), {}));
@@ -57,8 +59,10 @@ TEST_CASE("bytes: a reader never passes the end") {
   CHECK(in.read<uint32_t>("number") == 7);
   CHECK(in.remaining() == 3);
   check_thrown(thrown_by([&] { (void)in.read<uint32_t>("second"); }), kFormat,
-               "f: file ends inside second: need 4 bytes, 3 left; the file is truncated or damaged (byte 4)");
-  check_thrown(thrown_by([&] { (void)in.take(UINT64_MAX, "all"); }), kFormat, "need 18446744073709551615 bytes");
+               "f: file ends inside second: need 4 bytes, 3 left; the file is truncated or damaged "
+               "(byte 4)");
+  check_thrown(thrown_by([&] { (void)in.take(UINT64_MAX, "all"); }), kFormat,
+               "need 18446744073709551615 bytes");
   CHECK(in.text(3, "text") == "abc");
   CHECK(in.take(0, "nothing").empty());
   CHECK(in.offset() == 7);
@@ -82,27 +86,38 @@ TEST_CASE("json: values, order of members, numbers") {
 }
 
 TEST_CASE("json: text that is refused") {
-  for (const char* text : {"", "{", "[1,]", "{\"a\" 1}", "nul", "1 2", "{\"a\":1}}", "\"\xff\"", "[1e999]", "'x'", "// c\n1", "NaN"}) {
+  for (const char* text : {"", "{", "[1,]", "{\"a\" 1}", "nul", "1 2", "{\"a\":1}}", "\"\xff\"",
+                           "[1e999]", "'x'", "// c\n1", "NaN"}) {
     CAPTURE(text);
     check_thrown(thrown_by([&] { (void)parse(text); }), kFormat, "test.json: not valid JSON");
   }
-  check_thrown(thrown_by([] { (void)parse(R"([{"a":1,"b":{"a":1},"a":2}])"); }), kFormat, "JSON key 'a' appears twice");
-  check_thrown(thrown_by([] { (void)parse(std::string(65, '[') + std::string(65, ']')); }), kFormat, "nested deeper than 64");
+  check_thrown(thrown_by([] { (void)parse(R"([{"a":1,"b":{"a":1},"a":2}])"); }), kFormat,
+               "JSON key 'a' appears twice");
+  check_thrown(thrown_by([] { (void)parse(std::string(65, '[') + std::string(65, ']')); }), kFormat,
+               "nested deeper than 64");
   CHECK(parse(std::string(64, '[') + std::string(64, ']')).is_array());
-  check_thrown(thrown_by([] { (void)parse("[1,2,3]", {.max_bytes = 6}); }), kFormat, "JSON of 7 bytes, at most 6");
-  check_thrown(thrown_by([] { (void)parse("\"" + std::string(100000, 'x')); }), kFormat, "not valid JSON");
+  check_thrown(thrown_by([] { (void)parse("[1,2,3]", {.max_bytes = 6}); }), kFormat,
+               "JSON of 7 bytes, at most 6");
+  check_thrown(thrown_by([] { (void)parse("\"" + std::string(100000, 'x')); }), kFormat,
+               "not valid JSON");
   CHECK(thrown_by([] { (void)parse("\"" + std::string(100000, 'x')); }).message.size() < 300);
   CHECK(thrown_by([] { (void)parse(std::string(1000000, '[')); }).kind == kFormat);
 }
 
 TEST_CASE("json: members of another type are named") {
-  const Json json = parse(R"({"s":"text","n":-1,"f":2.0,"big":18446744073709551615,"o":{"secret":1},"nothing":null})");
+  const Json json = parse(
+      R"({"s":"text","n":-1,"f":2.0,"big":18446744073709551615,"o":{"secret":1},"nothing":null})");
   const auto message = [&](auto get) { return thrown_by(get).message; };
-  CHECK(message([&] { (void)json_get<uint64_t>(json, "s", "f"); }) == "f: 's' is 'text', expected a non-negative integer");
-  CHECK(message([&] { (void)json_get<uint64_t>(json, "n", "f"); }) == "f: 'n' is -1, expected a non-negative integer");
-  CHECK(message([&] { (void)json_get<int64_t>(json, "f", "f"); }) == "f: 'f' is 2.0, expected an integer");
-  CHECK(message([&] { (void)json_get<int64_t>(json, "big", "f"); }) == "f: 'big' is 18446744073709551615, expected an integer");
-  CHECK(message([&] { (void)json_get<std::string>(json, "o", "f"); }) == "f: 'o' is an object, expected a string");
+  CHECK(message([&] { (void)json_get<uint64_t>(json, "s", "f"); }) ==
+        "f: 's' is 'text', expected a non-negative integer");
+  CHECK(message([&] { (void)json_get<uint64_t>(json, "n", "f"); }) ==
+        "f: 'n' is -1, expected a non-negative integer");
+  CHECK(message([&] { (void)json_get<int64_t>(json, "f", "f"); }) ==
+        "f: 'f' is 2.0, expected an integer");
+  CHECK(message([&] { (void)json_get<int64_t>(json, "big", "f"); }) ==
+        "f: 'big' is 18446744073709551615, expected an integer");
+  CHECK(message([&] { (void)json_get<std::string>(json, "o", "f"); }) ==
+        "f: 'o' is an object, expected a string");
   CHECK(message([&] { (void)json_get<bool>(json, "none", "f"); }) == "f: 'none' is missing");
   CHECK(json_get<double>(json, "n", "f") == -1.0);
   CHECK(json_get_or<bool>(json, "nothing", true, "f"));
@@ -129,9 +144,11 @@ TEST_CASE("units: sizes as people write them") {
   CHECK(parse_size("1.5 KiB") == 1536);
   CHECK(parse_size("500MB") == 500000000u);
   CHECK(parse_size("2T") == uint64_t{2} << 40);
-  for (const char* text : {"", "G", "-1", "1X", "1e5", "nan", "inf", "1GiBs", "99999999T", "0x10", "1 2"}) {
+  for (const char* text :
+       {"", "G", "-1", "1X", "1e5", "nan", "inf", "1GiBs", "99999999T", "0x10", "1 2"}) {
     CAPTURE(text);
-    check_thrown(thrown_by([&] { (void)parse_size(text); }), ErrorKind::usage, "is not a size: write it like 12GiB");
+    check_thrown(thrown_by([&] { (void)parse_size(text); }), ErrorKind::usage,
+                 "is not a size: write it like 12GiB");
   }
   CHECK(format_size(0) == "0 B");
   CHECK(format_size(1023) == "1023 B");
@@ -164,17 +181,21 @@ TEST_CASE("mapped_file: whole files, empty files, what is no file") {
   CHECK(moved.bytes().size() == 10000);
   write_text(folder / "empty", "");
   CHECK(MappedFile::open(folder / "empty").bytes().empty());
-  check_thrown(thrown_by([&] { (void)MappedFile::open(folder / "none"); }), kIo, "none: cannot open: No such file or directory");
-  check_thrown(thrown_by([&] { (void)MappedFile::open(folder.path()); }), kIo, "not a regular file");
+  check_thrown(thrown_by([&] { (void)MappedFile::open(folder / "none"); }), kIo,
+               "none: cannot open: No such file or directory");
+  check_thrown(thrown_by([&] { (void)MappedFile::open(folder.path()); }), kIo,
+               "not a regular file");
   REQUIRE(::mkfifo((folder / "pipe").c_str(), 0600) == 0);
-  check_thrown(thrown_by([&] { (void)MappedFile::open(folder / "pipe"); }), kIo, "not a regular file");  // and no waiting
+  check_thrown(thrown_by([&] { (void)MappedFile::open(folder / "pipe"); }), kIo,
+               "not a regular file");  // and no waiting
 }
 
 TEST_CASE("read_file: whole text, size limit") {
   const TempFolder folder;
   write_text(folder / "f", "12345");
   CHECK(read_file(folder / "f", 5) == "12345");
-  check_thrown(thrown_by([&] { (void)read_file(folder / "f", 4); }), kFormat, "f: 5 B is larger than the 4 B expected");
+  check_thrown(thrown_by([&] { (void)read_file(folder / "f", 4); }), kFormat,
+               "f: 5 B is larger than the 4 B expected");
   CHECK(thrown_by([&] { (void)read_file(folder / "none", 4); }).kind == kIo);
 }
 
@@ -206,13 +227,16 @@ TEST_CASE("output_file: without commit nothing is left") {
 
 TEST_CASE("output_file: places that cannot be written") {
   const TempFolder folder;
-  const auto open = [](const std::filesystem::path& path, uint64_t n_bytes) { return thrown_by([&] { OutputFile out(path, n_bytes); }); };
+  const auto open = [](const std::filesystem::path& path, uint64_t n_bytes) {
+    return thrown_by([&] { OutputFile out(path, n_bytes); });
+  };
   check_thrown(open(folder / "out", uint64_t{1} << 60), kIo, "needs 1024.0 PiB, the disk has");
   check_thrown(open(folder.path(), 0), kIo, "is a folder, not a file to write");
   check_thrown(open(folder / "none" / "out", 0), kIo, "cannot write there: No such file");
   write_text(folder / "file", "");
   check_thrown(open(folder / "file" / "out", 0), kIo, "cannot write: Not a directory");
-  check_thrown(open("/proc/out", 0), kIo, "/proc/out: cannot write: ");  // refuses the superuser too
+  check_thrown(open("/proc/out", 0), kIo,
+               "/proc/out: cannot write: ");  // refuses the superuser too
   check_thrown(open("/dev/null", 0), kIo, "/dev/null: is not a regular file");
   CHECK(n_files(folder.path()) == 1);
 }
@@ -221,7 +245,8 @@ TEST_CASE("output_file: a read-only folder") {
   if (::geteuid() == 0) DUET_SKIP("the superuser may write to read-only folders");
   const TempFolder folder;
   REQUIRE(::chmod(folder.path().c_str(), 0555) == 0);
-  check_thrown(thrown_by([&] { OutputFile out(folder / "out", 0); }), kIo, "cannot write: Permission denied");
+  check_thrown(thrown_by([&] { OutputFile out(folder / "out", 0); }), kIo,
+               "cannot write: Permission denied");
 }
 
 TEST_CASE("parallel: chunks cover the range once and keep to the grain") {
@@ -232,7 +257,9 @@ TEST_CASE("parallel: chunks cover the range once and keep to the grain") {
         std::atomic<size_t> largest{0};
         parallel_for(n_threads, n, grain, [&](size_t begin, size_t end) {
           for (size_t i = begin; i < end; ++i) ++visits[i];
-          for (size_t seen = largest; end - begin > seen && !largest.compare_exchange_weak(seen, end - begin);) {}
+          for (size_t seen = largest;
+               end - begin > seen && !largest.compare_exchange_weak(seen, end - begin);) {
+          }
         });
         CHECK(std::all_of(visits.begin(), visits.end(), [](const auto& v) { return v == 1; }));
         CHECK(largest <= std::max<size_t>(grain, 1));
@@ -259,10 +286,15 @@ TEST_CASE("zstd_frame: round trip, damage, bombs") {
   CHECK(frame.size() < 1000);
   CHECK(zstd_decompress(frame, text.size(), "f") == text);
   CHECK(zstd_decompress(zstd_compress(""), 0, "f").empty());
-  check_thrown(thrown_by([&] { (void)zstd_decompress(frame, text.size() - 1, "f"); }), kFormat, "f: zstd frame unpacks to more than");
-  check_thrown(thrown_by([&] { (void)zstd_decompress(frame.substr(0, frame.size() / 2), 1 << 20, "f"); }), kFormat, "zstd frame");
-  check_thrown(thrown_by([&] { (void)zstd_decompress("no frame", 1 << 20, "f"); }), kFormat, "f: damaged zstd frame");
-  check_thrown(thrown_by([&] { (void)zstd_decompress("", 1 << 20, "f"); }), kFormat, "zstd frame ends early");
+  check_thrown(thrown_by([&] { (void)zstd_decompress(frame, text.size() - 1, "f"); }), kFormat,
+               "f: zstd frame unpacks to more than");
+  check_thrown(
+      thrown_by([&] { (void)zstd_decompress(frame.substr(0, frame.size() / 2), 1 << 20, "f"); }),
+      kFormat, "zstd frame");
+  check_thrown(thrown_by([&] { (void)zstd_decompress("no frame", 1 << 20, "f"); }), kFormat,
+               "f: damaged zstd frame");
+  check_thrown(thrown_by([&] { (void)zstd_decompress("", 1 << 20, "f"); }), kFormat,
+               "zstd frame ends early");
 }
 
 TEST_CASE("cpu_features: names, and sets without contradiction") {

@@ -1,7 +1,8 @@
 // Machines as file trees: what duet would see on each.
+#include "base/host.h"
+
 #include <doctest/doctest.h>
 
-#include "base/host.h"
 #include "tests/support/errors.h"
 #include "tests/support/gguf_builder.h"
 
@@ -15,7 +16,9 @@ constexpr uint64_t kGiB = uint64_t{1} << 30;
 struct Machine {
   TempFolder root;
 
-  void file(const std::string& path, const std::string& text) const { write_text(root / path, text + "\n"); }
+  void file(const std::string& path, const std::string& text) const {
+    write_text(root / path, text + "\n");
+  }
   // n_cores cores of n_smt CPUs; siblings are numbered n_cores apart, as Linux does.
   void cpus(int n_cores, int n_smt, int n_packages = 1) const {
     for (int cpu = 0; cpu < n_cores * n_smt; ++cpu) {
@@ -27,7 +30,9 @@ struct Machine {
     file("sys/devices/system/cpu/online", concat("0-", n_cores * n_smt - 1));
   }
   void memory(uint64_t total_kib, uint64_t available_kib) const {
-    file("proc/meminfo", concat("MemTotal:       ", total_kib, " kB\nMemFree:        1 kB\nMemAvailable:   ", available_kib, " kB"));
+    file("proc/meminfo",
+         concat("MemTotal:       ", total_kib,
+                " kB\nMemFree:        1 kB\nMemAvailable:   ", available_kib, " kB"));
   }
   HostCores cores() const { return read_host_cores(root.path()); }
   HostMemory limits() const { return read_host_memory(root.path()); }
@@ -102,7 +107,8 @@ TEST_CASE("host: cgroup v2 without limits") {
 TEST_CASE("host: cgroup v1, controllers with folders of their own") {
   Machine m;
   m.cpus(8, 1);
-  m.file("proc/self/cgroup", "5:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/abc");
+  m.file("proc/self/cgroup",
+         "5:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/abc");
   m.file("sys/fs/cgroup/cpu,cpuacct/docker/abc/cpu.cfs_quota_us", "150000");
   m.file("sys/fs/cgroup/cpu,cpuacct/docker/abc/cpu.cfs_period_us", "100000");
   m.file("sys/fs/cgroup/cpu,cpuacct/docker/cpu.cfs_quota_us", "-1");
