@@ -6,7 +6,7 @@ shapes, lets `llama-quantize --dry-run` and `duet quantize --dry-run` choose typ
 tensor by tensor. With --write FILE it also writes llama.cpp's choices as the table that
 tests/unit/recipe_test.cpp reads.
 
-Needs llama-quantize: in PATH or named by LLAMA_QUANTIZE. duet: DUET or build/release/duet.
+Needs llama-quantize: in the folder LLAMA_BIN or in PATH. duet: DUET or build/release/duet.
 """
 import json
 import os
@@ -137,15 +137,15 @@ def run_lengths(types):
 
 
 def version_of(binary):
-    run = subprocess.run([binary, "--version"], capture_output=True, text=True)
+    run = subprocess.run([binary, "--dry-run", os.devnull, "Q8_0"], capture_output=True, text=True)
     found = re.search(r"commit (\w+)", run.stdout + run.stderr)
     return found[1] if found else "unknown"
 
 
 def main():
-    binary = os.environ.get("LLAMA_QUANTIZE") or shutil.which("llama-quantize")
-    if not binary or not os.path.exists(binary):
-        print("SKIP: llama-quantize not found (set LLAMA_QUANTIZE)")
+    binary = shutil.which("llama-quantize", path=os.environ.get("LLAMA_BIN")) or shutil.which("llama-quantize")
+    if not binary:
+        print("SKIP: llama-quantize not found (set LLAMA_BIN to its folder)")
         return 77
     table = {"source": f"llama-quantize --dry-run of llama.cpp {version_of(binary)}", "keys": KEYS, "models": {}}
     failed = False
