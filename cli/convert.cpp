@@ -29,7 +29,8 @@ std::string joined(const std::vector<std::string>& names) {
 
 auto progress_on(ProgressBar& bar) {
   return [&bar](const ConvertProgress& p) {
-    bar.update(p.done_bytes, p.total_bytes, concat(p.tensor_index + 1, "/", p.n_tensors, " ", p.tensor));
+    bar.update(p.done_bytes, p.total_bytes,
+               concat(p.tensor_index + 1, "/", p.n_tensors, " ", p.tensor));
   };
 }
 
@@ -45,7 +46,8 @@ ConvertOptions library_options(const ConvertArgs& args) {
   return options;
 }
 
-// ---- --dry-run -----------------------------------------------------------------------------------
+// ---- --dry-run
+// -----------------------------------------------------------------------------------
 
 std::string shape_text(const PlannedTensor& tensor) {
   std::string text;
@@ -56,28 +58,37 @@ std::string shape_text(const PlannedTensor& tensor) {
 void print_plan(const ConvertPlan& plan) {
   std::array<char, 256> line{};
   for (const PlannedTensor& tensor : plan.tensors) {
-    const int n = std::snprintf(line.data(), line.size(), "%-40s %-5s %22s %12s\n", tensor.name.c_str(), tensor.format->name,
+    const int n = std::snprintf(line.data(), line.size(), "%-40s %-5s %22s %12s\n",
+                                tensor.name.c_str(), tensor.format->name,
                                 shape_text(tensor).c_str(), format_size(tensor.n_bytes).c_str());
     print(std::string_view(line.data(), std::min(line.size() - 1, static_cast<size_t>(n))));
   }
   std::snprintf(line.data(), line.size(), "%.3f", plan.bits_per_weight);
-  print(concat(plan.recipe, ": ", plan.tensors.size(), " tensors, ", format_size(plan.source_bytes), " -> ",
-               format_size(plan.output_bytes), ", ", line.data(), " bits per weight\n"));
+  print(concat(plan.recipe, ": ", plan.tensors.size(), " tensors, ", format_size(plan.source_bytes),
+               " -> ", format_size(plan.output_bytes), ", ", line.data(), " bits per weight\n"));
 }
 
 void print_plan_json(const ConvertPlan& plan) {
   Json tensors = Json::array();
   for (const PlannedTensor& tensor : plan.tensors) {
-    tensors.push_back({{"name", tensor.name}, {"type", tensor.format->name}, {"shape", tensor.shape}, {"bytes", tensor.n_bytes}});
+    tensors.push_back({{"name", tensor.name},
+                       {"type", tensor.format->name},
+                       {"shape", tensor.shape},
+                       {"bytes", tensor.n_bytes}});
   }
-  print_json({{"recipe", plan.recipe}, {"source_bytes", plan.source_bytes}, {"output_bytes", plan.output_bytes},
-              {"bits_per_weight", plan.bits_per_weight}, {"tensors", tensors}});
+  print_json({{"recipe", plan.recipe},
+              {"source_bytes", plan.source_bytes},
+              {"output_bytes", plan.output_bytes},
+              {"bits_per_weight", plan.bits_per_weight},
+              {"tensors", tensors}});
 }
 
-// ---- the commands --------------------------------------------------------------------------------
+// ---- the commands
+// --------------------------------------------------------------------------------
 
 using PlanFn = ConvertPlan (*)(const std::filesystem::path&, const ConvertOptions&);
-using WriteFn = void (*)(const std::filesystem::path&, const std::filesystem::path&, const ConvertOptions&);
+using WriteFn = void (*)(const std::filesystem::path&, const std::filesystem::path&,
+                         const ConvertOptions&);
 
 void run_conversion(const ConvertArgs& args, const char* label, PlanFn plan, WriteFn write) {
   ConvertOptions options = library_options(args);
@@ -86,7 +97,8 @@ void run_conversion(const ConvertArgs& args, const char* label, PlanFn plan, Wri
     return args.json ? print_plan_json(result) : print_plan(result);
   }
   if (args.json) fail(ErrorKind::usage, "--json belongs to --dry-run");
-  if (args.output.empty()) fail(ErrorKind::usage, "no output file given: add -o OUT.gguf, or --dry-run to see the plan");
+  if (args.output.empty())
+    fail(ErrorKind::usage, "no output file given: add -o OUT.gguf, or --dry-run to see the plan");
   ProgressBar bar(label, ProgressBar::Unit::bytes);
   options.progress = progress_on(bar);
   write(args.source, args.output, options);
@@ -94,7 +106,8 @@ void run_conversion(const ConvertArgs& args, const char* label, PlanFn plan, Wri
 
 void add_shared_options(CLI::App& command, ConvertArgs& args) {
   add_threads_option(command, args.n_threads);
-  command.add_flag("--dry-run", args.dry_run, "Only print what would be written: each tensor's type and size");
+  command.add_flag("--dry-run", args.dry_run,
+                   "Only print what would be written: each tensor's type and size");
   command.add_flag("--json", args.json, "With --dry-run: as JSON");
   command.add_flag("--force", args.force, "Replace an existing output file");
 }
@@ -102,14 +115,19 @@ void add_shared_options(CLI::App& command, ConvertArgs& args) {
 }  // namespace
 
 void add_convert(CLI::App& app) {
-  CLI::App& command = *app.add_subcommand("convert", "Hugging Face model folder -> quantized GGUF file");
+  CLI::App& command =
+      *app.add_subcommand("convert", "Hugging Face model folder -> quantized GGUF file");
   auto args = std::make_shared<ConvertArgs>();
   args->type = "Q4_K_M";
-  command.add_option("SRC", args->source, "Folder with config.json, *.safetensors and a tokenizer")->required();
-  command.add_option("-q,--type", args->type, "Mix of types: " + joined(recipe_names()))->capture_default_str();
+  command.add_option("SRC", args->source, "Folder with config.json, *.safetensors and a tokenizer")
+      ->required();
+  command.add_option("-q,--type", args->type, "Mix of types: " + joined(recipe_names()))
+      ->capture_default_str();
   command.add_option("-o,--output", args->output, "GGUF file to write");
-  command.add_option("--name", args->name, "general.name in the file [default: name of the folder]");
-  command.add_flag("--vocab-only", args->vocab_only, "Only the vocabulary: needs config.json and the tokenizer, writes no tensors");
+  command.add_option("--name", args->name,
+                     "general.name in the file [default: name of the folder]");
+  command.add_flag("--vocab-only", args->vocab_only,
+                   "Only the vocabulary: needs config.json and the tokenizer, writes no tensors");
   add_shared_options(command, *args);
   add_environment(command);
   command.callback([args] { run_conversion(*args, "convert", plan_convert, convert); });

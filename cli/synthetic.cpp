@@ -19,12 +19,17 @@ struct SyntheticArgs {
 }  // namespace
 
 void add_make_synthetic(CLI::App& app) {
-  CLI::App& command = *app.add_subcommand("make-synthetic", "A model of random weights for benchmarks");
+  CLI::App& command =
+      *app.add_subcommand("make-synthetic", "A model of random weights for benchmarks");
   auto args = std::make_shared<SyntheticArgs>();
   SyntheticOptions& options = args->options;
-  command.add_option("SHAPE", options.shape, "8x7b, 8x22b or tiny")->required()->check(CLI::IsMember({"8x7b", "8x22b", "tiny"}));
-  command.add_option("--layers", options.n_layer, "Number of layers [default: the shape's own]")->check(CLI::Range(1, 1024));
-  command.add_option("--type", options.type, "Type of every matrix, for instance Q4_K")->capture_default_str();
+  command.add_option("SHAPE", options.shape, "8x7b, 8x22b or tiny")
+      ->required()
+      ->check(CLI::IsMember({"8x7b", "8x22b", "tiny"}));
+  command.add_option("--layers", options.n_layer, "Number of layers [default: the shape's own]")
+      ->check(CLI::Range(1, 1024));
+  command.add_option("--type", options.type, "Type of every matrix, for instance Q4_K")
+      ->capture_default_str();
   command.add_option("-o,--output", args->output, "GGUF file to write")->required();
   command.add_flag("--split-experts", options.split_experts, "Old layout: one tensor per expert");
   command.add_option("--seed", options.seed, "Same seed, same file")->capture_default_str();
@@ -36,7 +41,8 @@ void add_make_synthetic(CLI::App& app) {
     args->options.cancel = &interrupted();
     ProgressBar bar("make-synthetic", ProgressBar::Unit::bytes);
     args->options.progress = [&bar](const ConvertProgress& p) {
-      bar.update(p.done_bytes, p.total_bytes, concat(p.tensor_index + 1, "/", p.n_tensors, " ", p.tensor));
+      bar.update(p.done_bytes, p.total_bytes,
+                 concat(p.tensor_index + 1, "/", p.n_tensors, " ", p.tensor));
     };
     make_synthetic(args->output, args->options);
   });

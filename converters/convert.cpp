@@ -23,9 +23,9 @@ constexpr uint64_t kMaxConfigBytes = uint64_t{4} << 20;
 struct HfModel {
   HParams hparams;
   std::vector<GgufKeyValue> metadata;
-  std::optional<Safetensors> weights;   // absent: vocabulary only
-  std::vector<float> rope_factors;      // data of rope_freqs.weight
-  std::vector<TensorJob> jobs;          // borrow from the two above
+  std::optional<Safetensors> weights;  // absent: vocabulary only
+  std::vector<float> rope_factors;     // data of rope_freqs.weight
+  std::vector<TensorJob> jobs;         // borrow from the two above
 };
 
 std::string shape_text(const std::vector<uint64_t>& shape) {
@@ -35,13 +35,16 @@ std::string shape_text(const std::vector<uint64_t>& shape) {
 }
 
 void require_folder(const fs::path& folder) {
+  if (!fs::exists(folder)) fail(ErrorKind::io, folder.string(), ": no such folder");
   if (!fs::is_directory(folder))
-    fail(ErrorKind::io, folder.string(), ": ", fs::exists(folder) ? "is a file, expected a" : "no such",
-         " folder with config.json, *.safetensors and a tokenizer");
+    fail(ErrorKind::io, folder.string(),
+         ": is a file, expected a folder with config.json, *.safetensors and a "
+         "tokenizer (for a GGUF file: duet quantize)");
   if (fs::exists(folder / "config.json")) return;
   if (fs::exists(folder / "params.json"))
     fail(ErrorKind::unsupported, folder.string(),
-         ": Mistral's native layout (params.json); use the Hugging Face form of the model (config.json)");
+         ": Mistral's native layout (params.json); use the Hugging Face form of the model "
+         "(config.json)");
   fail(ErrorKind::io, folder.string(), ": no config.json; not a Hugging Face model folder");
 }
 
@@ -51,16 +54,20 @@ const TensorView& checked_source(const Safetensors& weights, const std::string& 
                                  const std::vector<uint64_t>& expected) {
   const TensorView& tensor = *weights.find_tensor(name);
   if (tensor.shape != expected)
-    fail(ErrorKind::format, "tensor '", name, "': shape ", shape_text(tensor.shape), ", config.json asks for ",
-         shape_text(expected), "; weights and config.json do not belong together");
+    fail(ErrorKind::format, "tensor '", name, "': shape ", shape_text(tensor.shape),
+         ", config.json asks for ", shape_text(expected),
+         "; weights and config.json do not belong together");
   return tensor;
 }
 
 // First of the accepted forms whose tensors are all there; null when there is none.
 const HfSource* find_form(const std::vector<HfSource>& forms, const Safetensors& weights) {
   for (const HfSource& form : forms) {
-    const auto present = [&](const std::string& name) { return weights.find_tensor(name) != nullptr; };
-    if (!form.names.empty() && std::all_of(form.names.begin(), form.names.end(), present)) return &form;
+    const auto present = [&](const std::string& name) {
+      return weights.find_tensor(name) != nullptr;
+    };
+    if (!form.names.empty() && std::all_of(form.names.begin(), form.names.end(), present))
+      return &form;
   }
   return nullptr;
 }
@@ -73,8 +80,10 @@ std::string missing_name(const std::vector<HfSource>& forms, const Safetensors& 
     size_t found = 0;
     std::string missing;
     for (const std::string& name : form.names) {
-      if (weights.find_tensor(name) != nullptr) ++found;
-      else if (missing.empty()) missing = name;
+      if (weights.find_tensor(name) != nullptr)
+        ++found;
+      else if (missing.empty())
+        missing = name;
     }
     if (best.empty() || found > most_found) best = missing;
     most_found = std::max(most_found, found);
@@ -82,8 +91,10 @@ std::string missing_name(const std::vector<HfSource>& forms, const Safetensors& 
   return best;
 }
 
-// One fused tensor [E, rows, cols] or [E, 2 * rows, cols] of gate and up: its rows, expert by expert.
-std::vector<RowRun> fused_runs(const Safetensors& weights, const HfSource& form, const TensorSpec& spec) {
+// One fused tensor [E, rows, cols] or [E, 2 * rows, cols] of gate and up: its rows, expert by
+// expert.
+std::vector<RowRun> fused_runs(const Safetensors& weights, const HfSource& form,
+                               const TensorSpec& spec) {
   std::vector<uint64_t> expected = spec.shape;
   const uint64_t n_expert = spec.shape[0], rows = spec.shape[1];
   const bool half = form.rows != HfSource::Rows::all;
@@ -102,10 +113,11 @@ uint32_t permuted_heads(const HParams& hparams, const TensorSpec& spec) {
   return spec.kind == TensorKind::attn_k ? hparams.n_head_kv : hparams.n_head;
 }
 
-std::vector<RowRun> source_runs(const Safetensors& weights, const HfSource& form, const HParams& hparams,
-                                const TensorSpec& spec) {
+std::vector<RowRun> source_runs(const Safetensors& weights, const HfSource& form,
+                                const HParams& hparams, const TensorSpec& spec) {
   if (spec.shape.size() == 3 && form.names.size() == 1) return fused_runs(weights, form, spec);
-  const std::vector<uint64_t> expected(spec.shape.end() - std::min<ptrdiff_t>(2, std::ssize(spec.shape)), spec.shape.end());
+  const std::vector<uint64_t> expected(
+      spec.shape.end() - std::min<ptrdiff_t>(2, std::ssize(spec.shape)), spec.shape.end());
   std::vector<RowRun> runs;
   for (const std::string& name : form.names) {
     runs.push_back({.source = checked_source(weights, name, expected),
@@ -117,8 +129,12 @@ std::vector<RowRun> source_runs(const Safetensors& weights, const HfSource& form
 TensorJob rope_factor_job(const TensorSpec& spec, const std::vector<float>& factors) {
   const Format& f32 = format_of(DType::F32);
   if (spec.shape != std::vector<uint64_t>{factors.size()})
-    fail(ErrorKind::internal, "rope factors: ", factors.size(), " for shape ", shape_text(spec.shape));
-  return {spec.gguf_name, &f32, spec.shape, {{.source = {spec.gguf_name, &f32, spec.shape, std::as_bytes(std::span(factors))}}}};
+    fail(ErrorKind::internal, "rope factors: ", factors.size(), " for shape ",
+         shape_text(spec.shape));
+  return {spec.gguf_name,
+          &f32,
+          spec.shape,
+          {{.source = {spec.gguf_name, &f32, spec.shape, std::as_bytes(std::span(factors))}}}};
 }
 
 // ---- the folder as a whole ---------------------------------------------------------------------
@@ -130,7 +146,8 @@ bool known_extra(const std::string& name, const HParams& hparams) {
          name.ends_with(".attn.masked_bias") || (hparams.tied_output && name == "lm_head.weight");
 }
 
-void check_all_used(const Safetensors& weights, const std::unordered_set<std::string>& used, const HParams& hparams) {
+void check_all_used(const Safetensors& weights, const std::unordered_set<std::string>& used,
+                    const HParams& hparams) {
   for (const TensorView& tensor : weights.tensors()) {
     if (used.contains(tensor.name) || known_extra(tensor.name, hparams)) continue;
     fail(ErrorKind::format, "tensor '", tensor.name, "' ", shape_text(tensor.shape),
@@ -151,7 +168,8 @@ void make_jobs(HfModel& model, const Recipe& recipe) {
     const std::vector<HfSource> forms = hf_sources(model.hparams, spec);
     const HfSource* form = find_form(forms, weights);
     if (form == nullptr)
-      fail(ErrorKind::format, "tensor '", missing_name(forms, weights), "' is missing from the folder (for ", spec.gguf_name, ")");
+      fail(ErrorKind::format, "tensor '", missing_name(forms, weights),
+           "' is missing from the folder (for ", spec.gguf_name, ")");
     used.insert(form->names.begin(), form->names.end());
     model.jobs.push_back({spec.gguf_name, &recipe_format(recipe, model.hparams, spec), spec.shape,
                           source_runs(weights, *form, model.hparams, spec)});
@@ -175,10 +193,12 @@ HfModel load_model(const fs::path& folder, const ConvertOptions& options) {
   model.hparams = read_hf_config(config, source, notice);
   model.hparams.name = options.name.empty() ? folder_name(folder) : options.name;
   model.metadata = hparams_metadata(model.hparams);
-  const std::vector<GgufKeyValue> tokenizer = read_hf_tokenizer(folder, config, model.hparams.n_vocab, notice);
+  const std::vector<GgufKeyValue> tokenizer =
+      read_hf_tokenizer(folder, config, model.hparams.n_vocab, notice);
   if (!options.vocab_only) {
     const Recipe& recipe = find_recipe(options.recipe);
-    model.metadata.push_back({"general.file_type", GgufValue::u32(static_cast<uint32_t>(recipe.file_type))});
+    model.metadata.push_back(
+        {"general.file_type", GgufValue::u32(static_cast<uint32_t>(recipe.file_type))});
     model.metadata.push_back({"general.quantization_version", GgufValue::u32(2)});
     model.weights = Safetensors::open(folder);
     make_jobs(model, recipe);

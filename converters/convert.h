@@ -24,12 +24,12 @@ struct ConvertProgress {
 };
 
 struct ConvertOptions {
-  std::string recipe = "Q4_K_M";     // a name of recipe_names()
+  std::string recipe = "Q4_K_M";  // a name of recipe_names()
   bool vocab_only = false;
-  bool overwrite = false;            // an existing output is an error otherwise
-  int n_threads = 0;                 // 0: HostCores::usable()
-  std::string name;                  // general.name; "": from the folder
-  NoticeFn notice;                   // one-line remarks; may be null
+  bool overwrite = false;  // an existing output is an error otherwise
+  int n_threads = 0;       // 0: HostCores::usable()
+  std::string name;        // general.name; "": from the folder
+  NoticeFn notice;         // one-line remarks; may be null
   std::function<void(const ConvertProgress&)> progress;
   const std::atomic<bool>* cancel = nullptr;  // true -> Error(cancelled), nothing left behind
 };
@@ -53,11 +53,13 @@ std::vector<std::string> recipe_names();
 
 // Hugging Face folder (config.json, *.safetensors, tokenizer.model or tokenizer.json) -> GGUF.
 ConvertPlan plan_convert(const std::filesystem::path& folder, const ConvertOptions& options);
-void convert(const std::filesystem::path& folder, const std::filesystem::path& output, const ConvertOptions& options);
+void convert(const std::filesystem::path& folder, const std::filesystem::path& output,
+             const ConvertOptions& options);
 
 // GGUF (any layout) -> GGUF of another recipe, merged expert layout, metadata kept.
 ConvertPlan plan_quantize(const std::filesystem::path& input, const ConvertOptions& options);
-void quantize(const std::filesystem::path& input, const std::filesystem::path& output, const ConvertOptions& options);
+void quantize(const std::filesystem::path& input, const std::filesystem::path& output,
+              const ConvertOptions& options);
 
 // A model of random weights for benchmarks.
 struct SyntheticOptions {

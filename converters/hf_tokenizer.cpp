@@ -29,7 +29,8 @@ struct TokenizerFiles {
   Json tokenizer, config, added, generation;
 
   explicit TokenizerFiles(const fs::path& path)
-      : folder(path), tokenizer(optional_json(path / "tokenizer.json")),
+      : folder(path),
+        tokenizer(optional_json(path / "tokenizer.json")),
         config(optional_json(path / "tokenizer_config.json")),
         added(optional_json(path / "added_tokens.json")),
         generation(optional_json(path / "generation_config.json")) {}
@@ -65,19 +66,24 @@ Vocab base_vocab(const TokenizerFiles& files, size_t n_vocab, const NoticeFn& no
     add_json_tokens(vocab, files.tokenizer, files.source("tokenizer.json"), n_vocab, notice);
     return vocab;
   }
-  if (!files.tokenizer.is_null()) return json_vocab(files.tokenizer, files.source("tokenizer.json"), n_vocab, notice);
+  if (!files.tokenizer.is_null())
+    return json_vocab(files.tokenizer, files.source("tokenizer.json"), n_vocab, notice);
   if (fs::exists(files.folder / "tekken.json"))
-    fail(ErrorKind::unsupported, files.folder.string(), ": only tekken.json; a tokenizer.json of the same model is needed");
+    fail(ErrorKind::unsupported, files.folder.string(),
+         ": only tekken.json; a tokenizer.json of the same model is needed");
   fail(ErrorKind::format, files.folder.string(),
-       ": no tokenizer (tokenizer.model, *.model.v3 or tokenizer.json); copy it from the model's repository");
+       ": no tokenizer (tokenizer.model, *.model.v3 or tokenizer.json); copy it from the model's "
+       "repository");
 }
 
 // added_tokens.json {text: id}; whether a token is special stands elsewhere, if at all.
-void add_added_tokens(Vocab& vocab, const TokenizerFiles& files, size_t n_vocab, const NoticeFn& notice) {
+void add_added_tokens(Vocab& vocab, const TokenizerFiles& files, size_t n_vocab,
+                      const NoticeFn& notice) {
   if (files.added.is_null()) return;
   const std::string source = files.source("added_tokens.json");
   for (const auto& item : files.added.items()) {
-    if (!item.value().is_number_unsigned()) fail(ErrorKind::format, source, ": id of '", item.key(), "' is not a number");
+    if (!item.value().is_number_unsigned())
+      fail(ErrorKind::format, source, ": id of '", item.key(), "' is not a number");
     const auto id = item.value().get<uint64_t>();
     const bool known = id < vocab.tokens.size() && vocab.tokens[id] == item.key();
     if (!known) add_token(vocab, id, item.key(), false, n_vocab, notice);
@@ -85,11 +91,13 @@ void add_added_tokens(Vocab& vocab, const TokenizerFiles& files, size_t n_vocab,
 }
 
 // tokenizer_config.json: added_tokens_decoder {"id": {content, special}}.
-void add_decoder_tokens(Vocab& vocab, const TokenizerFiles& files, size_t n_vocab, const NoticeFn& notice) {
+void add_decoder_tokens(Vocab& vocab, const TokenizerFiles& files, size_t n_vocab,
+                        const NoticeFn& notice) {
   const Json* decoder = find_member(files.config, "added_tokens_decoder");
   if (decoder == nullptr) return;
   const std::string source = files.source("tokenizer_config.json");
-  if (!decoder->is_object()) fail(ErrorKind::format, source, ": 'added_tokens_decoder' is not an object");
+  if (!decoder->is_object())
+    fail(ErrorKind::format, source, ": 'added_tokens_decoder' is not an object");
   for (const auto& item : decoder->items()) {
     const std::string& key = item.key();
     uint64_t id = 0;
@@ -120,8 +128,9 @@ std::vector<uint32_t> listed_ids(const Json& config, const char* key, size_t n_v
   return ids;
 }
 
-std::optional<uint32_t> special_id(const Vocab& vocab, const TokenizerFiles& files, const Json& model_config,
-                                   const std::string& name, std::optional<uint32_t> fallback) {
+std::optional<uint32_t> special_id(const Vocab& vocab, const TokenizerFiles& files,
+                                   const Json& model_config, const std::string& name,
+                                   std::optional<uint32_t> fallback) {
   if (auto id = named_token(vocab, files.config, (name + "_token").c_str())) return id;
   for (const Json* json : {&model_config, &files.generation}) {
     const auto ids = listed_ids(*json, (name + "_token_id").c_str(), vocab.tokens.size());
@@ -156,13 +165,17 @@ void add_end_tokens(std::vector<GgufKeyValue>& out, const Vocab& vocab, const To
   std::vector<uint32_t> more;
   for (const Json* json : {&config, &files.generation}) {
     for (const uint32_t id : listed_ids(*json, "eos_token_id", vocab.tokens.size())) {
-      if (vocab.eos != id && std::find(more.begin(), more.end(), id) == more.end()) more.push_back(id);
+      if (vocab.eos != id && std::find(more.begin(), more.end(), id) == more.end())
+        more.push_back(id);
     }
   }
   const char* keys[] = {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
   for (size_t i = 0; i < more.size(); ++i) {
-    if (i < std::size(keys)) out.push_back({keys[i], GgufValue::u32(more[i])});
-    else if (notice) notice(concat("end token ", more[i], " '", vocab.tokens[more[i]], "' has no place in GGUF; it is left out"));
+    if (i < std::size(keys))
+      out.push_back({keys[i], GgufValue::u32(more[i])});
+    else if (notice)
+      notice(concat("end token ", more[i], " '", vocab.tokens[more[i]],
+                    "' has no place in GGUF; it is left out"));
   }
 }
 
@@ -180,11 +193,13 @@ void add_templates(std::vector<GgufKeyValue>& out, const Json& value, const std:
     out.push_back({"tokenizer.chat_template", GgufValue::string(value.get<std::string>())});
     return;
   }
-  if (!value.is_array()) fail(ErrorKind::format, source, ": 'chat_template' is neither a string nor a list");
+  if (!value.is_array())
+    fail(ErrorKind::format, source, ": 'chat_template' is neither a string nor a list");
   std::vector<std::string> names;
   for (const Json& entry : value) {
     const auto name = json_get<std::string>(entry, "name", source);
-    const std::string key = name == "default" ? "tokenizer.chat_template" : "tokenizer.chat_template." + name;
+    const std::string key =
+        name == "default" ? "tokenizer.chat_template" : "tokenizer.chat_template." + name;
     if (name != "default") names.push_back(name);
     out.push_back({key, GgufValue::string(json_get<std::string>(entry, "template", source))});
   }
@@ -192,25 +207,25 @@ void add_templates(std::vector<GgufKeyValue>& out, const Json& value, const std:
 }
 
 void add_chat_template(std::vector<GgufKeyValue>& out, const TokenizerFiles& files) {
-  if (auto text = template_file(files.folder / "chat_template.jinja")) return add_templates(out, *text, "");
+  if (auto text = template_file(files.folder / "chat_template.jinja"))
+    return add_templates(out, *text, "");
   const Json file = optional_json(files.folder / "chat_template.json");
-  for (const auto& [json, name] : {std::pair{&file, "chat_template.json"}, {&files.config, "tokenizer_config.json"}}) {
-    if (const Json* value = find_member(*json, "chat_template")) return add_templates(out, *value, files.source(name));
+  for (const auto& [json, name] :
+       {std::pair{&file, "chat_template.json"}, {&files.config, "tokenizer_config.json"}}) {
+    if (const Json* value = find_member(*json, "chat_template"))
+      return add_templates(out, *value, files.source(name));
   }
 }
 
 void check_size(Vocab& vocab, uint32_t n_vocab, const fs::path& folder) {
   if (vocab.tokens.size() > n_vocab)
-    fail(ErrorKind::format, folder.string(), ": the tokenizer has ", vocab.tokens.size(), " tokens, config.json says vocab_size ",
-         n_vocab, "; tokenizer and model do not belong together");
+    fail(ErrorKind::format, folder.string(), ": the tokenizer has ", vocab.tokens.size(),
+         " tokens, config.json says vocab_size ", n_vocab,
+         "; tokenizer and model do not belong together");
   vocab.resize(n_vocab);
 }
 
 }  // namespace
-
-bool has_tokenizer_file(const fs::path& folder) {
-  return fs::exists(folder / "tokenizer.json") || !find_sp_model(folder).empty();
-}
 
 std::vector<GgufKeyValue> vocab_metadata(const Vocab& vocab) {
   std::vector<int64_t> types;
@@ -218,9 +233,11 @@ std::vector<GgufKeyValue> vocab_metadata(const Vocab& vocab) {
   std::vector<GgufKeyValue> out = {{"tokenizer.ggml.model", GgufValue::string(vocab.model)},
                                    {"tokenizer.ggml.pre", GgufValue::string(vocab.pre)},
                                    {"tokenizer.ggml.tokens", GgufValue::strings(vocab.tokens)}};
-  if (vocab.model == "llama") out.push_back({"tokenizer.ggml.scores", GgufValue::f32s(vocab.scores)});
+  if (vocab.model == "llama")
+    out.push_back({"tokenizer.ggml.scores", GgufValue::f32s(vocab.scores)});
   out.push_back({"tokenizer.ggml.token_type", GgufValue::i32s(types)});
-  if (vocab.model == "gpt2") out.push_back({"tokenizer.ggml.merges", GgufValue::strings(vocab.merges)});
+  if (vocab.model == "gpt2")
+    out.push_back({"tokenizer.ggml.merges", GgufValue::strings(vocab.merges)});
   const auto add_id = [&out](const char* key, std::optional<uint32_t> id) {
     if (id) out.push_back({key, GgufValue::u32(*id)});
   };
@@ -237,8 +254,8 @@ std::vector<GgufKeyValue> vocab_metadata(const Vocab& vocab) {
   return out;
 }
 
-std::vector<GgufKeyValue> read_hf_tokenizer(const fs::path& folder, const Json& config, uint32_t n_vocab,
-                                            const NoticeFn& notice) {
+std::vector<GgufKeyValue> read_hf_tokenizer(const fs::path& folder, const Json& config,
+                                            uint32_t n_vocab, const NoticeFn& notice) {
   const TokenizerFiles files(folder);
   Vocab vocab = base_vocab(files, n_vocab, notice);
   check_size(vocab, n_vocab, folder);

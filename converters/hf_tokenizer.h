@@ -3,11 +3,11 @@
 // Vocabulary: the first of tokenizer.model, *.model.v* (Mistral's naming; the highest version),
 // tokenizer.json. On top of it added_tokens.json, the added tokens of tokenizer.json and of
 // tokenizer_config.json (added_tokens_decoder), the later overriding the earlier.
-// End of text: tokenizer_config's eos_token, else config.json, else generation_config.json, else the
-// vocabulary; further ids of those lists become eot_token_id and eom_token_id.
-// BOS/EOS at prompt start/end: tokenizer_config's add_bos_token/add_eos_token, else the
-// post-processor of tokenizer.json, else BOS for SentencePiece vocabularies only.
-// Chat template: chat_template.jinja, else chat_template.json, else tokenizer_config.json.
+// End of text: tokenizer_config's eos_token, else config.json, else generation_config.json, else
+// the vocabulary; further ids of those lists become eot_token_id and eom_token_id. BOS/EOS at
+// prompt start/end: tokenizer_config's add_bos_token/add_eos_token, else the post-processor of
+// tokenizer.json, else BOS for SentencePiece vocabularies only. Chat template: chat_template.jinja,
+// else chat_template.json, else tokenizer_config.json.
 #pragma once
 
 #include <filesystem>
@@ -21,9 +21,6 @@
 #include "formats/schema.h"
 
 namespace duet {
-
-// GGUF token types.
-enum class TokenType : int { normal = 1, unknown = 2, control = 3, user_defined = 4, unused = 5, byte = 6 };
 
 // A vocabulary in the making: token id = index.
 struct Vocab {
@@ -43,9 +40,10 @@ struct Vocab {
 // From tokenizer.model.
 Vocab spm_vocab(const std::filesystem::path& file, const NoticeFn& notice);
 // From tokenizer.json with its added tokens: "llama" when it falls back to bytes, "gpt2" when it is
-// byte-level. Throws Error: format (damage), unsupported (another kind of tokenizer, an unknown word
-// splitter).
-Vocab json_vocab(const Json& tokenizer, const std::string& source, size_t n_vocab, const NoticeFn& notice);
+// byte-level. Throws Error: format (damage), unsupported (another kind of tokenizer, an unknown
+// word splitter).
+Vocab json_vocab(const Json& tokenizer, const std::string& source, size_t n_vocab,
+                 const NoticeFn& notice);
 // The added_tokens of tokenizer.json, on top of a vocabulary.
 void add_json_tokens(Vocab& vocab, const Json& tokenizer, const std::string& source, size_t n_vocab,
                      const NoticeFn& notice);
@@ -60,8 +58,5 @@ void add_token(Vocab& vocab, uint64_t id, const std::string& text, bool special,
 std::vector<GgufKeyValue> read_hf_tokenizer(const std::filesystem::path& folder, const Json& config,
                                             uint32_t n_vocab, const NoticeFn& notice);
 std::vector<GgufKeyValue> vocab_metadata(const Vocab& vocab);
-
-// True for names that Hugging Face folders use as a tokenizer file.
-bool has_tokenizer_file(const std::filesystem::path& folder);
 
 }  // namespace duet

@@ -12,7 +12,7 @@ namespace duet {
 namespace {
 
 constexpr size_t kMaxVocab = size_t{1} << 21;
-constexpr double kAddedScore = -1000.0;       // of tokens that no merge makes
+constexpr double kAddedScore = -1000.0;         // of tokens that no merge makes
 constexpr const char* kSpace = "\xe2\x96\x81";  // U+2581, SentencePiece's space
 
 void replace_all(std::string& text, std::string_view from, std::string_view to) {
@@ -22,7 +22,8 @@ void replace_all(std::string& text, std::string_view from, std::string_view to) 
 
 bool is_byte_token(std::string_view text) {
   const auto hex = [](char c) { return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'F'); };
-  return text.size() == 6 && text.starts_with("<0x") && hex(text[3]) && hex(text[4]) && text[5] == '>';
+  return text.size() == 6 && text.starts_with("<0x") && hex(text[3]) && hex(text[4]) &&
+         text[5] == '>';
 }
 
 // Some folders mark markup tokens as not special.
@@ -66,19 +67,25 @@ uint32_t token_id(const Json& value, const std::string& source) {
 void read_pieces(const Json& model, const std::string& source, Vocab& vocab) {
   const Json* pieces = member(model, "vocab");
   if (pieces == nullptr || !pieces->is_object() || pieces->empty())
-    fail(ErrorKind::format, source, ": key 'model.vocab' is not an object of tokens; the file is damaged");
-  if (pieces->size() > kMaxVocab) fail(ErrorKind::format, source, ": ", pieces->size(), " tokens are more than any model has");
+    fail(ErrorKind::format, source,
+         ": key 'model.vocab' is not an object of tokens; the file is damaged");
+  if (pieces->size() > kMaxVocab)
+    fail(ErrorKind::format, source, ": ", pieces->size(), " tokens are more than any model has");
   uint32_t largest = 0;
-  for (const auto& item : pieces->items()) largest = std::max(largest, token_id(item.value(), source));
+  for (const auto& item : pieces->items())
+    largest = std::max(largest, token_id(item.value(), source));
   // A hole or two is common (added tokens sit there); a sparse numbering is damage.
   if (largest >= 2 * pieces->size() + 65536)
-    fail(ErrorKind::format, source, ": token id ", largest, " with only ", pieces->size(), " tokens");
+    fail(ErrorKind::format, source, ": token id ", largest, " with only ", pieces->size(),
+         " tokens");
   vocab.resize(size_t{largest} + 1);
   for (const auto& item : pieces->items()) {
     const uint32_t id = token_id(item.value(), source);
-    if (vocab.types[id] != TokenType::unused) fail(ErrorKind::format, source, ": two tokens have id ", id);
+    if (vocab.types[id] != TokenType::unused)
+      fail(ErrorKind::format, source, ": two tokens have id ", id);
     vocab.tokens[id] = item.key();
-    vocab.types[id] = vocab.model == "llama" && is_byte_token(item.key()) ? TokenType::byte : TokenType::normal;
+    vocab.types[id] =
+        vocab.model == "llama" && is_byte_token(item.key()) ? TokenType::byte : TokenType::normal;
     vocab.scores[id] = kAddedScore;
   }
 }
@@ -92,7 +99,8 @@ MergePair parse_merge(const Json& merge, const std::string& source) {
   if (merge.is_string()) {
     const auto& text = merge.get_ref<const std::string&>();
     const size_t space = text.find(' ', 1);
-    if (space != std::string::npos && space + 1 < text.size()) return {text.substr(0, space), text.substr(space + 1)};
+    if (space != std::string::npos && space + 1 < text.size())
+      return {text.substr(0, space), text.substr(space + 1)};
   }
   fail(ErrorKind::format, source, ": an entry of 'model.merges' is not a pair of tokens");
 }
@@ -100,8 +108,10 @@ MergePair parse_merge(const Json& merge, const std::string& source) {
 const Json& merge_list(const Json& model, const std::string& source) {
   const Json* merges = member(model, "merges");
   if (merges == nullptr || !merges->is_array())
-    fail(ErrorKind::format, source, ": key 'model.merges' is not a list; only BPE tokenizers can be converted");
-  if (merges->size() > 2 * kMaxVocab) fail(ErrorKind::format, source, ": too many merges: ", merges->size());
+    fail(ErrorKind::format, source,
+         ": key 'model.merges' is not a list; only BPE tokenizers can be converted");
+  if (merges->size() > 2 * kMaxVocab)
+    fail(ErrorKind::format, source, ": too many merges: ", merges->size());
   return *merges;
 }
 
@@ -115,7 +125,9 @@ void scores_from_merges(const Json& model, const std::string& source, Vocab& voc
   for (const Json& entry : merge_list(model, source)) {
     const MergePair pair = parse_merge(entry, source);
     const auto it = ids.find(pair.first + pair.second);
-    if (it == ids.end()) fail(ErrorKind::format, source, ": merge of '", pair.first, "' and '", pair.second, "' gives no token");
+    if (it == ids.end())
+      fail(ErrorKind::format, source, ": merge of '", pair.first, "' and '", pair.second,
+           "' gives no token");
     if (made[it->second]) continue;
     made[it->second] = true;
     vocab.scores[it->second] = -rank++;
@@ -130,7 +142,8 @@ void copy_merges(const Json& model, const std::string& source, Vocab& vocab) {
   for (const Json& entry : merge_list(model, source)) {
     const MergePair pair = parse_merge(entry, source);
     if (pair.first.find(' ') != std::string::npos || pair.second.find(' ') != std::string::npos)
-      fail(ErrorKind::unsupported, source, ": a merge contains a space, so this is no byte-level tokenizer");
+      fail(ErrorKind::unsupported, source,
+           ": a merge contains a space, so this is no byte-level tokenizer");
     vocab.merges.push_back(pair.first + " " + pair.second);
   }
 }
@@ -166,7 +179,8 @@ std::string find_pre(const Json& tokenizer, const std::string& source) {
       const Json* pattern = member(stage, "pattern");
       const Json* text = pattern == nullptr ? nullptr : member(*pattern, "Regex");
       if (text == nullptr || !text->is_string() || !regex.empty())
-        fail(ErrorKind::unsupported, source, ": words are split by other means than one regular expression");
+        fail(ErrorKind::unsupported, source,
+             ": words are split by other means than one regular expression");
       regex = text->get<std::string>();
     } else if (type == "Digits") {
       digits = json_get_or<bool>(stage, "individual_digits", false, source);
@@ -177,11 +191,13 @@ std::string find_pre(const Json& tokenizer, const std::string& source) {
     }
   });
   if (!regex.empty()) return pre_of_regex(regex, source);
-  if (!byte_level_splits) fail(ErrorKind::unsupported, source, ": a tokenizer that does not split words");
+  if (!byte_level_splits)
+    fail(ErrorKind::unsupported, source, ": a tokenizer that does not split words");
   return digits ? "smollm" : "gpt-2";
 }
 
-// ---- switches ------------------------------------------------------------------------------------
+// ---- switches
+// ------------------------------------------------------------------------------------
 
 // Whether text gets a leading space: a Prepend normalizer, or Metaspace that prepends.
 bool finds_space_prefix(const Json& tokenizer, const std::string& source) {
@@ -192,7 +208,8 @@ bool finds_space_prefix(const Json& tokenizer, const std::string& source) {
   for_each_stage(member(tokenizer, "pre_tokenizer"), "pretokenizers", [&](const Json& stage) {
     if (type_of(stage) != "Metaspace") return;
     const auto scheme = json_get_or<std::string>(stage, "prepend_scheme", "", source);
-    prefix = scheme.empty() ? json_get_or<bool>(stage, "add_prefix_space", true, source) : scheme != "never";
+    prefix = scheme.empty() ? json_get_or<bool>(stage, "add_prefix_space", true, source)
+                            : scheme != "never";
   });
   return prefix;
 }
@@ -207,7 +224,9 @@ std::string special_name(const Json& template_item) {
 void read_post_processor(const Json& tokenizer, Vocab& vocab) {
   for_each_stage(member(tokenizer, "post_processor"), "processors", [&](const Json& stage) {
     const Json* single = member(stage, "single");
-    if (type_of(stage) != "TemplateProcessing" || single == nullptr || !single->is_array() || single->empty()) return;
+    if (type_of(stage) != "TemplateProcessing" || single == nullptr || !single->is_array() ||
+        single->empty())
+      return;
     const std::string first = special_name(single->front()), last = special_name(single->back());
     vocab.add_bos = !first.empty();
     vocab.add_eos = !last.empty() && single->size() > 1;
@@ -242,7 +261,8 @@ std::optional<uint32_t> Vocab::find(std::string_view text) const {
 void add_token(Vocab& vocab, uint64_t id, const std::string& text, bool special, size_t n_vocab,
                const NoticeFn& notice) {
   if (id >= n_vocab) {
-    if (notice) notice(concat("token ", id, " '", text, "' left out: the model has ", n_vocab, " tokens"));
+    if (notice)
+      notice(concat("token ", id, " '", text, "' left out: the model has ", n_vocab, " tokens"));
     return;
   }
   if (id >= vocab.tokens.size()) vocab.resize(id + 1);
@@ -259,10 +279,11 @@ Vocab spm_vocab(const std::filesystem::path& file, const NoticeFn& notice) {
   const MappedFile bytes = MappedFile::open(file);
   const SpModel model = parse_sp_model(bytes.bytes(), file.string());
   if (model.model_type != 2)
-    fail(ErrorKind::unsupported, file.string(), ": a SentencePiece model of type ", model.model_type,
-         "; only BPE (type 2) can be converted");
+    fail(ErrorKind::unsupported, file.string(), ": a SentencePiece model of type ",
+         model.model_type, "; only BPE (type 2) can be converted");
   if (notice && (model.has_normalization_rules || model.remove_extra_whitespaces))
-    notice(concat(file.filename().string(), ": text normalization (character rules, removal of extra spaces) "
+    notice(concat(file.filename().string(),
+                  ": text normalization (character rules, removal of extra spaces) "
                   "has no place in GGUF and is left out"));
   Vocab vocab;
   vocab.model = "llama";
@@ -286,16 +307,21 @@ void add_json_tokens(Vocab& vocab, const Json& tokenizer, const std::string& sou
   if (added == nullptr) return;
   if (!added->is_array()) fail(ErrorKind::format, source, ": 'added_tokens' is not a list");
   for (const Json& token : *added) {
-    add_token(vocab, json_get<uint64_t>(token, "id", source), json_get<std::string>(token, "content", source),
+    add_token(vocab, json_get<uint64_t>(token, "id", source),
+              json_get<std::string>(token, "content", source),
               json_get_or<bool>(token, "special", false, source), n_vocab, notice);
   }
 }
 
-Vocab json_vocab(const Json& tokenizer, const std::string& source, size_t n_vocab, const NoticeFn& notice) {
+Vocab json_vocab(const Json& tokenizer, const std::string& source, size_t n_vocab,
+                 const NoticeFn& notice) {
   const Json* model = member(tokenizer, "model");
-  if (model == nullptr || !model->is_object()) fail(ErrorKind::format, source, ": no 'model'; not a tokenizer.json");
+  if (model == nullptr || !model->is_object())
+    fail(ErrorKind::format, source, ": no 'model'; not a tokenizer.json");
   const std::string type = type_of(*model);
-  if (!type.empty() && type != "BPE") fail(ErrorKind::unsupported, source, ": tokenizer type '", type, "'; only BPE can be converted");
+  if (!type.empty() && type != "BPE")
+    fail(ErrorKind::unsupported, source, ": tokenizer type '", type,
+         "'; only BPE can be converted");
   Vocab vocab;
   if (json_get_or<bool>(*model, "byte_fallback", false, source)) {
     vocab.model = "llama";
@@ -309,7 +335,8 @@ Vocab json_vocab(const Json& tokenizer, const std::string& source, size_t n_voca
     read_pieces(*model, source, vocab);
     copy_merges(*model, source, vocab);
   } else {
-    fail(ErrorKind::unsupported, source, ": a BPE tokenizer with neither byte fallback nor byte level");
+    fail(ErrorKind::unsupported, source,
+         ": a BPE tokenizer with neither byte fallback nor byte level");
   }
   const auto unk = json_get_or<std::string>(*model, "unk_token", "", source);
   if (!unk.empty()) vocab.unk = vocab.find(unk);

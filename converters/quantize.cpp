@@ -81,7 +81,8 @@ void drop_source(const Chunk& chunk) {
 
 bool all_finite(std::span<const float> values) {
   uint32_t largest = 0;  // magnitude bits order like magnitudes, infinity and NaN above all
-  for (const float v : values) largest = std::max(largest, std::bit_cast<uint32_t>(v) & 0x7fffffffu);
+  for (const float v : values)
+    largest = std::max(largest, std::bit_cast<uint32_t>(v) & 0x7fffffffu);
   return largest < 0x7f800000u;
 }
 
@@ -93,7 +94,8 @@ void encode_rows(const Chunk& chunk, std::byte* out, uint64_t begin, uint64_t en
   std::vector<float> values(cols);
   for (uint64_t i = begin; i < end; ++i) {
     uint64_t row = chunk.first_row + i;
-    if (chunk.run->permute_heads != 0) row = rope_source_row(row, source.rows(), chunk.run->permute_heads);
+    if (chunk.run->permute_heads != 0)
+      row = rope_source_row(row, source.rows(), chunk.run->permute_heads);
     const std::byte* in = source.data.data() + row * in_bytes;
     const bool same = source.format == &to;
     if (!same || chunk.job->must_be_finite) source.format->decode_row(in, values.data(), cols);
@@ -116,10 +118,12 @@ void encode_chunk(const Chunk& chunk, WriteQueue::Buffer& buffer, int n_threads)
 }
 
 void check_cancel(const ConvertOptions& options) {
-  if (options.cancel != nullptr && options.cancel->load()) fail(ErrorKind::cancelled, "interrupted");
+  if (options.cancel != nullptr && options.cancel->load())
+    fail(ErrorKind::cancelled, "interrupted");
 }
 
-void write_chunks(GgufWriter& writer, const std::vector<TensorJob>& jobs, const ConvertOptions& options) {
+void write_chunks(GgufWriter& writer, const std::vector<TensorJob>& jobs,
+                  const ConvertOptions& options) {
   const std::vector<Chunk> chunks = cut_chunks(jobs);
   const int n_threads = thread_count(options.n_threads);
   ConvertProgress progress;
@@ -187,7 +191,8 @@ void write_gguf(const std::filesystem::path& output, const std::vector<GgufKeyVa
 
 void check_overwrite(const std::filesystem::path& output, bool overwrite) {
   if (!overwrite && std::filesystem::exists(output))
-    fail(ErrorKind::io, output.string(), ": exists already; choose another name or use --force to replace it");
+    fail(ErrorKind::io, output.string(),
+         ": exists already; choose another name or use --force to replace it");
 }
 
 int thread_count(int n_threads) { return n_threads > 0 ? n_threads : read_host_cores().usable(); }

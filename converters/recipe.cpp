@@ -7,13 +7,13 @@ namespace duet {
 namespace {
 
 constexpr Recipe kRecipes[] = {
-    {"F32", FileType::F32, DType::F32},          {"F16", FileType::F16, DType::F16},
-    {"BF16", FileType::BF16, DType::BF16},       {"Q8_0", FileType::Q8_0, DType::Q8_0},
-    {"Q6_K", FileType::Q6_K, DType::Q6_K},       {"Q5_K_M", FileType::Q5_K_M, DType::Q5_K},
-    {"Q5_K_S", FileType::Q5_K_S, DType::Q5_K},   {"Q4_K_M", FileType::Q4_K_M, DType::Q4_K},
-    {"Q4_K_S", FileType::Q4_K_S, DType::Q4_K},   {"Q4_0", FileType::Q4_0, DType::Q4_0},
-    {"Q3_K_L", FileType::Q3_K_L, DType::Q3_K},   {"Q3_K_M", FileType::Q3_K_M, DType::Q3_K},
-    {"Q3_K_S", FileType::Q3_K_S, DType::Q3_K},   {"Q2_K", FileType::Q2_K, DType::Q2_K},
+    {"F32", FileType::F32, DType::F32},        {"F16", FileType::F16, DType::F16},
+    {"BF16", FileType::BF16, DType::BF16},     {"Q8_0", FileType::Q8_0, DType::Q8_0},
+    {"Q6_K", FileType::Q6_K, DType::Q6_K},     {"Q5_K_M", FileType::Q5_K_M, DType::Q5_K},
+    {"Q5_K_S", FileType::Q5_K_S, DType::Q5_K}, {"Q4_K_M", FileType::Q4_K_M, DType::Q4_K},
+    {"Q4_K_S", FileType::Q4_K_S, DType::Q4_K}, {"Q4_0", FileType::Q4_0, DType::Q4_0},
+    {"Q3_K_L", FileType::Q3_K_L, DType::Q3_K}, {"Q3_K_M", FileType::Q3_K_M, DType::Q3_K},
+    {"Q3_K_S", FileType::Q3_K_S, DType::Q3_K}, {"Q2_K", FileType::Q2_K, DType::Q2_K},
 };
 
 // The first and the last eighth of the layers, and every third one between.
@@ -28,16 +28,28 @@ DType attn_v_type(const Recipe& recipe, const HParams& hparams, uint32_t layer) 
   if (eight_experts(hparams)) return DType::Q8_0;
   DType type = recipe.base;
   switch (recipe.file_type) {
-    case FileType::Q2_K: type = hparams.n_head / hparams.n_head_kv >= 4 ? DType::Q4_K : DType::Q3_K; break;
-    case FileType::Q3_K_M: type = layer < 2 ? DType::Q5_K : DType::Q4_K; break;
-    case FileType::Q3_K_L: type = DType::Q5_K; break;
-    case FileType::Q4_K_S: if (layer < 4) type = DType::Q5_K; break;
+    case FileType::Q2_K:
+      type = hparams.n_head / hparams.n_head_kv >= 4 ? DType::Q4_K : DType::Q3_K;
+      break;
+    case FileType::Q3_K_M:
+      type = layer < 2 ? DType::Q5_K : DType::Q4_K;
+      break;
+    case FileType::Q3_K_L:
+      type = DType::Q5_K;
+      break;
+    case FileType::Q4_K_S:
+      if (layer < 4) type = DType::Q5_K;
+      break;
     case FileType::Q4_K_M:
-    case FileType::Q5_K_M: if (use_more_bits(layer, hparams.n_layer)) type = DType::Q6_K; break;
-    default: break;
+    case FileType::Q5_K_M:
+      if (use_more_bits(layer, hparams.n_layer)) type = DType::Q6_K;
+      break;
+    default:
+      break;
   }
   // The 80-layer Llama with grouped heads ("70B"): attn_v is small there and serves eight heads.
-  const bool is_70b = hparams.n_expert != 8 && hparams.n_layer == 80 && hparams.n_head != hparams.n_head_kv;
+  const bool is_70b =
+      hparams.n_expert != 8 && hparams.n_layer == 80 && hparams.n_head != hparams.n_head_kv;
   if (is_70b && (type == DType::Q3_K || type == DType::Q4_K)) type = DType::Q5_K;
   return type;
 }
@@ -45,46 +57,64 @@ DType attn_v_type(const Recipe& recipe, const HParams& hparams, uint32_t layer) 
 DType attn_output_type(const Recipe& recipe, const HParams& hparams) {
   const bool eight = eight_experts(hparams);
   switch (recipe.file_type) {
-    case FileType::Q2_K: return eight ? DType::Q5_K : DType::Q3_K;
-    case FileType::Q3_K_M: return eight ? DType::Q5_K : DType::Q4_K;
-    case FileType::Q3_K_L: return eight ? recipe.base : DType::Q5_K;
+    case FileType::Q2_K:
+      return eight ? DType::Q5_K : DType::Q3_K;
+    case FileType::Q3_K_M:
+      return eight ? DType::Q5_K : DType::Q4_K;
+    case FileType::Q3_K_L:
+      return eight ? recipe.base : DType::Q5_K;
     case FileType::Q3_K_S:
     case FileType::Q4_K_S:
-    case FileType::Q4_K_M: return eight ? DType::Q5_K : recipe.base;
-    default: return recipe.base;
+    case FileType::Q4_K_M:
+      return eight ? DType::Q5_K : recipe.base;
+    default:
+      return recipe.base;
   }
 }
 
 DType ffn_down_type(const Recipe& recipe, uint32_t layer, uint32_t n_layer) {
   switch (recipe.file_type) {
-    case FileType::Q2_K: return DType::Q3_K;
-    case FileType::Q3_K_M: return layer < n_layer / 16 ? DType::Q5_K : DType::Q4_K;
-    case FileType::Q3_K_L: return DType::Q5_K;
-    case FileType::Q4_K_S: return layer < n_layer / 8 ? DType::Q5_K : DType::Q4_K;
+    case FileType::Q2_K:
+      return DType::Q3_K;
+    case FileType::Q3_K_M:
+      return layer < n_layer / 16 ? DType::Q5_K : DType::Q4_K;
+    case FileType::Q3_K_L:
+      return DType::Q5_K;
+    case FileType::Q4_K_S:
+      return layer < n_layer / 8 ? DType::Q5_K : DType::Q4_K;
     case FileType::Q4_K_M:
-    case FileType::Q5_K_M: return use_more_bits(layer, n_layer) ? DType::Q6_K : recipe.base;
-    default: return recipe.base;
+    case FileType::Q5_K_M:
+      return use_more_bits(layer, n_layer) ? DType::Q6_K : recipe.base;
+    default:
+      return recipe.base;
   }
 }
 
 // The matrix that gives the logits: Q6_K, or Q8_0 where that is the recipe or rows do not fit.
 DType output_type(const Recipe& recipe, uint64_t cols) {
-  if (recipe.base == DType::Q8_0 || cols % format_of(recipe.base).block_elems != 0) return DType::Q8_0;
+  if (recipe.base == DType::Q8_0 || cols % format_of(recipe.base).block_elems != 0)
+    return DType::Q8_0;
   return DType::Q6_K;
 }
 
 DType quantized_type(const Recipe& recipe, const HParams& hparams, const TensorSpec& spec) {
   const auto layer = static_cast<uint32_t>(spec.layer);
   switch (spec.kind) {
-    case TensorKind::output: return output_type(recipe, spec.shape.back());
+    case TensorKind::output:
+      return output_type(recipe, spec.shape.back());
     case TensorKind::token_embd:
       return hparams.tied_output ? output_type(recipe, spec.shape.back()) : recipe.base;
-    case TensorKind::attn_k: return eight_experts(hparams) ? DType::Q8_0 : recipe.base;
-    case TensorKind::attn_v: return attn_v_type(recipe, hparams, layer);
-    case TensorKind::attn_output: return attn_output_type(recipe, hparams);
+    case TensorKind::attn_k:
+      return eight_experts(hparams) ? DType::Q8_0 : recipe.base;
+    case TensorKind::attn_v:
+      return attn_v_type(recipe, hparams, layer);
+    case TensorKind::attn_output:
+      return attn_output_type(recipe, hparams);
     case TensorKind::ffn_down:
-    case TensorKind::ffn_down_exps: return ffn_down_type(recipe, layer, hparams.n_layer);
-    default: return recipe.base;
+    case TensorKind::ffn_down_exps:
+      return ffn_down_type(recipe, layer, hparams.n_layer);
+    default:
+      return recipe.base;
   }
 }
 
@@ -95,11 +125,20 @@ DType fitting_type(DType type, uint64_t cols) {
   DType smaller = type;
   switch (type) {
     case DType::Q2_K:
-    case DType::Q3_K: smaller = DType::Q4_0; break;
-    case DType::Q4_K: smaller = DType::Q5_0; break;
-    case DType::Q5_K: smaller = DType::Q5_1; break;
-    case DType::Q6_K: smaller = DType::Q8_0; break;
-    default: break;
+    case DType::Q3_K:
+      smaller = DType::Q4_0;
+      break;
+    case DType::Q4_K:
+      smaller = DType::Q5_0;
+      break;
+    case DType::Q5_K:
+      smaller = DType::Q5_1;
+      break;
+    case DType::Q6_K:
+      smaller = DType::Q8_0;
+      break;
+    default:
+      break;
   }
   return fits(smaller) ? smaller : DType::F16;
 }

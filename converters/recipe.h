@@ -14,8 +14,20 @@ namespace duet {
 
 // general.file_type of GGUF.
 enum class FileType : uint32_t {
-  F32 = 0, F16 = 1, Q4_0 = 2, Q8_0 = 7, Q2_K = 10, Q3_K_S = 11, Q3_K_M = 12, Q3_K_L = 13,
-  Q4_K_S = 14, Q4_K_M = 15, Q5_K_S = 16, Q5_K_M = 17, Q6_K = 18, BF16 = 32,
+  F32 = 0,
+  F16 = 1,
+  Q4_0 = 2,
+  Q8_0 = 7,
+  Q2_K = 10,
+  Q3_K_S = 11,
+  Q3_K_M = 12,
+  Q3_K_L = 13,
+  Q4_K_S = 14,
+  Q4_K_M = 15,
+  Q5_K_S = 16,
+  Q5_K_M = 17,
+  Q6_K = 18,
+  BF16 = 32,
 };
 
 struct Recipe {

@@ -20,8 +20,8 @@ struct Source {
 };
 
 bool replaced_key(std::string_view key) {
-  return key == "general.file_type" || key == "general.quantization_version" || key == "general.alignment" ||
-         key.starts_with("split.");
+  return key == "general.file_type" || key == "general.quantization_version" ||
+         key == "general.alignment" || key.starts_with("split.");
 }
 
 std::vector<GgufKeyValue> new_metadata(const GgufFile& file, const Recipe& recipe) {
@@ -36,7 +36,8 @@ std::vector<GgufKeyValue> new_metadata(const GgufFile& file, const Recipe& recip
 
 // The tensors that make up one of the table: itself, or the experts of the old layout in order.
 // Empty when there are none; Error(format) when only some experts are there.
-std::vector<const TensorView*> find_parts(const GgufFile& file, const HParams& hparams, const TensorSpec& spec) {
+std::vector<const TensorView*> find_parts(const GgufFile& file, const HParams& hparams,
+                                          const TensorSpec& spec) {
   if (const TensorView* whole = file.find_tensor(spec.gguf_name)) return {whole};
   std::vector<const TensorView*> parts;
   if (spec.shape.size() != 3) return parts;
@@ -44,11 +45,13 @@ std::vector<const TensorView*> find_parts(const GgufFile& file, const HParams& h
     const std::string name = split_expert_name(spec.kind, spec.layer, static_cast<int>(e));
     const TensorView* part = file.find_tensor(name);
     if (part == nullptr && !parts.empty())
-      fail(ErrorKind::format, file.source(), ": tensor '", name, "' is missing; the file is incomplete");
+      fail(ErrorKind::format, file.source(), ": tensor '", name,
+           "' is missing; the file is incomplete");
     if (part != nullptr) parts.push_back(part);
   }
   if (!parts.empty() && parts.size() != hparams.n_expert)
-    fail(ErrorKind::format, file.source(), ": layer ", spec.layer, " has ", parts.size(), " of ", hparams.n_expert, " experts");
+    fail(ErrorKind::format, file.source(), ": layer ", spec.layer, " has ", parts.size(), " of ",
+         hparams.n_expert, " experts");
   return parts;
 }
 
@@ -59,16 +62,21 @@ TensorJob make_job(const GgufFile& file, const TensorSpec& spec, const Format& f
   for (const TensorView* part : parts) {
     n_rows += part->rows();
     if (part->cols() != spec.shape.back())
-      fail(ErrorKind::format, file.source(), ": tensor '", part->name, "' has rows of ", part->cols(), ", expected ", spec.shape.back());
+      fail(ErrorKind::format, file.source(), ": tensor '", part->name, "' has rows of ",
+           part->cols(), ", expected ", spec.shape.back());
     // One run per expert, so that a slice is let go as soon as it is done.
-    job.runs.push_back({.source = *part, .drop = [file](const TensorView& view) { file.drop(view); }});
+    job.runs.push_back(
+        {.source = *part, .drop = [file](const TensorView& view) { file.drop(view); }});
   }
   uint64_t expected = 1;
   for (size_t i = 0; i + 1 < spec.shape.size(); ++i) expected *= spec.shape[i];
   if (n_rows != expected)
-    fail(ErrorKind::format, file.source(), ": tensor '", spec.gguf_name, "' has ", n_rows, " rows, expected ", expected);
+    fail(ErrorKind::format, file.source(), ": tensor '", spec.gguf_name, "' has ", n_rows,
+         " rows, expected ", expected);
   // Blocks that stay as they are, or only unpack, need no opinion about their values.
-  job.must_be_finite = format.block_elems > 1 && !std::all_of(parts.begin(), parts.end(), [&](auto p) { return p->format == &format; });
+  job.must_be_finite =
+      format.block_elems > 1 &&
+      !std::all_of(parts.begin(), parts.end(), [&](auto p) { return p->format == &format; });
   return job;
 }
 
@@ -83,13 +91,16 @@ Source load_source(const fs::path& input, const ConvertOptions& options) {
   for (const TensorSpec& spec : tensor_table(hparams)) {
     const auto parts = find_parts(file, hparams, spec);
     if (parts.empty() && spec.optional) continue;
-    if (parts.empty()) fail(ErrorKind::format, file.source(), ": tensor '", spec.gguf_name, "' is missing; the file is incomplete");
+    if (parts.empty())
+      fail(ErrorKind::format, file.source(), ": tensor '", spec.gguf_name,
+           "' is missing; the file is incomplete");
     for (const TensorView* part : parts) used.insert(part->name);
     source.jobs.push_back(make_job(file, spec, recipe_format(recipe, hparams, spec), parts));
   }
   for (const TensorView& tensor : file.tensors()) {
     if (used.contains(tensor.name)) continue;
-    notice(concat("tensor '", tensor.name, "' is copied as it is: not part of the model that the metadata describe"));
+    notice(concat("tensor '", tensor.name,
+                  "' is copied as it is: not part of the model that the metadata describe"));
     source.jobs.push_back({tensor.name, tensor.format, tensor.shape, {{.source = tensor}}, false});
   }
   return source;

@@ -22,7 +22,7 @@ struct SpPiece {
 
 struct SpModel {
   std::vector<SpPiece> pieces;
-  int model_type = 1;                    // 1 unigram, 2 BPE, 3 word, 4 char
+  int model_type = 1;                                   // 1 unigram, 2 BPE, 3 word, 4 char
   int unk_id = 0, bos_id = 1, eos_id = 2, pad_id = -1;  // -1: none
   bool add_dummy_prefix = true;
   bool remove_extra_whitespaces = true;

@@ -3,9 +3,9 @@
 //
 // Scales: every matrix has elements of magnitude 1/sqrt(inputs), so that each output is as large as
 // an input; the two that add to the residual stream (attn_output, ffn_down) are smaller by
-// sqrt(2 * n_layer), as GPT-2 initializes them. With embeddings of magnitude 1 the stream then stays
-// dominated by the token itself: activations neither explode nor vanish, and what attention makes
-// common to all tokens stays too weak to draw the router towards some experts.
+// sqrt(2 * n_layer), as GPT-2 initializes them. With embeddings of magnitude 1 the stream then
+// stays dominated by the token itself: activations neither explode nor vanish, and what attention
+// makes common to all tokens stays too weak to draw the router towards some experts.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -26,10 +26,11 @@ namespace {
 constexpr size_t kChunkBytes = size_t{16} << 20;
 constexpr size_t kGrainBlocks = 4096;  // a multiple of 8: every range starts on a random word
 
-// ---- random bits ---------------------------------------------------------------------------------
+// ---- random bits
+// ---------------------------------------------------------------------------------
 
-// Word `index` of the stream `key` (splitmix64: Steele, Lea, Flood 2014): any part of any tensor can
-// be made by itself, in any order.
+// Word `index` of the stream `key` (splitmix64: Steele, Lea, Flood 2014): any part of any tensor
+// can be made by itself, in any order.
 uint64_t random_word(uint64_t key, uint64_t index) {
   uint64_t z = key + index * 0x9e3779b97f4a7c15u;
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -50,7 +51,8 @@ float random_float(uint64_t key, uint64_t index) {
   return (static_cast<float>(random_word(key, index) >> 40) * 0x1p-24f - 0.5f) * kSqrt12;
 }
 
-// ---- blocks --------------------------------------------------------------------------------------
+// ---- blocks
+// --------------------------------------------------------------------------------------
 
 // Makes the sub-block minimums of a block equal to its sub-block scales.
 using PairMinimumsFn = void (*)(std::byte* block);
@@ -67,7 +69,8 @@ void pair_q4_k(std::byte* block) {
   std::memcpy(scales + 4, scales, 4);
   for (size_t i = 8; i < 12; ++i) scales[i] = low_nibble_twice(scales[i]);
 }
-static_assert(offsetof(BlockQ4_K, scales) == offsetof(BlockQ5_K, scales) && offsetof(BlockQ2_K, scales) == 0);
+static_assert(offsetof(BlockQ4_K, scales) == offsetof(BlockQ5_K, scales) &&
+              offsetof(BlockQ2_K, scales) == 0);
 
 // Where a block holds its half-precision scale, and its offset if it has one. With random bits in
 // all other fields, minimums paired with scales and offset = ratio * scale, each sub-block has mean
@@ -95,7 +98,8 @@ constexpr ScaleFields kScaleFields[] = {
 };
 
 const ScaleFields* scale_fields(DType dtype) {
-  const auto it = std::find_if(std::begin(kScaleFields), std::end(kScaleFields), [&](auto& f) { return f.dtype == dtype; });
+  const auto it = std::find_if(std::begin(kScaleFields), std::end(kScaleFields),
+                               [&](auto& f) { return f.dtype == dtype; });
   return it == std::end(kScaleFields) ? nullptr : it;
 }
 
@@ -111,7 +115,8 @@ void store_u16(std::byte* at, unsigned value) {
 
 // Blocks [first, first + n) of the stream, first a multiple of 8. The scale keeps a random sign:
 // formats whose levels are not symmetric would otherwise have a mean, which wide rows add up.
-void fill_blocks(const Format& format, const ScaleFields& fields, float scale, uint64_t key, uint64_t first, size_t n, std::byte* out) {
+void fill_blocks(const Format& format, const ScaleFields& fields, float scale, uint64_t key,
+                 uint64_t first, size_t n, std::byte* out) {
   const size_t n_bytes = n * format.block_bytes;
   const uint64_t first_word = first * format.block_bytes / 8;
   for (size_t i = 0; i < n_bytes; i += 8) {
@@ -139,13 +144,15 @@ float unit_deviation(const Format& format, const ScaleFields& fields) {
   return static_cast<float>(std::sqrt(sum / static_cast<double>(values.size())));
 }
 
-void fill_floats(const Format& format, float scale, uint64_t key, uint64_t first, size_t n, std::byte* out) {
+void fill_floats(const Format& format, float scale, uint64_t key, uint64_t first, size_t n,
+                 std::byte* out) {
   std::vector<float> values(n);
   for (size_t i = 0; i < n; ++i) values[i] = scale * random_float(key, first + i);
   format.encode_row(values.data(), out, n, nullptr);
 }
 
-// ---- tensors -------------------------------------------------------------------------------------
+// ---- tensors
+// -------------------------------------------------------------------------------------
 
 // One matrix of one stream: a tensor, or an expert's slice of one.
 struct Payload {
@@ -166,13 +173,16 @@ struct OutputTensor {
 
 void fill(const Payload& part, float unit, uint64_t first, size_t n, std::byte* out) {
   const ScaleFields* fields = scale_fields(part.format->dtype);
-  if (fields != nullptr) return fill_blocks(*part.format, *fields, part.deviation / unit, part.key, first, n, out);
+  if (fields != nullptr)
+    return fill_blocks(*part.format, *fields, part.deviation / unit, part.key, first, n, out);
   if (part.deviation > 0) return fill_floats(*part.format, part.deviation, part.key, first, n, out);
   const std::vector<float> ones(n, 1.0f);
   std::memcpy(out, ones.data(), n * sizeof(float));
 }
 
-bool adds_to_residual(TensorKind kind) { return kind == TensorKind::attn_output || kind == TensorKind::ffn_down_exps; }
+bool adds_to_residual(TensorKind kind) {
+  return kind == TensorKind::attn_output || kind == TensorKind::ffn_down_exps;
+}
 
 float deviation_of(const HParams& hparams, const TensorSpec& spec) {
   if (spec.shape.size() < 2) return 0;
@@ -184,35 +194,44 @@ float deviation_of(const HParams& hparams, const TensorSpec& spec) {
 
 const Format& format_for(const TensorSpec& spec, const Format& type) {
   if (spec.shape.size() < 2 || spec.kind == TensorKind::ffn_gate_inp) return format_of(DType::F32);
-  if (spec.kind == TensorKind::output) return format_of(type.dtype == DType::Q8_0 ? DType::Q8_0 : DType::Q6_K);
+  if (spec.kind == TensorKind::output)
+    return format_of(type.dtype == DType::Q8_0 ? DType::Q8_0 : DType::Q6_K);
   return type;
 }
 
-std::vector<OutputTensor> lay_out(const HParams& hparams, const std::vector<TensorSpec>& specs, const Format& type,
-                                  const SyntheticOptions& options) {
+std::vector<OutputTensor> lay_out(const HParams& hparams, const std::vector<TensorSpec>& specs,
+                                  const Format& type, const SyntheticOptions& options) {
   std::vector<OutputTensor> tensors;
   for (const TensorSpec& spec : specs) {
     const bool experts = spec.shape.size() == 3;
     const uint64_t n_parts = experts ? spec.shape[0] : 1;
-    const std::vector<uint64_t> part_shape(spec.shape.begin() + (experts ? 1 : 0), spec.shape.end());
+    const std::vector<uint64_t> part_shape(spec.shape.begin() + (experts ? 1 : 0),
+                                           spec.shape.end());
     uint64_t n_elems = 1;
     for (const uint64_t d : part_shape) n_elems *= d;
     for (uint64_t e = 0; e < n_parts; ++e) {
       const bool own_tensor = e == 0 || options.split_experts;
       if (own_tensor && experts && options.split_experts)
-        tensors.push_back({split_expert_name(spec.kind, spec.layer, static_cast<int>(e)), part_shape, {}});
+        tensors.push_back(
+            {split_expert_name(spec.kind, spec.layer, static_cast<int>(e)), part_shape, {}});
       else if (own_tensor)
         tensors.push_back({spec.gguf_name, spec.shape, {}});
-      tensors.back().parts.push_back({&spec, &format_for(spec, type), n_elems, stream_key(options.seed, spec, e), deviation_of(hparams, spec)});
+      tensors.back().parts.push_back({&spec, &format_for(spec, type), n_elems,
+                                      stream_key(options.seed, spec, e),
+                                      deviation_of(hparams, spec)});
     }
   }
   return tensors;
 }
 
-// ---- the model -----------------------------------------------------------------------------------
+// ---- the model
+// -----------------------------------------------------------------------------------
 
 HParams shape_of(const SyntheticOptions& options) {
-  struct Shape { const char* name; uint32_t n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab, n_ctx; };
+  struct Shape {
+    const char* name;
+    uint32_t n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab, n_ctx;
+  };
   constexpr Shape kShapes[] = {{"8x7b", 32, 4096, 14336, 32, 8, 128, 32000, 32768},
                                {"8x22b", 56, 6144, 16384, 48, 8, 128, 32000, 65536},
                                {"tiny", 4, 256, 512, 8, 2, 32, 2048, 2048}};
@@ -221,17 +240,24 @@ HParams shape_of(const SyntheticOptions& options) {
     HParams h;
     h.name = concat("synthetic ", s.name, " ", options.type);
     h.n_layer = options.n_layer > 0 ? options.n_layer : s.n_layer;
-    h.n_embd = s.n_embd; h.n_ff = s.n_ff; h.n_vocab = s.n_vocab; h.n_ctx_train = s.n_ctx;
-    h.n_head = s.n_head; h.n_head_kv = s.n_head_kv; h.head_dim = h.n_rot = s.head_dim;
-    h.n_expert = 8; h.n_expert_used = 2;
+    h.n_embd = s.n_embd;
+    h.n_ff = s.n_ff;
+    h.n_vocab = s.n_vocab;
+    h.n_ctx_train = s.n_ctx;
+    h.n_head = s.n_head;
+    h.n_head_kv = s.n_head_kv;
+    h.head_dim = h.n_rot = s.head_dim;
+    h.n_expert = 8;
+    h.n_expert_used = 2;
     h.rope_freq_base = 1e6f;
     return h;
   }
   fail(ErrorKind::usage, "unknown shape '", options.shape, "'; choose one of: 8x7b 8x22b tiny");
 }
 
-// A SentencePiece vocabulary of invented pieces: specials, bytes, ASCII, then letters glued to pairs,
-// to pairs with a leading space, to quadruples, so that every piece can be merged from two shorter.
+// A SentencePiece vocabulary of invented pieces: specials, bytes, ASCII, then letters glued to
+// pairs, to pairs with a leading space, to quadruples, so that every piece can be merged from two
+// shorter.
 Vocab invent_vocab(uint32_t n_vocab) {
   Vocab vocab;
   vocab.model = "llama";
@@ -247,7 +273,8 @@ Vocab invent_vocab(uint32_t n_vocab) {
   add("<s>", TokenType::control);
   add("</s>", TokenType::control);
   constexpr const char* kHex = "0123456789ABCDEF";
-  for (size_t b = 0; b < 256; ++b) add(std::string("<0x") + kHex[b / 16] + kHex[b % 16] + ">", TokenType::byte);
+  for (size_t b = 0; b < 256; ++b)
+    add(std::string("<0x") + kHex[b / 16] + kHex[b % 16] + ">", TokenType::byte);
   const std::string space = "\xe2\x96\x81";
   add(space, TokenType::normal);
   for (char c = '!'; c <= '~'; ++c) add(std::string(1, c), TokenType::normal);
@@ -258,7 +285,8 @@ Vocab invent_vocab(uint32_t n_vocab) {
     for (const char b : letters) pairs.push_back({a, b});
   for (const std::string& pair : pairs) add(pair, TokenType::normal);
   for (const std::string& pair : pairs) add(space + pair, TokenType::normal);
-  for (size_t i = 0; vocab.tokens.size() < n_vocab; ++i) add(pairs[i / pairs.size()] + pairs[i % pairs.size()], TokenType::normal);
+  for (size_t i = 0; vocab.tokens.size() < n_vocab; ++i)
+    add(pairs[i / pairs.size()] + pairs[i % pairs.size()], TokenType::normal);
   vocab.unk = 0;
   vocab.bos = 1;
   vocab.eos = 2;
@@ -270,12 +298,18 @@ Vocab invent_vocab(uint32_t n_vocab) {
 
 uint32_t file_type_of(const Format& type) {
   switch (type.dtype) {
-    case DType::Q4_1: return 3;
-    case DType::Q5_0: return 8;
-    case DType::Q5_1: return 9;
-    case DType::IQ4_NL: return 25;
-    case DType::IQ4_XS: return 30;
-    default: break;
+    case DType::Q4_1:
+      return 3;
+    case DType::Q5_0:
+      return 8;
+    case DType::Q5_1:
+      return 9;
+    case DType::IQ4_NL:
+      return 25;
+    case DType::IQ4_XS:
+      return 30;
+    default:
+      break;
   }
   for (const Recipe& recipe : all_recipes()) {
     if (recipe.base == type.dtype) return static_cast<uint32_t>(recipe.file_type);
@@ -286,26 +320,32 @@ uint32_t file_type_of(const Format& type) {
 const Format& find_type(const std::string& name) {
   if (const Format* format = find_format(name)) return *format;
   std::string choices;
-  for (const Format& format : all_formats()) choices += concat(choices.empty() ? "" : " ", format.name);
+  for (const Format& format : all_formats())
+    choices += concat(choices.empty() ? "" : " ", format.name);
   fail(ErrorKind::usage, "unknown type '", name, "'; choose one of: ", choices);
 }
 
-void declare(GgufWriter& writer, const HParams& hparams, const Format& type, const std::vector<OutputTensor>& tensors) {
+void declare(GgufWriter& writer, const HParams& hparams, const Format& type,
+             const std::vector<OutputTensor>& tensors) {
   for (GgufKeyValue& kv : hparams_metadata(hparams)) writer.set(kv.key, kv.value);
   writer.set("general.file_type", GgufValue::u32(file_type_of(type)));
   writer.set("general.quantization_version", GgufValue::u32(2));
-  for (GgufKeyValue& kv : vocab_metadata(invent_vocab(hparams.n_vocab))) writer.set(kv.key, kv.value);
-  for (const OutputTensor& tensor : tensors) writer.add_tensor(tensor.name, *tensor.parts[0].format, tensor.shape);
+  for (GgufKeyValue& kv : vocab_metadata(invent_vocab(hparams.n_vocab)))
+    writer.set(kv.key, kv.value);
+  for (const OutputTensor& tensor : tensors)
+    writer.add_tensor(tensor.name, *tensor.parts[0].format, tensor.shape);
 }
 
 class Generator {
  public:
   Generator(GgufWriter& writer, const SyntheticOptions& options)
-      : options_(options), n_threads_(thread_count(options.n_threads)),
+      : options_(options),
+        n_threads_(thread_count(options.n_threads)),
         queue_(3, [&writer](std::span<const std::byte> bytes) { writer.write(bytes); }) {
     for (const Format& format : all_formats()) {
       const ScaleFields* fields = scale_fields(format.dtype);
-      if (fields != nullptr) unit_[static_cast<size_t>(format.dtype)] = unit_deviation(format, *fields);
+      if (fields != nullptr)
+        unit_[static_cast<size_t>(format.dtype)] = unit_deviation(format, *fields);
     }
   }
 
@@ -324,7 +364,8 @@ class Generator {
 
  private:
   void check_cancel() const {
-    if (options_.cancel != nullptr && options_.cancel->load()) fail(ErrorKind::cancelled, "interrupted");
+    if (options_.cancel != nullptr && options_.cancel->load())
+      fail(ErrorKind::cancelled, "interrupted");
   }
 
   void make(const Payload& part) {
@@ -336,7 +377,8 @@ class Generator {
       WriteQueue::Buffer buffer = queue_.take();
       buffer.resize(n * block_bytes);
       parallel_for(n_threads_, n, kGrainBlocks, [&](size_t begin, size_t end) {
-        fill(part, unit_[static_cast<size_t>(part.format->dtype)], first + begin, end - begin, buffer.data() + begin * block_bytes);
+        fill(part, unit_[static_cast<size_t>(part.format->dtype)], first + begin, end - begin,
+             buffer.data() + begin * block_bytes);
       });
       progress_.done_bytes += buffer.size();
       queue_.put(std::move(buffer));

@@ -26,6 +26,9 @@ enum class GgufType : uint32_t {
   string = 8, array = 9, u64 = 10, i64 = 11, f64 = 12,
 };
 
+// Values of tokenizer.ggml.token_type (SentencePiece's numbers).
+enum class TokenType : uint8_t { normal = 1, unknown = 2, control = 3, user_defined = 4, unused = 5, byte = 6 };
+
 // A metadata value. Scalars are widened, `type` keeps the stored type so that a copy is exact.
 struct GgufValue {
   GgufType type = GgufType::u32;

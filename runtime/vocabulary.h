@@ -14,16 +14,6 @@ namespace duet {
 
 using Token = int32_t;
 
-// Values of tokenizer.ggml.token_type.
-enum class TokenType : uint8_t {
-  normal = 1,
-  unknown = 2,
-  control = 3,
-  user_defined = 4,
-  unused = 5,
-  byte = 6
-};
-
 // Piece -> id by open addressing; borrows the pieces it was built from. Empty pieces are not found.
 class PieceMap {
  public:

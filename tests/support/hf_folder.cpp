@@ -12,7 +12,8 @@
 namespace duet::test {
 namespace {
 
-constexpr uint64_t kLayers = 2, kEmbd = 32, kHeads = 4, kHeadsKv = 2, kHeadDim = 8, kExperts = 4, kFf = 64, kVocab = 264;
+constexpr uint64_t kLayers = 2, kEmbd = 32, kHeads = 4, kHeadsKv = 2, kHeadDim = 8, kExperts = 4,
+                   kFf = 64, kVocab = 264;
 
 std::vector<float> random_values(const std::string& name, uint64_t n) {
   Rng rng(std::hash<std::string>()(name));
@@ -28,15 +29,19 @@ HfTensor make(const std::string& name, std::vector<uint64_t> shape) {
 }
 
 std::string expert_name(uint64_t layer, uint64_t expert, const char* matrix) {
-  return concat("model.layers.", layer, ".block_sparse_moe.experts.", expert, ".", matrix, ".weight");
+  return concat("model.layers.", layer, ".block_sparse_moe.experts.", expert, ".", matrix,
+                ".weight");
 }
 
 HfTensor expert_matrix(uint64_t layer, uint64_t expert, const std::string& matrix) {
-  return make(expert_name(layer, expert, matrix.c_str()),
-              matrix == "w2" ? std::vector<uint64_t>{kEmbd, kFf} : std::vector<uint64_t>{kFf, kEmbd});
+  return make(expert_name(layer, expert, matrix.c_str()), matrix == "w2"
+                                                              ? std::vector<uint64_t>{kEmbd, kFf}
+                                                              : std::vector<uint64_t>{kFf, kEmbd});
 }
 
-void append(std::vector<float>& to, const HfTensor& from) { to.insert(to.end(), from.values.begin(), from.values.end()); }
+void append(std::vector<float>& to, const HfTensor& from) {
+  to.insert(to.end(), from.values.begin(), from.values.end());
+}
 
 void add_experts(std::vector<HfTensor>& out, uint64_t layer, HfForm form) {
   const std::string prefix = concat("model.layers.", layer, ".");
@@ -64,12 +69,23 @@ void add_experts(std::vector<HfTensor>& out, uint64_t layer, HfForm form) {
 }
 
 Json tiny_config(HfForm form) {
-  Json config = {{"architectures", {"MixtralForCausalLM"}}, {"model_type", "mixtral"},
-                 {"hidden_size", kEmbd}, {"intermediate_size", kFf}, {"num_hidden_layers", kLayers},
-                 {"num_attention_heads", kHeads}, {"num_key_value_heads", kHeadsKv}, {"vocab_size", kVocab},
-                 {"max_position_embeddings", 512}, {"rope_theta", 1e6}, {"rms_norm_eps", 1e-5},
-                 {"num_local_experts", kExperts}, {"num_experts_per_tok", 2}, {"tie_word_embeddings", false},
-                 {"bos_token_id", 1}, {"eos_token_id", 2}, {"hidden_act", "silu"}};
+  Json config = {{"architectures", {"MixtralForCausalLM"}},
+                 {"model_type", "mixtral"},
+                 {"hidden_size", kEmbd},
+                 {"intermediate_size", kFf},
+                 {"num_hidden_layers", kLayers},
+                 {"num_attention_heads", kHeads},
+                 {"num_key_value_heads", kHeadsKv},
+                 {"vocab_size", kVocab},
+                 {"max_position_embeddings", 512},
+                 {"rope_theta", 1e6},
+                 {"rms_norm_eps", 1e-5},
+                 {"num_local_experts", kExperts},
+                 {"num_experts_per_tok", 2},
+                 {"tie_word_embeddings", false},
+                 {"bos_token_id", 1},
+                 {"eos_token_id", 2},
+                 {"hidden_act", "silu"}};
   if (form != HfForm::dense) return config;
   config["architectures"] = {"MistralForCausalLM"};
   config["model_type"] = "mistral";
@@ -78,15 +94,20 @@ Json tiny_config(HfForm form) {
   return config;
 }
 
-// ---- protobuf ------------------------------------------------------------------------------------
+// ---- protobuf
+// ------------------------------------------------------------------------------------
 
 std::string varint(uint64_t value) {
   std::string out;
   for (; value >= 0x80; value >>= 7) out += static_cast<char>((value & 0x7f) | 0x80);
   return out + static_cast<char>(value);
 }
-std::string number_field(unsigned field, int64_t value) { return varint(field << 3) + varint(static_cast<uint64_t>(value)); }
-std::string bytes_field(unsigned field, const std::string& bytes) { return varint(field << 3 | 2) + varint(bytes.size()) + bytes; }
+std::string number_field(unsigned field, int64_t value) {
+  return varint(field << 3) + varint(static_cast<uint64_t>(value));
+}
+std::string bytes_field(unsigned field, const std::string& bytes) {
+  return varint(field << 3 | 2) + varint(bytes.size()) + bytes;
+}
 
 }  // namespace
 
@@ -96,7 +117,9 @@ std::string safetensors_bytes(const std::vector<HfTensor>& tensors, bool as_f32)
   for (const HfTensor& tensor : tensors) {
     const size_t begin = data.size();
     for (const float v : tensor.values) data += as_f32 ? raw(v) : raw(f32_to_bf16(v));
-    header[tensor.name] = {{"dtype", as_f32 ? "F32" : "BF16"}, {"shape", tensor.shape}, {"data_offsets", {begin, data.size()}}};
+    header[tensor.name] = {{"dtype", as_f32 ? "F32" : "BF16"},
+                           {"shape", tensor.shape},
+                           {"data_offsets", {begin, data.size()}}};
   }
   std::string text = header.dump();
   text.append((8 - text.size() % 8) % 8, ' ');  // as the safetensors library aligns the data
@@ -109,9 +132,11 @@ std::string SpModelBuilder::build() const {
     const std::string score = varint(2 << 3 | 5) + raw(piece.score);
     out += bytes_field(1, bytes_field(1, piece.text) + score + number_field(3, piece.type));
   }
-  out += bytes_field(2, number_field(3, model_type) + number_field(40, unk_id) + number_field(41, bos_id) +
-                            number_field(42, eos_id) + number_field(43, pad_id));
-  out += bytes_field(3, bytes_field(1, "identity") + number_field(3, add_dummy_prefix) + number_field(4, 0));
+  out += bytes_field(2, number_field(3, model_type) + number_field(40, unk_id) +
+                            number_field(41, bos_id) + number_field(42, eos_id) +
+                            number_field(43, pad_id));
+  out += bytes_field(
+      3, bytes_field(1, "identity") + number_field(3, add_dummy_prefix) + number_field(4, 0));
   return out;
 }
 
@@ -119,7 +144,8 @@ SpModelBuilder small_sp_model(const std::vector<std::string>& pieces) {
   SpModelBuilder model;
   model.pieces = {{"<unk>", 0, 2}, {"<s>", 0, 3}, {"</s>", 0, 3}};
   constexpr const char* kHex = "0123456789ABCDEF";
-  for (size_t b = 0; b < 256; ++b) model.pieces.push_back({std::string("<0x") + kHex[b / 16] + kHex[b % 16] + ">", 0, 6});
+  for (size_t b = 0; b < 256; ++b)
+    model.pieces.push_back({std::string("<0x") + kHex[b / 16] + kHex[b % 16] + ">", 0, 6});
   float score = 0;
   for (const std::string& piece : pieces) model.pieces.push_back({piece, score -= 1, 1});
   return model;
@@ -139,7 +165,8 @@ void HfFolder::write(const std::filesystem::path& folder) const {
   write_text(folder / "config.json", config.dump(1));
   if (!tokenizer_model.empty()) write_text(folder / "tokenizer.model", tokenizer_model);
   for (const auto& [name, content] : files) write_text(folder / name, content);
-  if (n_shards == 1) return write_text(folder / "model.safetensors", safetensors_bytes(tensors, f32));
+  if (n_shards == 1)
+    return write_text(folder / "model.safetensors", safetensors_bytes(tensors, f32));
   Json index = {{"metadata", {{"total_size", 0}}}, {"weight_map", Json::object()}};
   for (size_t shard = 0; shard < n_shards; ++shard) {
     const std::string name = concat("model-0000", shard + 1, "-of-0000", n_shards, ".safetensors");

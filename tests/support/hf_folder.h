@@ -1,5 +1,5 @@
-// Hugging Face model folders made by hand for tests of the converter: any tensors, any JSON, written
-// without the project's own readers or writers.
+// Hugging Face model folders made by hand for tests of the converter: any tensors, any JSON,
+// written without the project's own readers or writers.
 #pragma once
 
 #include <cstdint>
@@ -41,9 +41,9 @@ SpModelBuilder small_sp_model(const std::vector<std::string>& pieces = {"a", "b"
 struct HfFolder {
   Json config;
   std::vector<HfTensor> tensors;
-  bool f32 = false;              // stored as F32 instead of BF16
-  size_t n_shards = 1;           // > 1: with model.safetensors.index.json
-  std::string tokenizer_model;   // empty: no such file
+  bool f32 = false;             // stored as F32 instead of BF16
+  size_t n_shards = 1;          // > 1: with model.safetensors.index.json
+  std::string tokenizer_model;  // empty: no such file
   std::vector<std::pair<std::string, std::string>> files = {};  // further files: name, content
 
   HfTensor& tensor(std::string_view name);  // must exist

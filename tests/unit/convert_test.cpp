@@ -30,7 +30,8 @@ ConvertOptions with_recipe(const std::string& recipe) {
   return options;
 }
 
-GgufFile converted(const TempFolder& folder, const test::HfFolder& model, const ConvertOptions& options) {
+GgufFile converted(const TempFolder& folder, const test::HfFolder& model,
+                   const ConvertOptions& options) {
   model.write(folder / "hf");
   convert(folder / "hf", folder / "out.gguf", options);
   return GgufFile::open(folder / "out.gguf");
@@ -61,33 +62,44 @@ std::vector<float> rope_permuted(const test::HfTensor& w, size_t n_head) {
   return out;
 }
 
-std::string hf_layer(size_t layer, const char* rest) { return concat("model.layers.", layer, ".", rest, ".weight"); }
-std::string gguf_layer(size_t layer, const char* rest) { return concat("blk.", layer, ".", rest, ".weight"); }
+std::string hf_layer(size_t layer, const char* rest) {
+  return concat("model.layers.", layer, ".", rest, ".weight");
+}
+std::string gguf_layer(size_t layer, const char* rest) {
+  return concat("blk.", layer, ".", rest, ".weight");
+}
 
 void check_attention(const GgufFile& file, test::HfFolder& hf, size_t layer) {
   const auto same = [&](const char* gguf, const char* name) {
-    CHECK(values_of(tensor_of(file, gguf_layer(layer, gguf))) == hf.tensor(hf_layer(layer, name)).values);
+    CHECK(values_of(tensor_of(file, gguf_layer(layer, gguf))) ==
+          hf.tensor(hf_layer(layer, name)).values);
   };
   same("attn_norm", "input_layernorm");
   same("attn_v", "self_attn.v_proj");
   same("attn_output", "self_attn.o_proj");
   same("ffn_norm", "post_attention_layernorm");
-  CHECK(values_of(tensor_of(file, gguf_layer(layer, "attn_q"))) == rope_permuted(hf.tensor(hf_layer(layer, "self_attn.q_proj")), 4));
-  CHECK(values_of(tensor_of(file, gguf_layer(layer, "attn_k"))) == rope_permuted(hf.tensor(hf_layer(layer, "self_attn.k_proj")), 2));
+  CHECK(values_of(tensor_of(file, gguf_layer(layer, "attn_q"))) ==
+        rope_permuted(hf.tensor(hf_layer(layer, "self_attn.q_proj")), 4));
+  CHECK(values_of(tensor_of(file, gguf_layer(layer, "attn_k"))) ==
+        rope_permuted(hf.tensor(hf_layer(layer, "self_attn.k_proj")), 2));
 }
 
 // w1 = gate, w2 = down, w3 = up, stacked by expert.
 void check_experts(const GgufFile& file, test::HfFolder& hf, size_t layer) {
-  const std::pair<const char*, const char*> matrices[] = {{"ffn_gate_exps", "w1"}, {"ffn_down_exps", "w2"}, {"ffn_up_exps", "w3"}};
+  const std::pair<const char*, const char*> matrices[] = {
+      {"ffn_gate_exps", "w1"}, {"ffn_down_exps", "w2"}, {"ffn_up_exps", "w3"}};
   for (const auto& [gguf, letter] : matrices) {
     std::vector<float> stacked;
     for (size_t e = 0; e < 4; ++e) {
-      const auto& values = hf.tensor(concat("model.layers.", layer, ".block_sparse_moe.experts.", e, ".", letter, ".weight")).values;
+      const auto& values = hf.tensor(concat("model.layers.", layer, ".block_sparse_moe.experts.", e,
+                                            ".", letter, ".weight"))
+                               .values;
       stacked.insert(stacked.end(), values.begin(), values.end());
     }
     CHECK(values_of(tensor_of(file, gguf_layer(layer, gguf))) == stacked);
   }
-  CHECK(values_of(tensor_of(file, gguf_layer(layer, "ffn_gate_inp"))) == hf.tensor(hf_layer(layer, "block_sparse_moe.gate")).values);
+  CHECK(values_of(tensor_of(file, gguf_layer(layer, "ffn_gate_inp"))) ==
+        hf.tensor(hf_layer(layer, "block_sparse_moe.gate")).values);
 }
 
 TEST_CASE("convert: every tensor of a Mixtral folder lands where it belongs") {
@@ -100,7 +112,8 @@ TEST_CASE("convert: every tensor of a Mixtral folder lands where it belongs") {
     check_attention(file, hf, layer);
     check_experts(file, hf, layer);
   }
-  CHECK(values_of(tensor_of(file, "token_embd.weight")) == hf.tensor("model.embed_tokens.weight").values);
+  CHECK(values_of(tensor_of(file, "token_embd.weight")) ==
+        hf.tensor("model.embed_tokens.weight").values);
   CHECK(values_of(tensor_of(file, "output.weight")) == hf.tensor("lm_head.weight").values);
   CHECK(values_of(tensor_of(file, "output_norm.weight")) == hf.tensor("model.norm.weight").values);
   CHECK(*file.get_string("general.architecture") == "llama");
@@ -126,9 +139,12 @@ TEST_CASE("convert: a dense folder") {
   CHECK(file.find("llama.expert_count") == nullptr);
   for (size_t layer = 0; layer < 2; ++layer) {
     check_attention(file, hf, layer);
-    CHECK(values_of(tensor_of(file, gguf_layer(layer, "ffn_gate"))) == hf.tensor(hf_layer(layer, "mlp.gate_proj")).values);
-    CHECK(values_of(tensor_of(file, gguf_layer(layer, "ffn_up"))) == hf.tensor(hf_layer(layer, "mlp.up_proj")).values);
-    CHECK(values_of(tensor_of(file, gguf_layer(layer, "ffn_down"))) == hf.tensor(hf_layer(layer, "mlp.down_proj")).values);
+    CHECK(values_of(tensor_of(file, gguf_layer(layer, "ffn_gate"))) ==
+          hf.tensor(hf_layer(layer, "mlp.gate_proj")).values);
+    CHECK(values_of(tensor_of(file, gguf_layer(layer, "ffn_up"))) ==
+          hf.tensor(hf_layer(layer, "mlp.up_proj")).values);
+    CHECK(values_of(tensor_of(file, gguf_layer(layer, "ffn_down"))) ==
+          hf.tensor(hf_layer(layer, "mlp.down_proj")).values);
   }
 }
 
@@ -199,9 +215,13 @@ TEST_CASE("convert: Llama-3 rope scaling becomes rope_freqs.weight") {
   TempFolder folder;
   test::HfFolder hf = test::tiny_hf_folder(HfForm::dense);
   hf.config["rope_theta"] = 10000.0;
-  hf.config["rope_scaling"] = {{"rope_type", "llama3"}, {"factor", 8.0}, {"low_freq_factor", 1.0},
-                               {"high_freq_factor", 4.0}, {"original_max_position_embeddings", 256}};
-  const std::vector<float> factors = values_of(tensor_of(converted(folder, hf, with_recipe("F32")), "rope_freqs.weight"));
+  hf.config["rope_scaling"] = {{"rope_type", "llama3"},
+                               {"factor", 8.0},
+                               {"low_freq_factor", 1.0},
+                               {"high_freq_factor", 4.0},
+                               {"original_max_position_embeddings", 256}};
+  const std::vector<float> factors =
+      values_of(tensor_of(converted(folder, hf, with_recipe("F32")), "rope_freqs.weight"));
   REQUIRE(factors.size() == 4);
   // Wavelengths 6.28, 62.8, 628, 6283 against the bounds 256 / 4 and 256 / 1.
   CHECK(factors[0] == 1.0f);
@@ -225,7 +245,8 @@ TEST_CASE("convert: --vocab-only needs no weights") {
   CHECK(plan_convert(folder / "hf", options).tensors.empty());
 }
 
-// ---- broken folders --------------------------------------------------------------------------------
+// ---- broken folders
+// --------------------------------------------------------------------------------
 
 struct BrokenFolder {
   const char* name;
@@ -235,28 +256,52 @@ struct BrokenFolder {
 };
 
 const BrokenFolder kBrokenFolders[] = {
-    {"missing tensor", [](auto& f) { f.remove("model.layers.1.self_attn.v_proj.weight"); }, ErrorKind::format,
-     "'model.layers.1.self_attn.v_proj.weight' is missing"},
-    {"missing expert", [](auto& f) { f.remove("model.layers.1.block_sparse_moe.experts.3.w2.weight"); }, ErrorKind::format,
-     "'model.layers.1.block_sparse_moe.experts.3.w2.weight' is missing"},
-    {"missing head", [](auto& f) { f.remove("lm_head.weight"); }, ErrorKind::format, "'lm_head.weight' is missing"},
-    {"wrong shape", [](auto& f) { std::swap(f.tensor("lm_head.weight").shape[0], f.tensor("lm_head.weight").shape[1]); },
+    {"missing tensor", [](auto& f) { f.remove("model.layers.1.self_attn.v_proj.weight"); },
+     ErrorKind::format, "'model.layers.1.self_attn.v_proj.weight' is missing"},
+    {"missing expert",
+     [](auto& f) { f.remove("model.layers.1.block_sparse_moe.experts.3.w2.weight"); },
+     ErrorKind::format, "'model.layers.1.block_sparse_moe.experts.3.w2.weight' is missing"},
+    {"missing head", [](auto& f) { f.remove("lm_head.weight"); }, ErrorKind::format,
+     "'lm_head.weight' is missing"},
+    {"wrong shape",
+     [](auto& f) {
+       std::swap(f.tensor("lm_head.weight").shape[0], f.tensor("lm_head.weight").shape[1]);
+     },
      ErrorKind::format, "'lm_head.weight': shape [32, 264], config.json asks for [264, 32]"},
-    {"flat matrix", [](auto& f) { f.tensor("lm_head.weight").shape = {264 * 32}; }, ErrorKind::format, "shape [8448]"},
-    {"extra tensor", [](auto& f) { f.tensors.push_back({"model.layers.2.mystery.weight", {2}, {1, 1}}); }, ErrorKind::format,
-     "'model.layers.2.mystery.weight' [2] belongs to no part"},
-    {"more layers than config", [](auto& f) { f.config["num_hidden_layers"] = 1; }, ErrorKind::format, "belongs to no part"},
-    {"NaN", [](auto& f) { f.tensor("model.layers.0.self_attn.o_proj.weight").values[70] = std::numeric_limits<float>::quiet_NaN(); },
+    {"flat matrix", [](auto& f) { f.tensor("lm_head.weight").shape = {264 * 32}; },
+     ErrorKind::format, "shape [8448]"},
+    {"extra tensor",
+     [](auto& f) {
+       f.tensors.push_back({"model.layers.2.mystery.weight", {2}, {1, 1}});
+     },
+     ErrorKind::format, "'model.layers.2.mystery.weight' [2] belongs to no part"},
+    {"more layers than config", [](auto& f) { f.config["num_hidden_layers"] = 1; },
+     ErrorKind::format, "belongs to no part"},
+    {"NaN",
+     [](auto& f) {
+       f.tensor("model.layers.0.self_attn.o_proj.weight").values[70] =
+           std::numeric_limits<float>::quiet_NaN();
+     },
      ErrorKind::format, "'model.layers.0.self_attn.o_proj.weight', row 2: a value is not finite"},
     {"infinity in an expert",
-     [](auto& f) { f.tensor("model.layers.1.block_sparse_moe.experts.2.w1.weight").values[0] = std::numeric_limits<float>::infinity(); },
+     [](auto& f) {
+       f.tensor("model.layers.1.block_sparse_moe.experts.2.w1.weight").values[0] =
+           std::numeric_limits<float>::infinity();
+     },
      ErrorKind::format, "experts.2.w1.weight', row 0"},
     {"no tokenizer", [](auto& f) { f.tokenizer_model.clear(); }, ErrorKind::format, "no tokenizer"},
-    {"vocabulary too large", [](auto& f) { f.config["vocab_size"] = 200; }, ErrorKind::format, "262 tokens, config.json says vocab_size 200"},
-    {"unknown architecture", [](auto& f) { f.config["model_type"] = "gpt_neox"; f.config["architectures"] = {"GPTNeoXForCausalLM"}; },
+    {"vocabulary too large", [](auto& f) { f.config["vocab_size"] = 200; }, ErrorKind::format,
+     "262 tokens, config.json says vocab_size 200"},
+    {"unknown architecture",
+     [](auto& f) {
+       f.config["model_type"] = "gpt_neox";
+       f.config["architectures"] = {"GPTNeoXForCausalLM"};
+     },
      ErrorKind::unsupported, "GPTNeoX"},
-    {"config without layers", [](auto& f) { f.config.erase("num_hidden_layers"); }, ErrorKind::format, "num_hidden_layers"},
-    {"damaged tokenizer", [](auto& f) { f.tokenizer_model.resize(100); }, ErrorKind::format, "tokenizer.model"},
+    {"config without layers", [](auto& f) { f.config.erase("num_hidden_layers"); },
+     ErrorKind::format, "num_hidden_layers"},
+    {"damaged tokenizer", [](auto& f) { f.tokenizer_model.resize(100); }, ErrorKind::format,
+     "tokenizer.model"},
 };
 
 TEST_CASE("convert: broken folders are refused by name, nothing is left behind") {
@@ -268,7 +313,8 @@ TEST_CASE("convert: broken folders are refused by name, nothing is left behind")
     hf.write(folder / "hf");
     fs::create_directory(folder / "out");
     for (const char* recipe : {"BF16", "Q4_K_M"}) {
-      const auto thrown = test::thrown_by([&] { convert(folder / "hf", folder / "out/model.gguf", with_recipe(recipe)); });
+      const auto thrown = test::thrown_by(
+          [&] { convert(folder / "hf", folder / "out/model.gguf", with_recipe(recipe)); });
       test::check_thrown(thrown, broken.kind, broken.message);
       CHECK(fs::is_empty(folder / "out"));
     }
@@ -280,9 +326,12 @@ TEST_CASE("convert: missing files are named") {
   test::HfFolder hf = test::tiny_hf_folder();
   hf.n_shards = 2;
   hf.write(folder / "hf");
-  const auto attempt = [&](const fs::path& from) { return test::thrown_by([&] { convert(from, folder / "o.gguf", with_recipe("BF16")); }); };
+  const auto attempt = [&](const fs::path& from) {
+    return test::thrown_by([&] { convert(from, folder / "o.gguf", with_recipe("BF16")); });
+  };
   test::check_thrown(attempt(folder / "nowhere"), ErrorKind::io, "no such folder");
-  test::check_thrown(attempt(folder / "hf/config.json"), ErrorKind::io, "is a file, expected a folder");
+  test::check_thrown(attempt(folder / "hf/config.json"), ErrorKind::io,
+                     "is a file, expected a folder");
   fs::remove(folder / "hf/model-00002-of-00002.safetensors");
   test::check_thrown(attempt(folder / "hf"), ErrorKind::io, "model-00002-of-00002.safetensors");
   fs::remove(folder / "hf/config.json");
@@ -296,7 +345,8 @@ TEST_CASE("convert: an existing output is kept unless it may be replaced") {
   test::tiny_hf_folder().write(folder / "hf");
   test::write_text(folder / "out.gguf", "precious");
   ConvertOptions options = with_recipe("BF16");
-  test::check_thrown(test::thrown_by([&] { convert(folder / "hf", folder / "out.gguf", options); }), ErrorKind::io, "--force");
+  test::check_thrown(test::thrown_by([&] { convert(folder / "hf", folder / "out.gguf", options); }),
+                     ErrorKind::io, "--force");
   CHECK(read_file(folder / "out.gguf", 100) == "precious");
   options.overwrite = true;
   convert(folder / "hf", folder / "out.gguf", options);
@@ -309,7 +359,10 @@ TEST_CASE("convert: a read-only folder is Error(io)") {
   test::tiny_hf_folder().write(folder / "hf");
   fs::create_directory(folder / "locked");
   ::chmod((folder / "locked").c_str(), 0500);
-  test::check_thrown(test::thrown_by([&] { convert(folder / "hf", folder / "locked/o.gguf", with_recipe("BF16")); }), ErrorKind::io, "cannot write");
+  test::check_thrown(test::thrown_by([&] {
+                       convert(folder / "hf", folder / "locked/o.gguf", with_recipe("BF16"));
+                     }),
+                     ErrorKind::io, "cannot write");
   ::chmod((folder / "locked").c_str(), 0700);
 }
 
@@ -318,8 +371,13 @@ TEST_CASE("convert: a full disk is Error(io)") {
   if (!fs::exists("/dev/full", no_device)) DUET_SKIP("no /dev/full");
   TempFolder folder;
   test::tiny_hf_folder().write(folder / "hf");
-  test::check_thrown(test::thrown_by([&] { convert(folder / "hf", "/dev/full/o.gguf", with_recipe("BF16")); }), ErrorKind::io, "/dev/full");
-  test::check_thrown(test::thrown_by([&] { convert(folder / "hf", folder / "no/such/folder/o.gguf", with_recipe("BF16")); }), ErrorKind::io, "cannot write");
+  test::check_thrown(
+      test::thrown_by([&] { convert(folder / "hf", "/dev/full/o.gguf", with_recipe("BF16")); }),
+      ErrorKind::io, "/dev/full");
+  test::check_thrown(
+      test::thrown_by(
+          [&] { convert(folder / "hf", folder / "no/such/folder/o.gguf", with_recipe("BF16")); }),
+      ErrorKind::io, "cannot write");
 }
 
 TEST_CASE("convert: a raised cancel flag leaves nothing behind") {
@@ -335,7 +393,9 @@ TEST_CASE("convert: a raised cancel flag leaves nothing behind") {
     CHECK(p.done_bytes <= p.total_bytes);
     CHECK(p.n_tensors == 23);
   };
-  test::check_thrown(test::thrown_by([&] { convert(folder / "hf", folder / "out/o.gguf", options); }), ErrorKind::cancelled, "interrupted");
+  test::check_thrown(
+      test::thrown_by([&] { convert(folder / "hf", folder / "out/o.gguf", options); }),
+      ErrorKind::cancelled, "interrupted");
   CHECK(n_calls == 5);
   CHECK(fs::is_empty(folder / "out"));
 }
@@ -357,7 +417,8 @@ TEST_CASE("convert: progress reaches the total and names every tensor once in or
   CHECK(names.size() == 23);
 }
 
-// ---- GGUF -> GGUF ----------------------------------------------------------------------------------
+// ---- GGUF -> GGUF
+// ----------------------------------------------------------------------------------
 
 // A 2-layer model, 256 wide so that the K formats fit.
 test::TinyModelOptions wide_model(DType type, bool split_experts) {
@@ -376,7 +437,8 @@ TEST_CASE("quantize: the old per-expert layout is merged, values and metadata ar
   builder.text("custom.note", "kept").u32("general.file_type", 99).u32("general.alignment", 32);
   test::write_bytes(folder / "old.gguf", builder.build());
   quantize(folder / "old.gguf", folder / "new.gguf", with_recipe("F32"));
-  const GgufFile old_file = GgufFile::open(folder / "old.gguf"), new_file = GgufFile::open(folder / "new.gguf");
+  const GgufFile old_file = GgufFile::open(folder / "old.gguf"),
+                 new_file = GgufFile::open(folder / "new.gguf");
   std::vector<float> stacked;
   for (int e = 0; e < 8; ++e) {
     const auto values = values_of(tensor_of(old_file, concat("blk.1.ffn_down.", e, ".weight")));
@@ -388,7 +450,8 @@ TEST_CASE("quantize: the old per-expert layout is merged, values and metadata ar
   CHECK(new_file.find_tensor("blk.1.ffn_down.0.weight") == nullptr);
   CHECK(*new_file.get_string("custom.note") == "kept");
   CHECK(new_file.get_uint("general.file_type") == 0);
-  CHECK(*new_file.get_strings("tokenizer.ggml.tokens") == *old_file.get_strings("tokenizer.ggml.tokens"));
+  CHECK(*new_file.get_strings("tokenizer.ggml.tokens") ==
+        *old_file.get_strings("tokenizer.ggml.tokens"));
 }
 
 TEST_CASE("quantize: tensors that keep their type are copied bit for bit") {
@@ -396,7 +459,8 @@ TEST_CASE("quantize: tensors that keep their type are copied bit for bit") {
   test::write_tiny_model(folder / "in.gguf", wide_model(DType::Q4_K, false));
   quantize(folder / "in.gguf", folder / "out.gguf", with_recipe("Q4_K_S"));
   const GgufFile in = GgufFile::open(folder / "in.gguf"), out = GgufFile::open(folder / "out.gguf");
-  const TensorView &a = tensor_of(in, "blk.0.ffn_up_exps.weight"), &b = tensor_of(out, "blk.0.ffn_up_exps.weight");
+  const TensorView &a = tensor_of(in, "blk.0.ffn_up_exps.weight"),
+                   &b = tensor_of(out, "blk.0.ffn_up_exps.weight");
   REQUIRE(b.format->dtype == DType::Q4_K);
   CHECK(std::equal(a.data.begin(), a.data.end(), b.data.begin(), b.data.end()));
   CHECK(tensor_of(out, "blk.0.attn_k.weight").format->dtype == DType::Q8_0);
@@ -410,11 +474,13 @@ TEST_CASE("quantize: blocks of random bytes unpack to F32 bit by bit") {
     for (auto& tensor : builder.tensors) {
       if (tensor.name != "blk.0.attn_q.weight") continue;
       uint64_t state = 7;
-      for (char& c : tensor.data) c = static_cast<char>((state = state * 6364136223846793005u + 1442695040888963407u) >> 56);
+      for (char& c : tensor.data)
+        c = static_cast<char>((state = state * 6364136223846793005u + 1442695040888963407u) >> 56);
     }
     test::write_bytes(folder / "in.gguf", builder.build());
     quantize(folder / "in.gguf", folder / "out.gguf", with_recipe("F32"));
-    const GgufFile in = GgufFile::open(folder / "in.gguf"), out = GgufFile::open(folder / "out.gguf");
+    const GgufFile in = GgufFile::open(folder / "in.gguf"),
+                   out = GgufFile::open(folder / "out.gguf");
     const std::vector<float> expected = values_of(tensor_of(in, "blk.0.attn_q.weight"));
     const auto got = tensor_of(out, "blk.0.attn_q.weight").data;
     const auto want = std::as_bytes(std::span(expected));
@@ -428,7 +494,8 @@ TEST_CASE("quantize: incomplete files and non-finite values are refused") {
   options.omit_tensors = {"blk.1.ffn_up.5.weight"};
   test::write_tiny_model(folder / "a.gguf", options);
   const auto attempt = [&](const char* recipe) {
-    return test::thrown_by([&] { quantize(folder / "a.gguf", folder / "o.gguf", with_recipe(recipe)); });
+    return test::thrown_by(
+        [&] { quantize(folder / "a.gguf", folder / "o.gguf", with_recipe(recipe)); });
   };
   test::check_thrown(attempt("Q4_K_M"), ErrorKind::format, "blk.1.ffn_up.5.weight");
   test::GgufBuilder builder = test::tiny_model(wide_model(DType::F32, false));
@@ -448,7 +515,8 @@ TEST_CASE("quantize: a tensor outside the model is copied with a notice") {
   std::string notices;
   options.notice = [&](const std::string& text) { notices += text; };
   quantize(folder / "in.gguf", folder / "out.gguf", options);
-  CHECK(tensor_of(GgufFile::open(folder / "out.gguf"), "vision.patch.weight").format->dtype == DType::F32);
+  CHECK(tensor_of(GgufFile::open(folder / "out.gguf"), "vision.patch.weight").format->dtype ==
+        DType::F32);
   CHECK(notices.find("vision.patch.weight") != std::string::npos);
 }
 

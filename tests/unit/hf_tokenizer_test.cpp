@@ -29,19 +29,30 @@ struct Keys {
     REQUIRE_MESSAGE(has(key), key);
     return values.at(key);
   }
-  uint64_t id(const std::string& name) const { return std::get<uint64_t>(at("tokenizer.ggml." + name + "_token_id").data); }
-  bool flag(const std::string& name) const { return std::get<bool>(at("tokenizer.ggml." + name).data); }
+  uint64_t id(const std::string& name) const {
+    return std::get<uint64_t>(at("tokenizer.ggml." + name + "_token_id").data);
+  }
+  bool flag(const std::string& name) const {
+    return std::get<bool>(at("tokenizer.ggml." + name).data);
+  }
   std::string text(const std::string& key) const { return std::get<std::string>(at(key).data); }
-  std::vector<std::string> tokens() const { return std::get<std::vector<std::string>>(at("tokenizer.ggml.tokens").data); }
-  std::vector<int64_t> types() const { return std::get<std::vector<int64_t>>(at("tokenizer.ggml.token_type").data); }
-  std::vector<double> scores() const { return std::get<std::vector<double>>(at("tokenizer.ggml.scores").data); }
+  std::vector<std::string> tokens() const {
+    return std::get<std::vector<std::string>>(at("tokenizer.ggml.tokens").data);
+  }
+  std::vector<int64_t> types() const {
+    return std::get<std::vector<int64_t>>(at("tokenizer.ggml.token_type").data);
+  }
+  std::vector<double> scores() const {
+    return std::get<std::vector<double>>(at("tokenizer.ggml.scores").data);
+  }
 };
 
 Keys read(const Files& files, uint32_t n_vocab = 264, const Json& config = Json::object()) {
   TempFolder folder;
   for (const auto& [name, content] : files) test::write_text(folder / name, content);
   Keys keys;
-  for (auto& kv : read_hf_tokenizer(folder.path(), config, n_vocab, [&](const std::string& text) { keys.notices.push_back(text); }))
+  for (auto& kv : read_hf_tokenizer(folder.path(), config, n_vocab,
+                                    [&](const std::string& text) { keys.notices.push_back(text); }))
     keys.values.emplace(kv.key, std::move(kv.value));
   return keys;
 }
@@ -106,7 +117,8 @@ TEST_CASE("hf_tokenizer: user-defined pieces and the dummy prefix switch survive
 }
 
 TEST_CASE("hf_tokenizer: *.model.vN serves without tokenizer.model, the highest version") {
-  const std::string v1 = test::small_sp_model({"one"}).build(), v3 = test::small_sp_model({"three"}).build();
+  const std::string v1 = test::small_sp_model({"one"}).build(),
+                    v3 = test::small_sp_model({"three"}).build();
   const Keys keys = read({{"x.model.v1", v1}, {"mistral_240323.model.v3", v3}});
   CHECK(keys.tokens()[259] == "three");
   const Keys plain = read({{"tokenizer.model", v1}, {"tokenizer.model.v3", v3}});
@@ -114,9 +126,10 @@ TEST_CASE("hf_tokenizer: *.model.vN serves without tokenizer.model, the highest 
 }
 
 TEST_CASE("hf_tokenizer: added tokens of a ChatML fine-tune") {
-  const Keys keys = read({{"tokenizer.model", kSmallModel},
-                          {"added_tokens.json", R"({"<|im_end|>": 262, "<|im_start|>": 263})"},
-                          {"tokenizer_config.json", R"({"add_bos_token": true, "eos_token": "<|im_end|>",
+  const Keys keys =
+      read({{"tokenizer.model", kSmallModel},
+            {"added_tokens.json", R"({"<|im_end|>": 262, "<|im_start|>": 263})"},
+            {"tokenizer_config.json", R"({"add_bos_token": true, "eos_token": "<|im_end|>",
                             "added_tokens_decoder": {"0": {"content": "<unk>", "special": true},
                               "1": {"content": "<s>", "special": true},
                               "262": {"content": "<|im_end|>", "special": true},
@@ -130,7 +143,8 @@ TEST_CASE("hf_tokenizer: added tokens of a ChatML fine-tune") {
 }
 
 TEST_CASE("hf_tokenizer: a plain added token is user-defined, one beyond the model is left out") {
-  const Keys keys = read({{"tokenizer.model", kSmallModel}, {"added_tokens.json", "{\"\xe2\x96\x81word\": 262, \"far\": 9000}"}});
+  const Keys keys = read({{"tokenizer.model", kSmallModel},
+                          {"added_tokens.json", "{\"\xe2\x96\x81word\": 262, \"far\": 9000}"}});
   CHECK(keys.tokens()[262] == " word");
   CHECK(keys.types()[262] == 4);
   REQUIRE(keys.notices.size() == 1);
@@ -139,7 +153,10 @@ TEST_CASE("hf_tokenizer: a plain added token is user-defined, one beyond the mod
 
 TEST_CASE("hf_tokenizer: several end tokens") {
   const Json config = {{"eos_token_id", {2, 260}}, {"bos_token_id", 1}};
-  const Keys keys = read({{"tokenizer.model", kSmallModel}, {"generation_config.json", R"({"eos_token_id": [2, 260, 261, 259, 70000]})"}}, 264, config);
+  const Keys keys =
+      read({{"tokenizer.model", kSmallModel},
+            {"generation_config.json", R"({"eos_token_id": [2, 260, 261, 259, 70000]})"}},
+           264, config);
   CHECK(keys.id("eos") == 2);
   CHECK(keys.id("eot") == 260);
   CHECK(keys.id("eom") == 261);
@@ -148,8 +165,10 @@ TEST_CASE("hf_tokenizer: several end tokens") {
 }
 
 TEST_CASE("hf_tokenizer: tokenizer_config.json decides over BOS, EOS and the space prefix") {
-  const Keys keys = read({{"tokenizer.model", kSmallModel},
-                          {"tokenizer_config.json", R"({"add_bos_token": false, "add_eos_token": true, "add_prefix_space": false,
+  const Keys keys =
+      read({{"tokenizer.model", kSmallModel},
+            {"tokenizer_config.json",
+             R"({"add_bos_token": false, "add_eos_token": true, "add_prefix_space": false,
                              "bos_token": {"content": "</s>"}, "unk_token": null})"}});
   CHECK(!keys.flag("add_bos_token"));
   CHECK(keys.flag("add_eos_token"));
@@ -167,15 +186,19 @@ TEST_CASE("hf_tokenizer: chat templates by precedence") {
   };
   CHECK(text({}) == "from config");
   CHECK(text({{"chat_template.json", json}}) == "from json");
-  CHECK(text({{"chat_template.json", json}, {"chat_template.jinja", "from jinja"}}) == "from jinja");
-  const Keys several = read({{"tokenizer.model", kSmallModel}, {"tokenizer_config.json",
-      R"({"chat_template": [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}]})"}});
+  CHECK(text({{"chat_template.json", json}, {"chat_template.jinja", "from jinja"}}) ==
+        "from jinja");
+  const Keys several = read(
+      {{"tokenizer.model", kSmallModel},
+       {"tokenizer_config.json",
+        R"({"chat_template": [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}]})"}});
   CHECK(several.text("tokenizer.chat_template") == "A");
   CHECK(several.text("tokenizer.chat_template.tool_use") == "B");
   CHECK(!read({{"tokenizer.model", kSmallModel}}).has("tokenizer.chat_template"));
 }
 
-// ---- tokenizer.json --------------------------------------------------------------------------------
+// ---- tokenizer.json
+// --------------------------------------------------------------------------------
 
 // SentencePiece style: byte fallback, U+2581.
 const char* const kLlamaJson = R"({
@@ -207,8 +230,10 @@ TEST_CASE("hf_tokenizer: scores of a SentencePiece-style tokenizer.json follow t
 
 TEST_CASE("hf_tokenizer: merges as pairs, Metaspace instead of a normalizer") {
   std::string text = kLlamaJson;
-  text.replace(text.find(R"(["b c", "a b", "ab c", "a bc"])"), 30, R"([["b","c"],["a","b"],["ab","c"]])");
-  text.replace(text.find(R"("pre_tokenizer": null)"), 21, R"("pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "never"})");
+  text.replace(text.find(R"(["b c", "a b", "ab c", "a bc"])"), 30,
+               R"([["b","c"],["a","b"],["ab","c"]])");
+  text.replace(text.find(R"("pre_tokenizer": null)"), 21,
+               R"("pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "never"})");
   const Keys keys = read({{"tokenizer.json", text}}, 12);
   CHECK(keys.scores()[8] > keys.scores()[7]);
   CHECK(!keys.flag("add_space_prefix"));
@@ -216,21 +241,26 @@ TEST_CASE("hf_tokenizer: merges as pairs, Metaspace instead of a normalizer") {
 
 std::string gpt2_json(const std::string& pre_tokenizer) {
   return R"({"added_tokens": [{"id": 4, "content": "<|begin_of_text|>", "special": true}, {"id": 5, "content": "<|eot_id|>", "special": true}],
-    "pre_tokenizer": )" + pre_tokenizer + R"(, "decoder": {"type": "ByteLevel"},
+    "pre_tokenizer": )" +
+         pre_tokenizer + R"(, "decoder": {"type": "ByteLevel"},
     "post_processor": {"type": "Sequence", "processors": [{"type": "ByteLevel"},
       {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|begin_of_text|>"}}, {"Sequence": {"id": "A"}}]}]},
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "\u0120": 2, "ab": 3}, "merges": ["a b"]}})";
 }
 
-const char* const kLlama3Splitter = R"({"type": "Sequence", "pretokenizers": [{"type": "Split", "behavior": "Isolated",
+const char* const kLlama3Splitter =
+    R"({"type": "Sequence", "pretokenizers": [{"type": "Split", "behavior": "Isolated",
   "pattern": {"Regex": "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"}},
   {"type": "ByteLevel", "use_regex": false}]})";
 
 TEST_CASE("hf_tokenizer: a byte-level tokenizer.json keeps its merges") {
-  const Keys keys = read({{"tokenizer.json", gpt2_json(kLlama3Splitter)}, {"tokenizer_config.json", R"({"eos_token": "<|eot_id|>"})"}}, 6);
+  const Keys keys = read({{"tokenizer.json", gpt2_json(kLlama3Splitter)},
+                          {"tokenizer_config.json", R"({"eos_token": "<|eot_id|>"})"}},
+                         6);
   CHECK(keys.text("tokenizer.ggml.model") == "gpt2");
   CHECK(keys.text("tokenizer.ggml.pre") == "llama-bpe");
-  CHECK(std::get<std::vector<std::string>>(keys.at("tokenizer.ggml.merges").data) == std::vector<std::string>{"a b"});
+  CHECK(std::get<std::vector<std::string>>(keys.at("tokenizer.ggml.merges").data) ==
+        std::vector<std::string>{"a b"});
   CHECK(!keys.has("tokenizer.ggml.scores"));
   CHECK(keys.id("bos") == 4);
   CHECK(keys.id("eos") == 5);
@@ -239,42 +269,61 @@ TEST_CASE("hf_tokenizer: a byte-level tokenizer.json keeps its merges") {
 }
 
 TEST_CASE("hf_tokenizer: word splitters are recognized") {
-  const auto pre = [](const std::string& json) { return read({{"tokenizer.json", gpt2_json(json)}}, 6).text("tokenizer.ggml.pre"); };
+  const auto pre = [](const std::string& json) {
+    return read({{"tokenizer.json", gpt2_json(json)}}, 6).text("tokenizer.ggml.pre");
+  };
   CHECK(pre(R"({"type": "ByteLevel", "use_regex": true})") == "gpt-2");
-  CHECK(pre(R"({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, {"type": "ByteLevel"}]})") == "smollm");
-  const auto thrown = test::thrown_by([&] { pre(R"({"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "x+"}}, {"type": "ByteLevel"}]})"); });
+  CHECK(
+      pre(R"({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, {"type": "ByteLevel"}]})") ==
+      "smollm");
+  const auto thrown = test::thrown_by([&] {
+    pre(R"({"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "x+"}}, {"type": "ByteLevel"}]})");
+  });
   test::check_thrown(thrown, ErrorKind::unsupported, "unknown rule: x+");
-  test::check_thrown(test::thrown_by([&] { pre(R"({"type": "Whitespace"})"); }), ErrorKind::unsupported, "Whitespace");
+  test::check_thrown(test::thrown_by([&] { pre(R"({"type": "Whitespace"})"); }),
+                     ErrorKind::unsupported, "Whitespace");
 }
 
 TEST_CASE("hf_tokenizer: folders that cannot be converted") {
-  const auto attempt = [](const Files& files, uint32_t n_vocab = 264) { return test::thrown_by([&] { read(files, n_vocab); }); };
+  const auto attempt = [](const Files& files, uint32_t n_vocab = 264) {
+    return test::thrown_by([&] { read(files, n_vocab); });
+  };
   test::check_thrown(attempt({{"config.json", "{}"}}), ErrorKind::format, "no tokenizer");
   test::check_thrown(attempt({{"tekken.json", "{}"}}), ErrorKind::unsupported, "tekken.json");
-  test::check_thrown(attempt({{"tokenizer.model", kSmallModel}}, 100), ErrorKind::format, "262 tokens");
+  test::check_thrown(attempt({{"tokenizer.model", kSmallModel}}, 100), ErrorKind::format,
+                     "262 tokens");
   test::check_thrown(attempt({{"tokenizer.model", ""}}), ErrorKind::format, "no pieces");
-  test::check_thrown(attempt({{"tokenizer.model", "\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"}}), ErrorKind::format, "tokenizer.model");
+  test::check_thrown(attempt({{"tokenizer.model", "\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"}}),
+                     ErrorKind::format, "tokenizer.model");
   test::SpModelBuilder unigram = test::small_sp_model();
   unigram.model_type = 1;
-  test::check_thrown(attempt({{"tokenizer.model", unigram.build()}}), ErrorKind::unsupported, "only BPE");
-  test::check_thrown(attempt({{"tokenizer.json", "{\"model\": "}}), ErrorKind::format, "not valid JSON");
+  test::check_thrown(attempt({{"tokenizer.model", unigram.build()}}), ErrorKind::unsupported,
+                     "only BPE");
+  test::check_thrown(attempt({{"tokenizer.json", "{\"model\": "}}), ErrorKind::format,
+                     "not valid JSON");
   test::check_thrown(attempt({{"tokenizer.json", "[]"}}), ErrorKind::format, "not a JSON object");
   test::check_thrown(attempt({{"tokenizer.json", "{}"}}), ErrorKind::format, "no 'model'");
-  test::check_thrown(attempt({{"tokenizer.json", R"({"model": {"type": "Unigram", "vocab": []}})"}}), ErrorKind::unsupported, "Unigram");
-  test::check_thrown(attempt({{"tokenizer.json", R"({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}})"}}),
+  test::check_thrown(
+      attempt({{"tokenizer.json", R"({"model": {"type": "Unigram", "vocab": []}})"}}),
+      ErrorKind::unsupported, "Unigram");
+  test::check_thrown(attempt({{"tokenizer.json",
+                               R"({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}})"}}),
                      ErrorKind::unsupported, "neither byte fallback");
 }
 
 TEST_CASE("hf_tokenizer: hostile tokenizer.json") {
   const auto attempt = [](const std::string& vocab, const std::string& merges) {
-    const std::string text = R"({"model": {"type": "BPE", "byte_fallback": true, "vocab": )" + vocab + R"(, "merges": )" + merges + "}}";
+    const std::string text = R"({"model": {"type": "BPE", "byte_fallback": true, "vocab": )" +
+                             vocab + R"(, "merges": )" + merges + "}}";
     return test::thrown_by([&] { read({{"tokenizer.json", text}}, 1000); });
   };
   test::check_thrown(attempt(R"({"a": 4000000000})", "[]"), ErrorKind::format, "token id");
-  test::check_thrown(attempt(R"({"a": 2000000})", "[]"), ErrorKind::format, "token id 2000000 with only 1 tokens");
+  test::check_thrown(attempt(R"({"a": 2000000})", "[]"), ErrorKind::format,
+                     "token id 2000000 with only 1 tokens");
   test::check_thrown(attempt(R"({"a": -1})", "[]"), ErrorKind::format, "token id");
   test::check_thrown(attempt(R"({"a": "b"})", "[]"), ErrorKind::format, "token id");
-  test::check_thrown(attempt(R"({"a": 0, "b": 0})", "[]"), ErrorKind::format, "two tokens have id 0");
+  test::check_thrown(attempt(R"({"a": 0, "b": 0})", "[]"), ErrorKind::format,
+                     "two tokens have id 0");
   test::check_thrown(attempt("[]", "[]"), ErrorKind::format, "model.vocab");
   test::check_thrown(attempt(R"({"a": 0})", "{}"), ErrorKind::format, "model.merges");
   test::check_thrown(attempt(R"({"a": 0})", R"(["ab"])"), ErrorKind::format, "pair of tokens");
@@ -287,7 +336,8 @@ TEST_CASE("hf_tokenizer: damaged models throw Error and nothing else") {
   size_t n_refused = 0;
   for (int i = 0; i < 2000; ++i) {
     std::string model = kSmallModel;
-    for (size_t n = 1 + rng.below(4); n > 0; --n) model[rng.below(model.size())] = static_cast<char>(rng.next());
+    for (size_t n = 1 + rng.below(4); n > 0; --n)
+      model[rng.below(model.size())] = static_cast<char>(rng.next());
     if (rng.below(4) == 0) model.resize(rng.below(model.size()));
     const auto bytes = std::as_bytes(std::span(model.data(), model.size()));
     n_refused += test::thrown_by([&] { parse_sp_model(bytes, "m"); }).kind.has_value();
@@ -298,7 +348,8 @@ TEST_CASE("hf_tokenizer: damaged models throw Error and nothing else") {
 TEST_CASE("hf_tokenizer: a vocabulary of 130000 tokens is read in reasonable time") {
   std::string vocab = "{", merges = "[";
   for (int i = 0; i < 130000; ++i) vocab += concat(i == 0 ? "" : ",", "\"t", i, "\":", i);
-  const std::string text = R"({"model": {"type": "BPE", "byte_fallback": true, "vocab": )" + vocab + R"(}, "merges": []}})";
+  const std::string text = R"({"model": {"type": "BPE", "byte_fallback": true, "vocab": )" + vocab +
+                           R"(}, "merges": []}})";
   CHECK(read({{"tokenizer.json", text}}, 131000).tokens().size() == 131000);
 }
 

@@ -31,7 +31,8 @@ HParams hparams_from(const Json& shape) {
 
 // "blk.3.attn_q.weight" -> "attn_q".
 std::string short_name(const TensorSpec& spec) {
-  std::string name = spec.gguf_name.substr(0, spec.gguf_name.size() - std::string(".weight").size());
+  std::string name =
+      spec.gguf_name.substr(0, spec.gguf_name.size() - std::string(".weight").size());
   return spec.layer < 0 ? name : name.substr(name.rfind('.') + 1);
 }
 
@@ -50,7 +51,8 @@ std::map<std::string, std::string> types_of(const Recipe& recipe, const HParams&
   }
   std::map<std::string, std::string> out;
   for (const auto& [name, list] : runs)
-    for (const auto& [type, n] : list) out[name] += concat(out[name].empty() ? "" : " ", type, "*", n);
+    for (const auto& [type, n] : list)
+      out[name] += concat(out[name].empty() ? "" : " ", type, "*", n);
   return out;
 }
 
@@ -80,12 +82,14 @@ TEST_CASE("recipe: names and file types") {
   CHECK(static_cast<uint32_t>(find_recipe("Q4_K_M").file_type) == 15);
   CHECK(static_cast<uint32_t>(find_recipe("BF16").file_type) == 32);
   test::check_thrown(test::thrown_by([] { find_recipe("Q4_K_X"); }), ErrorKind::usage, "Q3_K_S");
-  test::check_thrown(test::thrown_by([] { find_recipe("q4_k_m"); }), ErrorKind::usage, "choose one of");
+  test::check_thrown(test::thrown_by([] { find_recipe("q4_k_m"); }), ErrorKind::usage,
+                     "choose one of");
 }
 
 TEST_CASE("recipe: every format that a recipe can ask for can be encoded") {
   for (const Recipe& recipe : all_recipes()) CHECK((format_of(recipe.base).encode_row != nullptr));
-  for (const DType type : {DType::Q5_0, DType::Q5_1, DType::Q4_0, DType::Q8_0}) CHECK((format_of(type).encode_row != nullptr));
+  for (const DType type : {DType::Q5_0, DType::Q5_1, DType::Q4_0, DType::Q8_0})
+    CHECK((format_of(type).encode_row != nullptr));
 }
 
 }  // namespace

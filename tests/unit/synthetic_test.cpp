@@ -40,7 +40,9 @@ std::vector<float> values_of(const TensorView& tensor) {
   return out;
 }
 
-bool same_bytes(std::span<const std::byte> a, std::span<const std::byte> b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); }
+bool same_bytes(std::span<const std::byte> a, std::span<const std::byte> b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end());
+}
 
 struct Statistics {
   double mean = 0, deviation = 0;
@@ -63,16 +65,19 @@ TEST_CASE("synthetic: every type gives finite weights of the intended size and n
     SyntheticOptions options = tiny(format.name);
     options.n_layer = 2;
     const GgufFile file = make(folder, "m.gguf", options);
-    const std::map<std::string, double> expected = {{"token_embd.weight", 1.0},
-                                                    {"blk.1.attn_q.weight", 1.0 / 16},
-                                                    {"blk.1.attn_output.weight", 1.0 / 16 / 2},
-                                                    {"blk.0.ffn_up_exps.weight", 1.0 / 16},
-                                                    {"blk.1.ffn_down_exps.weight", 1.0 / std::sqrt(512.0 * 4.0)},
-                                                    {"output.weight", 1.0 / 16}};
+    const std::map<std::string, double> expected = {
+        {"token_embd.weight", 1.0},
+        {"blk.1.attn_q.weight", 1.0 / 16},
+        {"blk.1.attn_output.weight", 1.0 / 16 / 2},
+        {"blk.0.ffn_up_exps.weight", 1.0 / 16},
+        {"blk.1.ffn_down_exps.weight", 1.0 / std::sqrt(512.0 * 4.0)},
+        {"output.weight", 1.0 / 16}};
     for (const auto& [name, deviation] : expected) {
       CAPTURE(name);
       const TensorView& tensor = *file.find_tensor(name);
-      const DType type = name != "output.weight" ? format.dtype : format.dtype == DType::Q8_0 ? DType::Q8_0 : DType::Q6_K;
+      const DType type = name != "output.weight"       ? format.dtype
+                         : format.dtype == DType::Q8_0 ? DType::Q8_0
+                                                       : DType::Q6_K;
       CHECK(tensor.format->dtype == type);
       const Statistics s = statistics(values_of(tensor));
       CHECK(s.deviation == doctest::Approx(deviation).epsilon(0.05));
@@ -122,7 +127,9 @@ TEST_CASE("synthetic: the tokens make text both ways") {
   make_synthetic(folder / "m.gguf", options);
   const GgufFile file = GgufFile::open(folder / "m.gguf");
   CHECK(file.get_strings("tokenizer.ggml.tokens")->size() == 2048);
-  CHECK(std::set<std::string>(file.get_strings("tokenizer.ggml.tokens")->begin(), file.get_strings("tokenizer.ggml.tokens")->end()).size() == 2048);
+  CHECK(std::set<std::string>(file.get_strings("tokenizer.ggml.tokens")->begin(),
+                              file.get_strings("tokenizer.ggml.tokens")->end())
+            .size() == 2048);
   const Tokenizer tokenizer = Tokenizer::load(file, nullptr);
   const std::string text = "the tea is hot \xc3\xa9\n";
   CHECK(tokenizer.decode(tokenizer.encode(text)) == text);
@@ -130,7 +137,8 @@ TEST_CASE("synthetic: the tokens make text both ways") {
 }
 
 // Share of each expert in each layer over sequences of random tokens.
-std::vector<std::array<double, 8>> routing_shares(const GgufFile& file, size_t n_sequences, size_t n_tokens) {
+std::vector<std::array<double, 8>> routing_shares(const GgufFile& file, size_t n_sequences,
+                                                  size_t n_tokens) {
   const HParams hparams = read_hparams(file, [](const std::string&) {});
   const Model model = Model::bind(file, hparams);
   Decoder decoder(model, {&select_kernels(""), 2}, n_tokens, n_tokens);
@@ -170,7 +178,9 @@ TEST_CASE("synthetic: each expert is chosen 12.5 +- 3 % of the time in every lay
 
 TEST_CASE("synthetic: bad requests, existing files and a raised cancel flag") {
   TempFolder folder;
-  const auto attempt = [&](const SyntheticOptions& options) { return test::thrown_by([&] { make_synthetic(folder / "out/m.gguf", options); }); };
+  const auto attempt = [&](const SyntheticOptions& options) {
+    return test::thrown_by([&] { make_synthetic(folder / "out/m.gguf", options); });
+  };
   fs::create_directory(folder / "out");
   SyntheticOptions options = tiny("Q4_K_M");
   test::check_thrown(attempt(options), ErrorKind::usage, "unknown type 'Q4_K_M'");
