@@ -6,9 +6,9 @@
 #include <string>
 #include <string_view>
 
-namespace duet {
+#include "base/json_fwd.h"
 
-using Json = nlohmann::ordered_json;
+namespace duet {
 
 struct JsonLimits {
   size_t max_bytes = size_t{64} << 20;

@@ -10,6 +10,7 @@
 #include <random>
 
 #include "base/error.h"
+#include "base/json.h"
 #include "base/units.h"
 #include "cli/commands.h"
 #include "cli/console.h"

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdio>
 
+#include "base/json.h"
 #include "cli/commands.h"
 #include "cli/console.h"
 #include "cli/model_options.h"

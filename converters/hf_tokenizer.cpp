@@ -4,6 +4,7 @@
 #include <charconv>
 
 #include "base/error.h"
+#include "base/json.h"
 #include "base/mapped_file.h"
 
 namespace duet {

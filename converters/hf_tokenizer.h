@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "base/json.h"
+#include "base/json_fwd.h"
 #include "formats/gguf.h"
 #include "formats/schema.h"
 

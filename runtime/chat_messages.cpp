@@ -2,6 +2,7 @@
 #include <array>
 
 #include "base/error.h"
+#include "base/json.h"
 #include "runtime/chat_template.h"
 
 namespace duet {

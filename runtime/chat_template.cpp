@@ -4,6 +4,7 @@
 #include <cctype>
 
 #include "base/error.h"
+#include "base/json.h"
 #include "runtime/chat_mistral.h"
 #include "runtime/unicode.h"
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "base/error.h"
+#include "base/json.h"
 #include "quant/f16.h"
 #include "tests/support/close.h"
 #include "tests/support/gguf_builder.h"

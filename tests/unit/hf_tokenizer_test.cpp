@@ -6,6 +6,7 @@
 
 #include <map>
 
+#include "base/json.h"
 #include "base/mapped_file.h"
 #include "converters/sp_model.h"
 #include "tests/support/close.h"

@@ -7,6 +7,7 @@
 #include <functional>
 #include <set>
 
+#include "base/json.h"
 #include "base/mapped_file.h"
 #include "formats/safetensors.h"
 #include "tests/support/errors.h"
