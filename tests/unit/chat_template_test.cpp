@@ -1,3 +1,4 @@
+#include "base/json.h"
 #include "runtime/chat_template.h"
 
 #include <doctest/doctest.h>
