@@ -3,6 +3,7 @@
 #include <span>
 
 #include "base/error.h"
+#include "base/json.h"
 #include "converters/hf_tokenizer.h"
 #include "converters/sp_model.h"
 
