@@ -144,6 +144,14 @@ float unit_deviation(const Format& format, const ScaleFields& fields) {
   return static_cast<float>(std::sqrt(sum / static_cast<double>(values.size())));
 }
 
+// Rows of equal length: an expert whose router row is longer than the others' would win more often.
+void fill_router(float deviation, uint64_t key, uint64_t first, size_t n, std::byte* out) {
+  std::vector<float> values(n);
+  for (size_t i = 0; i < n; ++i)
+    values[i] = random_word(key, first + i) >> 63 != 0 ? deviation : -deviation;
+  std::memcpy(out, values.data(), n * sizeof(float));
+}
+
 void fill_floats(const Format& format, float scale, uint64_t key, uint64_t first, size_t n,
                  std::byte* out) {
   std::vector<float> values(n);
@@ -175,6 +183,8 @@ void fill(const Payload& part, float unit, uint64_t first, size_t n, std::byte* 
   const ScaleFields* fields = scale_fields(part.format->dtype);
   if (fields != nullptr)
     return fill_blocks(*part.format, *fields, part.deviation / unit, part.key, first, n, out);
+  if (part.spec->kind == TensorKind::ffn_gate_inp)
+    return fill_router(part.deviation, part.key, first, n, out);
   if (part.deviation > 0) return fill_floats(*part.format, part.deviation, part.key, first, n, out);
   const std::vector<float> ones(n, 1.0f);
   std::memcpy(out, ones.data(), n * sizeof(float));
