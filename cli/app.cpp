@@ -47,13 +47,15 @@ int report(ErrorKind kind, const std::string& text) {
 }
 
 // CLI11 reports help as an exception too.
-int report_parse(const CLI::App& app, const CLI::ParseError& e) {
+int report_parse(const CLI::App& app, const CLI::ParseError& e, const std::string& first_word) {
   if (e.get_exit_code() == 0) {
     const int code = app.exit(e);
     flush_stdout();
     return code;
   }
   const auto chosen = app.get_subcommands();
+  if (chosen.empty() && !first_word.empty() && first_word[0] != '-')
+    return report(ErrorKind::usage, concat("unknown command '", first_word, "'; `duet` lists them"));
   const std::string verb = chosen.empty() ? "" : " " + chosen.front()->get_name();
   return report(ErrorKind::usage, concat(e.what(), "; see: duet", verb, " --help"));
 }
@@ -72,7 +74,7 @@ int run_command(CLI::App& app, int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
-    return report_parse(app, e);
+    return report_parse(app, e, argc > 1 ? argv[1] : "");
   }
   if (version) {
     print_version(json);

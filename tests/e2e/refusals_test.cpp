@@ -205,7 +205,7 @@ TEST_CASE("wrong options are usage errors that name the option") {
     CAPTURE(words);
     CHECK(refusal(run_duet(arguments), kUsage, words) == "");
   };
-  wrong({"frobnicate"}, "frobnicate");
+  wrong({"frobnicate", "model.gguf"}, "unknown command 'frobnicate'");
   wrong({"--json"}, "--version");
   wrong({"run"}, "MODEL");
   wrong({"run", model}, "no prompt");
