@@ -45,8 +45,11 @@ def number(text, label):
 
 
 def llama_score(llama, model, text, base):
-    out = run(llama / "llama-perplexity", "-m", model, "-f", text, "-c", 512, "--chunks", CHUNKS, "-t", 1,
-              "--kl-divergence", "--kl-divergence-base", base)
+    for _ in range(5):  # the program's logger sometimes loses its last lines at exit
+        out = run(llama / "llama-perplexity", "-m", model, "-f", text, "-c", 512, "--chunks", CHUNKS, "-t", 1,
+                  "--kl-divergence", "--kl-divergence-base", base)
+        if "Same top p:" in out and "Mean PPL(Q)  " in out:
+            break
     return {"ppl": number(out, "Mean PPL(Q)"), "kld": number(out, "Mean    KLD"),
             "top": number(out, "Same top p")}
 
