@@ -119,7 +119,7 @@ TEST_CASE("chat: a continued answer keeps its turn open") {
 // ---- tools
 // ---------------------------------------------------------------------------------------
 
-TEST_CASE("chat: tools, calls and results of mistral-v3") {
+TEST_CASE("3f-10 tools at the last user turn: calls and results of mistral-v3") {
   const Json tools = parse_json(
       R"([{"type":"function","function":{"parameters":{"type":"object"},"name":"f","strict":true,"x":1}}])",
       "test");

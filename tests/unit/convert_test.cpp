@@ -102,7 +102,7 @@ void check_experts(const GgufFile& file, test::HfFolder& hf, size_t layer) {
         hf.tensor(hf_layer(layer, "block_sparse_moe.gate")).values);
 }
 
-TEST_CASE("convert: every tensor of a Mixtral folder lands where it belongs") {
+TEST_CASE("3f-1 rope layout: q and k rows are interleaved, every tensor lands where it belongs") {
   TempFolder folder;
   test::HfFolder hf = test::tiny_hf_folder();
   hf.n_shards = 3;

@@ -337,7 +337,7 @@ TEST_CASE("gguf: version 2 has the layout of version 3") {
   CHECK(parse(bytes).tensors().size() == 5);
 }
 
-TEST_CASE("gguf: other alignments count from the aligned end of the header") {
+TEST_CASE("3f-12 alignment: other alignments count from the aligned end of the header") {
   for (const uint32_t alignment : {8u, 16u, 64u, 4096u, 1u << 20}) {
     GgufBuilder b = sample();
     b.alignment = alignment;

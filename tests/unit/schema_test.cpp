@@ -312,7 +312,7 @@ TEST_CASE("schema: GGUF metadata survive a round trip") {
   }
 }
 
-TEST_CASE("schema: rule 2, a missing rope base of an 8-expert file becomes 1e6 with a notice") {
+TEST_CASE("3f-2 rope base: a missing one of an 8-expert file becomes 1e6 with a notice") {
   const TinyModelOptions eight{.n_layer = 1, .n_expert = 8, .omit_keys = {"llama.rope.freq_base"}};
   const Read read = read_file_of(tiny_model(eight));
   CHECK(read.hparams.rope_freq_base == 1e6f);
@@ -323,7 +323,7 @@ TEST_CASE("schema: rule 2, a missing rope base of an 8-expert file becomes 1e6 w
   CHECK(read_file_of(tiny_model(dense)).hparams.rope_freq_base == 10000.0f);
 }
 
-TEST_CASE("schema: rule 6, a sliding window with experts is ignored with a notice") {
+TEST_CASE("3f-6 sliding window: one with experts is ignored with a notice") {
   const Read experts = read_file_of(tiny_model({.n_layer = 1, .sliding_window = 4096}));
   CHECK(experts.hparams.sliding_window == 0);
   REQUIRE(experts.notices.size() == 1);
@@ -490,7 +490,7 @@ TEST_CASE("schema: names and shapes of a Mixtral layer") {
         ErrorKind::internal);
 }
 
-TEST_CASE("schema: rule 11, w1 is gate, w2 down, w3 up") {
+TEST_CASE("3f-11 expert order: w1 is gate, w2 down, w3 up") {
   const HParams h = tiny_hparams({.n_layer = 1});
   for (const TensorSpec& spec : tensor_table(h)) {
     const std::vector<HfSource> sources = hf_sources(h, spec);

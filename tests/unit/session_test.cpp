@@ -92,7 +92,7 @@ std::string error_of(ErrorKind kind, const Call& call) {
 
 }  // namespace
 
-TEST_CASE("forward: experts 4 and 8, used 1 to 3, equal the reference") {
+TEST_CASE("3f-7 router: experts 4 and 8, used 1 to 3, equal the reference") {
   for (const uint32_t n_expert : {4u, 8u})
     for (const uint32_t n_used : {1u, 2u, 3u}) {
       HParams h = tiny_hparams();
