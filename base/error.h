@@ -12,7 +12,7 @@
 namespace duet {
 
 // What went wrong, as far as a caller can act on it. The CLI maps each kind to an exit code
-// (docs/exit-codes in README): internal 1, usage 2, io 3, format 4, memory 5, unsupported 6,
+// (table in README.md): internal 1, usage 2, io 3, format 4, memory 5, unsupported 6,
 // cancelled 130.
 enum class ErrorKind { internal, usage, io, format, memory, unsupported, cancelled };
 
