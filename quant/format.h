@@ -43,11 +43,11 @@ inline constexpr int8_t kIq4Levels[16] = {-127, -104, -83, -65, -49, -35, -22, -
                                           1, 13, 25, 38, 53, 69, 89, 113};
 
 // ---- activation blocks (never stored in files; kernels quantize float rows to them) ------------
-// 32 activations: x ~= d * qs. `sum` is d * (sum of qs), for formats with a minimum or offset.
-struct BlockAct32 { float d, sum; int8_t qs[32]; };
-// 256 activations: x ~= d * qs; bsums[g] is the sum of qs over group g of 16.
-struct BlockAct256 { float d; int8_t qs[256]; int16_t bsums[16]; };
-static_assert(sizeof(BlockAct32) == 40 && sizeof(BlockAct256) == 292);
+// 32 activations: x ~= d * qs. `sum` is the sum of qs, for formats with a minimum or offset.
+struct BlockAct32 { float d; int32_t sum; int8_t qs[32]; };
+// 256 activations: x ~= d * qs; bsums[g] is the sum of qs over group g of 16, bsums32[g] of 32.
+struct BlockAct256 { float d; int8_t qs[256]; int16_t bsums[16]; int16_t bsums32[8]; };
+static_assert(sizeof(BlockAct32) == 40 && sizeof(BlockAct256) == 308);
 
 enum class ActFormat : uint8_t { f32, act32, act256 };
 size_t act_row_bytes(ActFormat format, size_t cols);

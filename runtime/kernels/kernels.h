@@ -5,16 +5,20 @@
 // rows per call, so that one indirect call is amortised and threads split rows, never sums: results
 // do not depend on the number of threads. Weight rows are 2-byte aligned, activations 4-byte.
 //
-// Sums. Within one table the bits of y[t][r] depend only on weight row r and token t, never on
-// n_rows, n_tokens or the place in the batch. Between tables they differ by rounding only:
-//   act32 formats:  y = sum over blocks of (d_w * d_x) * D [+ m_w * sum_x], D = sum of q_w * q_x
-//   act256 formats: y = sum over super-blocks of (d_w * d_x) * D [- (dmin_w * d_x) * M],
-//                   D = sum of scale * q_w * q_x, M = sum of min * bsums
-//   float formats:  y = sum of w * x, no rounding of x
-// D and M are exact 32-bit integers (below 2^28). The scalar table adds the float terms one by one
-// in block order; the SIMD tables spread D and M over 8 or 16 lanes, keep one float sum per lane in
-// block order (fused multiply-add), and add the lanes as a tree at the end. Float formats use
-// partial sums too: element i belongs to sum i % 16 (scalar), i % 32 (avx2), i % 64 (avx512).
+// Sums. With quantized weights y[t][r] has the same bits in every table, whatever n_rows, n_tokens
+// and the place in the batch: the integer part of a block is exact, and the float part is one chain
+// of fused multiply-adds in block order, starting from 0:
+//   act32:   for each block of 32:   y = fma(float(D), d_w * d_x, y),  D = sum of q_w * q_x
+//            [formats with m:        y = fma(m_w, d_x * float(sum_x), y)]
+//   act256:  for each super-block:   y = fma(float(D), d_w * d_x, y),  D = sum of scale * q_w * q_x
+//            [formats with dmin:     y = fma(float(M), -(dmin_w * d_x), y),  M = sum of min * bsums]
+// D and M are exact 32-bit integers (below 2^28 in magnitude), converted to float once, to nearest
+// even; products of two floats in parentheses or as an argument are rounded. Half-precision scales
+// are converted to float first. So decode and prefill, all instruction sets and all batch sizes give
+// one result; that is what batching, speculation and streaming rest on.
+// Float formats (y = sum of w * x, no rounding of x) differ between tables by rounding: element i
+// belongs to partial sum i % 16 (scalar), i % 32 (avx2), i % 64 (avx512); within one table the bits
+// depend on row and token only.
 #pragma once
 
 #include <cstddef>

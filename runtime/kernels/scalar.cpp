@@ -83,8 +83,9 @@ void matmul32(const MatmulArgs& a) noexcept {
         int32_t dot = 0;
         for (size_t i = 0; i < 32; ++i) dot += w.q[i] * act.qs[i];
         float& y = a.y[t * a.y_stride + r];
-        y += (w.d * act.d) * static_cast<float>(dot);
-        if constexpr (kHasMinimum32<Block>) y += w.m * act.sum;
+        y = std::fma(static_cast<float>(dot), w.d * act.d, y);
+        if constexpr (kHasMinimum32<Block>)
+          y = std::fma(w.m, act.d * static_cast<float>(act.sum), y);
       }
     }
   }
@@ -208,11 +209,11 @@ void matmul256(const MatmulArgs& a) noexcept {
       for (size_t t = 0; t < a.n_tokens; ++t) {
         const auto& act = reinterpret_cast<const BlockAct256*>(a.x + t * a.x_stride)[b];
         float& y = a.y[t * a.y_stride + r];
-        y += (w.d * act.d) * static_cast<float>(scaled_dot(w, act.qs));
+        y = std::fma(static_cast<float>(scaled_dot(w, act.qs)), w.d * act.d, y);
         if constexpr (kHasMinimum256<Block>) {
           int32_t mins = 0;
           for (size_t g = 0; g < 16; ++g) mins += w.min[g] * act.bsums[g];
-          y -= (w.dmin * act.d) * static_cast<float>(mins);
+          y = std::fma(static_cast<float>(mins), -(w.dmin * act.d), y);
         }
       }
     }
@@ -303,7 +304,7 @@ void quantize_act32(const float* x, void* dst, size_t n) noexcept {
     out[b].d = quantize_block(x + 32 * b, 32, out[b].qs);
     int sum = 0;
     for (int8_t q : out[b].qs) sum += q;
-    out[b].sum = out[b].d * static_cast<float>(sum);
+    out[b].sum = sum;
   }
 }
 
@@ -316,6 +317,8 @@ void quantize_act256(const float* x, void* dst, size_t n) noexcept {
       for (size_t i = 16 * g; i < 16 * g + 16; ++i) sum += out[b].qs[i];
       out[b].bsums[g] = static_cast<int16_t>(sum);
     }
+    for (size_t g = 0; g < 8; ++g)
+      out[b].bsums32[g] = static_cast<int16_t>(out[b].bsums[2 * g] + out[b].bsums[2 * g + 1]);
   }
 }
 

@@ -72,7 +72,7 @@ void quantize_act32(const float* x, void* dst, size_t n) noexcept {
     int low, high;
     sum_halves(q, &low, &high);
     out[b].d = scale.d;
-    out[b].sum = scale.d * static_cast<float>(low + high);
+    out[b].sum = low + high;
     store256(out[b].qs, q);
   }
 }
@@ -89,6 +89,7 @@ void quantize_act256(const float* x, void* dst, size_t n) noexcept {
       store256(out[b].qs + 32 * i, q);
       out[b].bsums[2 * i] = static_cast<int16_t>(low);
       out[b].bsums[2 * i + 1] = static_cast<int16_t>(high);
+      out[b].bsums32[i] = static_cast<int16_t>(low + high);
     }
   }
 }

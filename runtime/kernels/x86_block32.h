@@ -117,8 +117,8 @@ struct Block32Kernel {
           const __m256 scale = _mm256_mul_ps(d, _mm256_broadcast_ss(&act.d));
           acc[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, acc[r][t]);
           if constexpr (!Unpack::kSigned) {
-            mins[r][t] =
-                _mm_fmadd_ss(_mm_set_ss(_cvtsh_ss(block.m)), _mm_load_ss(&act.sum), mins[r][t]);
+            const __m128 sum = _mm_set_ss(act.d * static_cast<float>(act.sum));
+            mins[r][t] = _mm_fmadd_ss(_mm_set_ss(_cvtsh_ss(block.m)), sum, mins[r][t]);
           }
         }
       }

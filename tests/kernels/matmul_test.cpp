@@ -176,6 +176,25 @@ TEST_CASE("matmul of exact inputs is bit-equal: scalar") { with_isa("scalar", ch
 TEST_CASE("matmul of exact inputs is bit-equal: avx2") { with_isa("avx2", check_exact); }
 TEST_CASE("matmul of exact inputs is bit-equal: avx512") { with_isa("avx512", check_exact); }
 
+// Quantized weights: one result, whatever the instruction set.
+void check_bits_of_scalar(const KernelTable& table) {
+  Rng rng(10);
+  for (const Format& format : all_formats()) {
+    if (format.block_elems == 1) continue;
+    for (size_t cols : column_counts(format)) {
+      for (const size_t tokens : {1u, 2u, 3u, 5u, 6u, 7u, 13u}) {
+        Problem p(format, 1 + rng.below(70), cols, tokens);
+        p.randomize(rng);
+        INFO(format.name, " rows ", p.n_rows, " cols ", cols, " tokens ", tokens);
+        CHECK(p.run(table) == p.run(select_kernels("scalar")));
+      }
+    }
+  }
+}
+TEST_CASE("matmul of quantized weights equals scalar to the bit: scalar") {
+  with_isa("scalar", check_bits_of_scalar);
+}
+
 // The bits of a (row, token) pair do not depend on what else is in the call.
 void check_batch_invariance(const KernelTable& table) {
   Rng rng(4);
