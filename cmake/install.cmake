@@ -16,4 +16,4 @@ configure_package_config_file(cmake/Config.cmake.in ${PROJECT_BINARY_DIR}/duetCo
   INSTALL_DESTINATION ${package_dir})
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/duetConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${PROJECT_BINARY_DIR}/duetConfig.cmake ${PROJECT_BINARY_DIR}/duetConfigVersion.cmake
-  DESTINATION ${package_dir})
+  cmake/FindOneDNN.cmake DESTINATION ${package_dir})

@@ -1,0 +1,160 @@
+// What the AVX-512 matmuls share: panels of unpacked weights, transposes, the loops over rows.
+//
+// Prefill. 32 rows x 256 columns are unpacked once into bytes (a panel, 8 KiB: it stays in the L1
+// cache), then all tokens pass over it. Lanes are rows: vpdpbusd multiplies four columns of 16 rows
+// by four activations that are broadcast from memory, so nothing is ever added across lanes, and
+// the float chain of a (row, token) pair advances by one step per block, as kernels.h defines it.
+// 2 x 6 accumulators of 16 rows hide the latency of vpdpbusd (5 cycles, two a cycle on Intel).
+#pragma once
+
+#include "runtime/kernels/x86_block32.h"
+
+namespace duet {
+namespace {
+
+constexpr size_t kPanelRows = 32, kPanelCols = 256;
+// Tokens that share an unpacked panel: their sums (32 KiB) stay in the L2 cache.
+constexpr size_t kPanelTokens = 256;
+
+struct Panel {
+  alignas(64) uint8_t q[kPanelCols / 4][kPanelRows * 4];  // [column / 4][row][column % 4]
+  alignas(64) int32_t scale[16][kPanelRows];    // of each group of columns, for the integer part
+  alignas(64) int32_t offset[8][kPanelRows];    // pairs of int16: -scale * offset of two groups
+  alignas(64) int32_t min[8][kPanelRows];       // pairs of int16: minimums of two groups
+  alignas(64) float d[8][kPanelRows], m[8][kPanelRows];
+};
+
+DUET_INLINE __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
+DUET_INLINE __m512i broadcast4(const void* p) {
+  int32_t v;
+  __builtin_memcpy(&v, p, 4);
+  return _mm512_set1_epi32(v);
+}
+DUET_INLINE float half_at(const void* p) {
+  uint16_t bits;
+  __builtin_memcpy(&bits, p, 2);
+  return _cvtsh_ss(bits);
+}
+
+// v[j] lane i <- v[i] lane j, for 16 x 16 lanes of 32 bits.
+DUET_INLINE void transpose16(__m512i (&v)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// Rows of a panel; those beyond the last repeat it and are not stored.
+struct PanelRowsAt {
+  const std::byte* row[kPanelRows];
+};
+DUET_INLINE PanelRowsAt panel_rows(const MatmulArgs& a, size_t first) {
+  PanelRowsAt at;
+  for (size_t r = 0; r < kPanelRows; ++r) {
+    const size_t row = first + r < a.n_rows ? first + r : a.n_rows - 1;
+    at.row[r] = a.w + row * a.w_stride;
+  }
+  return at;
+}
+
+// Sums of a panel: [token][row].
+struct PanelSums {
+  alignas(64) float at[kPanelTokens][kPanelRows];
+};
+
+DUET_INLINE void store_sums(const MatmulArgs& a, const PanelSums& sums, size_t row, size_t token,
+                            size_t n_tokens) {
+  const size_t n = a.n_rows - row < kPanelRows ? a.n_rows - row : kPanelRows;
+  const uint32_t mask = n == 32 ? ~0u : (1u << n) - 1;
+  for (size_t t = 0; t < n_tokens; ++t) {
+    float* y = a.y + (token + t) * a.y_stride + row;
+    _mm512_mask_storeu_ps(y, static_cast<__mmask16>(mask), _mm512_load_ps(sums.at[t]));
+    _mm512_mask_storeu_ps(y + 16, static_cast<__mmask16>(mask >> 16),
+                          _mm512_load_ps(sums.at[t] + 16));
+  }
+}
+
+// Kernel::unpack(rows, step, n_cols, panel) and Kernel::tile<T>(panel, x, n_cols, sums) for 256
+// columns at a time (n_cols: fewer at the end of a row); x: T tokens at these columns.
+template <class Kernel>
+void matmul_panels(const MatmulArgs& a) noexcept {
+  Panel panel;
+  PanelSums sums;
+  const size_t n_steps = (a.cols + kPanelCols - 1) / kPanelCols;
+  for (size_t row = 0; row < a.n_rows; row += kPanelRows) {
+    const PanelRowsAt rows = panel_rows(a, row);
+    for (size_t token = 0; token < a.n_tokens; token += kPanelTokens) {
+      const size_t n = a.n_tokens - token < kPanelTokens ? a.n_tokens - token : kPanelTokens;
+      __builtin_memset(sums.at, 0, n * sizeof sums.at[0]);
+      for (size_t step = 0; step < n_steps; ++step) {
+        const size_t left = a.cols - step * kPanelCols;
+        const size_t n_cols = left < kPanelCols ? left : kPanelCols;
+        Kernel::unpack(rows, step, n_cols, panel);
+        const std::byte* x = a.x + token * a.x_stride + step * Kernel::kStepBytes;
+        size_t t = 0;
+        for (; t + 6 <= n; t += 6)
+          Kernel::template tile<6>(panel, x + t * a.x_stride, a.x_stride, n_cols, sums.at[t]);
+        for (; t + 2 <= n; t += 2)
+          Kernel::template tile<2>(panel, x + t * a.x_stride, a.x_stride, n_cols, sums.at[t]);
+        if (t < n)
+          Kernel::template tile<1>(panel, x + t * a.x_stride, a.x_stride, n_cols, sums.at[t]);
+      }
+      store_sums(a, sums, row, token, n);
+    }
+  }
+}
+
+// Brings the share `step` of `n_steps` of n bytes at p into the L2 cache. Decode reads several rows
+// at once, more streams than hardware prefetchers follow: while it computes on one group of rows,
+// it fetches the next one in address order.
+DUET_INLINE void prefetch_share(const std::byte* p, size_t n, size_t step, size_t n_steps) {
+  const size_t begin = n * step / n_steps / 64 * 64, end = n * (step + 1) / n_steps / 64 * 64;
+  for (size_t i = begin; i < end; i += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
+}
+
+// Kernel::decode(rows, args, y): Kernel::kRows rows with one token; decode<true> rows are distinct.
+template <class Kernel>
+void matmul_rows(const MatmulArgs& a) noexcept {
+  constexpr size_t kRows = Kernel::kRows;
+  alignas(64) float y[kRows];
+  for (size_t row = 0; row < a.n_rows; row += kRows) {
+    const std::byte* rows[kRows];
+    for (size_t r = 0; r < kRows; ++r)
+      rows[r] = a.w + (row + r < a.n_rows ? row + r : a.n_rows - 1) * a.w_stride;
+    Kernel::decode(rows, a.w + (row + kRows) * a.w_stride, a, y);
+    const size_t n = a.n_rows - row < kRows ? a.n_rows - row : kRows;
+    __builtin_memcpy(a.y + row, y, n * sizeof(float));
+  }
+}
+
+template <class Kernel>
+void matmul512(const MatmulArgs& a) noexcept {
+  a.n_tokens == 1 ? matmul_rows<Kernel>(a) : matmul_panels<Kernel>(a);
+}
+
+}  // namespace
+}  // namespace duet
