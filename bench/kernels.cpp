@@ -1,8 +1,8 @@
 // Speed of the matmul kernels: bench_kernels [--threads N] [--isa NAME] [--format NAME] [--gemm]
-// [--cpu-time]
+// [--cpu-time] [--kib N]
 //
 // For each format, table and number of tokens: weights read per second (GB/s) and multiply-adds
-// per second (GMAC/s) on weights larger than the L3 cache. --gemm compares oneDNN with the kernels
+// per second (GMAC/s) on weights larger than the L3 cache, or of N KiB. --gemm compares oneDNN with the kernels
 // for float weights, for the threshold in runtime/kernels/onednn_gemm.h. --cpu-time counts
 // processor time per thread instead of the clock's: on a machine that others use too.
 #include "runtime/kernels/kernels.h"
@@ -25,12 +25,12 @@ namespace {
 
 using namespace duet;
 constexpr size_t kCols = 4096;
-constexpr size_t kWeightBytes = size_t{128} << 20;  // several times a 32 MiB L3 share
 constexpr size_t kTokenCounts[] = {1, 8, 64, 512};
 
 struct Options {
   std::vector<int> threads;
   std::string isa, format;
+  size_t weight_bytes = size_t{128} << 20;  // several times a 32 MiB L3 share
   bool gemm = false;
   bool cpu_time = false;
 };
@@ -122,14 +122,15 @@ void report(const Matrix& m, const char* what, int n_threads, size_t n_rows, siz
 }
 
 void bench_format(const Format& format, const Options& options) {
-  const Matrix m(format, kWeightBytes);
+  const Matrix m(format, options.weight_bytes);
   for (const KernelTable* kernels : usable_kernels()) {
     if (!options.isa.empty() && options.isa != kernels->isa) continue;
     for (int n_threads : options.threads) {
       for (size_t n_tokens : kTokenCounts) {
         // Fewer rows for many tokens: still above the L2 cache, and done within a second.
         const size_t share = std::string(kernels->isa) == "scalar" ? 32 * n_tokens : n_tokens;
-        const size_t n_rows = std::max<size_t>(m.n_rows / std::max<size_t>(share / 8, 1), 256);
+        const size_t n_rows =
+            std::min(m.n_rows, std::max<size_t>(m.n_rows / std::max<size_t>(share / 8, 1), 256));
         const std::vector<std::byte> x = random_activations(format, *kernels, n_tokens);
         std::vector<float> y(n_rows * n_tokens);
         const MatmulArgs args = problem(m, n_rows, x, n_tokens, y.data());
@@ -166,7 +167,8 @@ void bench_gemm(const Format& format, const Options& options) {
 int usage() {
   std::fprintf(
       stderr,
-      "usage: bench_kernels [--threads N] [--isa NAME] [--format NAME] [--gemm] [--cpu-time]\n");
+      "usage: bench_kernels [--threads N] [--isa NAME] [--format NAME] [--gemm] [--cpu-time] "
+      "[--kib N]\n");
   return 2;
 }
 
@@ -184,6 +186,8 @@ int main(int argc, char** argv) {
       return usage();
     else if (arg == "--threads")
       options.threads = {std::atoi(argv[++i])};
+    else if (arg == "--kib")
+      options.weight_bytes = static_cast<size_t>(std::atoi(argv[++i])) << 10;
     else if (arg == "--isa")
       options.isa = argv[++i];
     else if (arg == "--format")

@@ -1,7 +1,11 @@
 // AVX-512 VNNI kernels of the 256-element formats (Q2_K .. Q6_K, IQ4_XS) times act256.
 //
-// 64 elements at a time: vpdpbusd multiplies unsigned quants by activations and adds four, vpdpwssd
-// multiplies that sum, which fits 16 bits (4 * 63 * 127 < 2^15), by the scale and accumulates.
+// vpdpbusd multiplies unsigned quants by activations and adds four; vpdpwssd multiplies such sums,
+// where they fit 16 bits, by the scale of their group and accumulates, else vpmulld does. Quants
+// carry an offset that makes them unsigned; the sums of activations take it out again.
+#include <type_traits>
+
+#include "runtime/kernels/x86_avx512_panel.h"
 #include "runtime/kernels/x86_k_scales.h"
 
 namespace duet {
@@ -67,113 +71,418 @@ DUET_INLINE __m512i quants(const BlockIQ4_XS& b, int i) {
   return _mm512_xor_si512(value, _mm512_set1_epi8(-128));  // + 128
 }
 
-// Sums of four products of 8-bit levels exceed 16 bits: 32-bit multiplication by the scale.
-template <class Block>
-constexpr bool kWideQuants = false;
-template <>
-constexpr bool kWideQuants<BlockIQ4_XS> = true;
 template <>
 constexpr int kOffsetShift<BlockIQ4_XS> = 7;
 
-// For 64 elements: lane k takes the scale of group 4 i + k / 4 in its lower 16 bits.
+// Columns that share a scale.
+template <class Block>
+constexpr int kGroup = 16;
+template <>
+constexpr int kGroup<BlockQ4_K> = 32;
+template <>
+constexpr int kGroup<BlockQ5_K> = 32;
+template <>
+constexpr int kGroup<BlockIQ4_XS> = 32;
+
+// Largest unsigned quant: decides where sums fit 16 bits.
+template <class Block>
+constexpr int kTop = 0;
+template <>
+constexpr int kTop<BlockQ2_K> = 3;
+template <>
+constexpr int kTop<BlockQ3_K> = 7;
+template <>
+constexpr int kTop<BlockQ4_K> = 15;
+template <>
+constexpr int kTop<BlockQ5_K> = 31;
+template <>
+constexpr int kTop<BlockQ6_K> = 63;
+template <>
+constexpr int kTop<BlockIQ4_XS> = 241;
+
+constexpr bool fits16(int top, int n) { return top * 127 * n < 32768; }
+
+// ---- scales of four rows, a 128-bit lane each ----------------------------------------------------
+// scale_lanes: 16 bytes per row. Q4_K, Q5_K: 8 scales, 8 minimums; Q2_K: as stored; Q3_K, Q6_K: 16
+// signed scales; IQ4_XS: 8 scales of 16 bits.
+DUET_INLINE __m512i four_lanes(const void* a, const void* b, const void* c, const void* d) {
+  __m512i v = _mm512_castsi128_si512(load128(a));
+  v = _mm512_inserti32x4(v, load128(b), 1);
+  v = _mm512_inserti32x4(v, load128(c), 2);
+  return _mm512_inserti32x4(v, load128(d), 3);
+}
+DUET_INLINE __m512i every_lane(int a, int b, int c, int d) {
+  return _mm512_broadcast_i32x4(_mm_setr_epi32(a, b, c, d));
+}
+
+// The first 16 bytes are d, dmin and 12 bytes of scales: words s0, s1, s2 (docs/kernels.md).
+template <class Block>
+DUET_INLINE __m512i scale_lanes_6bit(const Block* const* b) {
+  const __m512i v = four_lanes(b[0], b[1], b[2], b[3]);
+  const __m512i low = _mm512_srlv_epi32(_mm512_shuffle_epi32(v, _MM_PERM_DCDB),  // s0 s2 s1 s2
+                                        every_lane(0, 0, 0, 4));
+  const __m512i high = _mm512_srli_epi32(_mm512_shuffle_epi32(v, _MM_PERM_CABA), 2);  // . s0 . s1
+  return _mm512_or_si512(
+      _mm512_and_si512(low, every_lane(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f)),
+      _mm512_and_si512(high, every_lane(0, 0x30303030, 0, 0x30303030)));
+}
+DUET_INLINE __m512i scale_lanes(const BlockQ4_K* const* b) { return scale_lanes_6bit(b); }
+DUET_INLINE __m512i scale_lanes(const BlockQ5_K* const* b) { return scale_lanes_6bit(b); }
+
+DUET_INLINE __m512i scale_lanes(const BlockQ2_K* const* b) {
+  return four_lanes(b[0]->scales, b[1]->scales, b[2]->scales, b[3]->scales);
+}
+DUET_INLINE __m512i scale_lanes(const BlockQ6_K* const* b) {
+  return four_lanes(b[0]->scales, b[1]->scales, b[2]->scales, b[3]->scales);
+}
+
+DUET_INLINE __m512i scale_lanes(const BlockQ3_K* const* b) {
+  // Four bytes before the scales are quants: the words are ., s0, s1, s2.
+  const auto at = [&](int r) { return b[r]->scales - 4; };
+  const __m512i v = four_lanes(at(0), at(1), at(2), at(3));
+  const __m512i low = _mm512_srlv_epi32(_mm512_shuffle_epi32(v, _MM_PERM_CBCB),  // s0 s1 s0 s1
+                                        every_lane(0, 0, 4, 4));
+  const __m512i high = _mm512_srlv_epi32(_mm512_shuffle_epi32(v, _MM_PERM_DDDD),
+                                         every_lane(0, 2, 4, 6));
+  const __m512i six = _mm512_or_si512(masked(low, 15), _mm512_slli_epi32(masked(high, 3), 4));
+  return _mm512_sub_epi8(six, _mm512_set1_epi8(32));
+}
+
+DUET_INLINE __m512i scale_lanes(const BlockIQ4_XS* const* b) {
+  // d, scales_h, 4 bytes of low nibbles, then quants.
+  const __m512i v = four_lanes(b[0], b[1], b[2], b[3]);
+  const __m512i low_at = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7, -1));
+  const __m512i low = _mm512_srlv_epi16(
+      _mm512_shuffle_epi8(v, low_at),
+      _mm512_broadcast_i32x4(_mm_setr_epi16(0, 4, 0, 4, 0, 4, 0, 4)));
+  const __m512i high = _mm512_srlv_epi16(
+      _mm512_shuffle_epi8(v, _mm512_set1_epi16(0x0302)),
+      _mm512_broadcast_i32x4(_mm_setr_epi16(0, 2, 4, 6, 8, 10, 12, 14)));
+  const __m512i six = _mm512_or_si512(
+      _mm512_and_si512(low, _mm512_set1_epi16(15)),
+      _mm512_slli_epi16(_mm512_and_si512(high, _mm512_set1_epi16(3)), 4));
+  return _mm512_sub_epi16(six, _mm512_set1_epi16(32));
+}
+
+// Scales of one row as 16-bit lanes, from its 16 bytes.
+template <class Block>
+DUET_INLINE __m256i row_scales(const std::byte* p) {
+  const __m128i v = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
+  if constexpr (std::is_same_v<Block, BlockIQ4_XS>) return _mm256_castsi128_si256(v);
+  if constexpr (std::is_same_v<Block, BlockQ2_K>)
+    return _mm256_cvtepu8_epi16(_mm_and_si128(v, _mm_set1_epi8(15)));
+  return kGroup<Block> == 32 ? _mm256_cvtepu8_epi16(v) : _mm256_cvtepi8_epi16(v);
+}
+
+DUET_INLINE __m512i lanes_of(const int16_t* p) { return _mm512_broadcast_i32x4(load128(p)); }
+
+// Lane r: four sums that add up to sum of scale * (sum of activations) over the groups of row r.
+template <class Block>
+DUET_INLINE __m512i sums_dot(__m512i lanes, const BlockAct256& x) {
+  if constexpr (kGroup<Block> == 32) return _mm512_madd_epi16(lanes, lanes_of(x.bsums32));
+  const __m512i low = _mm512_srai_epi16(_mm512_unpacklo_epi8(lanes, lanes), 8);
+  const __m512i high = _mm512_srai_epi16(_mm512_unpackhi_epi8(lanes, lanes), 8);
+  return _mm512_dpwssd_epi32(_mm512_madd_epi16(low, lanes_of(x.bsums)), high,
+                             lanes_of(x.bsums + 8));
+}
+template <class Block>
+DUET_INLINE __m512i mins_dot(__m512i lanes, const BlockAct256& x) {
+  if constexpr (kGroup<Block> == 32)
+    return _mm512_madd_epi16(_mm512_unpackhi_epi8(lanes, __m512i{}), lanes_of(x.bsums32));
+  const __m512i mins = masked(_mm512_srli_epi16(lanes, 4), 15);
+  return _mm512_dpwssd_epi32(
+      _mm512_madd_epi16(_mm512_unpacklo_epi8(mins, __m512i{}), lanes_of(x.bsums)),
+      _mm512_unpackhi_epi8(mins, __m512i{}), lanes_of(x.bsums + 8));
+}
+
+// For 64 elements of decode: lane k takes the scale of element 64 i + 4 k in its lower 16 bits.
 struct Spread {
   alignas(64) uint16_t at[4][32];
 };
-constexpr Spread make_spread() {
+constexpr Spread make_spread(unsigned group) {
   Spread s{};
   for (unsigned i = 0; i < 4; ++i) {
-    for (unsigned k = 0; k < 16; ++k) s.at[i][2 * k] = static_cast<uint16_t>(4 * i + k / 4);
+    for (unsigned k = 0; k < 16; ++k)
+      s.at[i][2 * k] = static_cast<uint16_t>((64 * i + 4 * k) / group);
   }
   return s;
 }
-constexpr Spread kSpread = make_spread();
+constexpr Spread kSpread16 = make_spread(16), kSpread32 = make_spread(32);
 
 template <class Block>
 DUET_INLINE __m512i spread_scale(__m256i scale, int i) {
-  const __m512i v = _mm512_castsi256_si512(scale), at = _mm512_load_si512(kSpread.at[i]);
+  const __m512i v = _mm512_castsi256_si512(scale);
+  const __m512i at = _mm512_load_si512((kGroup<Block> == 16 ? kSpread16 : kSpread32).at[i]);
   const __m512i low16 = _mm512_maskz_permutexvar_epi16(0x55555555u, at, v);
-  if constexpr (!kWideQuants<Block>) return low16;
+  if constexpr (fits16(kTop<Block>, 4)) return low16;
   return _mm512_srai_epi32(_mm512_slli_epi32(low16, 16), 16);
 }
 
-DUET_INLINE float lane_sum(__m512 v) {
-  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
-  return lane_sum(_mm256_add_ps(_mm512_castps512_ps256(v), high));
-}
-
+// ---- prefill -----------------------------------------------------------------------------------
 template <class Block>
-struct KKernel512 {
-  static constexpr size_t kRows = 2, kTokens = 8;
+struct KPanel {
+  static constexpr size_t kStepBytes = sizeof(BlockAct256);
+  static constexpr bool kWide = !fits16(kTop<Block>, 16);  // 32-bit multiplication by the scale
+  // Columns between multiplications by a scale: as many as share it and fit.
+  static constexpr int kRun = kWide ? kGroup<Block> : 16;
+  static constexpr int kPairs = 128 / kGroup<Block>;
 
-  template <size_t R, size_t T>
-  static void tile(const MatmulArgs& a) noexcept {
-    __m512 acc[R][T] = {};
-    const size_t n_blocks = a.cols / 256;
-    for (size_t b = 0; b < n_blocks; ++b) {
+  static void unpack(const PanelRowsAt& rows, size_t step, size_t, Panel& panel) {
+    for (size_t half = 0; half < 2; ++half) {
+      const Block* block[16];
+      for (size_t r = 0; r < 16; ++r)
+        block[r] = reinterpret_cast<const Block*>(rows.row[16 * half + r]) + step;
+      unpack_quants(block, half, panel);
+      unpack_scales(block, half, panel);
+      for (size_t r = 0; r < 16; ++r) {
+        _mm_prefetch(reinterpret_cast<const char*>(block[r] + 1), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(block[r] + 1) + 64, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(block[r] + 2) - 1, _MM_HINT_T0);
+      }
+    }
+  }
+
+  static DUET_INLINE void unpack_quants(const Block* const* block, size_t half, Panel& panel) {
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; ++i) {
+      __m512i v[16];
+#pragma GCC unroll 16
+      for (size_t r = 0; r < 16; ++r) v[r] = quants(*block[r], static_cast<int>(i));
+      transpose16(v);
+#pragma GCC unroll 16
+      for (size_t j = 0; j < 16; ++j) _mm512_store_si512(panel.q[16 * i + j] + 64 * half, v[j]);
+    }
+  }
+
+  // Lanes are rows: v[0..7] pairs of scales, v[8..15] pairs of minimums, of two groups of 16.
+  static DUET_INLINE void unpack_scales(const Block* const* block, size_t half, Panel& panel) {
+    __m512i v[16];
+#pragma GCC unroll 16
+    for (size_t r = 0; r < 16; ++r) {
+      const KScales s = load_scales(*block[r]);
+      v[r] = kHasMinimum<Block>
+                 ? _mm512_inserti64x4(_mm512_castsi256_si512(s.scale), s.min, 1)
+                 : _mm512_castsi256_si512(s.scale);
+      panel.d[0][16 * half + r] = _cvtsh_ss(block[r]->d);
+      if constexpr (kHasMinimum<Block>)
+        panel.m[0][16 * half + r] = _cvtsh_ss(block[r]->dmin);
+    }
+    transpose16(v);
+    const auto store = [half](int32_t* to, __m512i value) {
+      _mm512_store_si512(to + 16 * half, value);
+    };
 #pragma GCC unroll 8
-      for (size_t r = 0; r < R; ++r) {
-        const BlockAct256* x[T];
-#pragma GCC unroll 8
-        for (size_t t = 0; t < T; ++t)
-          x[t] = reinterpret_cast<const BlockAct256*>(a.x + t * a.x_stride) + b;
-        add_block<T>(reinterpret_cast<const Block*>(a.w + r * a.w_stride)[b], x, acc[r]);
+    for (int p = 0; p < 8; ++p) {
+      if constexpr (kGroup<Block> == 16) {
+        store(panel.scale[2 * p], factor(v[p]));
+        store(panel.scale[2 * p + 1],
+              kWide ? _mm512_srai_epi32(v[p], 16) : _mm512_srli_epi32(v[p], 16));
+      } else {
+        store(panel.scale[p], factor(v[p]));
       }
     }
 #pragma GCC unroll 8
-    for (size_t r = 0; r < R; ++r) {
+    for (int p = 0; p < kPairs; ++p) {
+      if constexpr (kOffsetShift<Block> != 0) {
+        const __m512i offset = _mm512_slli_epi16(group_pair(v, p), kOffsetShift<Block>);
+        store(panel.offset[p], _mm512_sub_epi16(__m512i{}, offset));
+      }
+      if constexpr (kHasMinimum<Block>) store(panel.min[p], group_pair(v + 8, p));
+    }
+  }
+
+  // The scale in the lower 16 bits: alone for vpdpwssd, with its sign for vpmulld.
+  static DUET_INLINE __m512i factor(__m512i pair) {
+    if constexpr (kWide) return _mm512_srai_epi32(_mm512_slli_epi32(pair, 16), 16);
+    return _mm512_and_si512(pair, _mm512_set1_epi32(0xffff));
+  }
+  // Values of groups 2 p and 2 p + 1; groups of 32 have theirs twice.
+  static DUET_INLINE __m512i group_pair(const __m512i* v, int p) {
+    if constexpr (kGroup<Block> == 16) return v[p];
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, v[2 * p], v[2 * p + 1]);
+  }
+
+  template <size_t T>
+  static void tile(const Panel& panel, const std::byte* x0, size_t x_stride, size_t, float* sums) {
+    const BlockAct256* x[T];
+#pragma GCC unroll 6
+    for (size_t t = 0; t < T; ++t)
+      x[t] = reinterpret_cast<const BlockAct256*>(x0 + t * x_stride);
+    __m512i dot[2][T] = {};
+#pragma GCC unroll 1
+    for (int column = 0; column < 256; column += kRun) {
+      __m512i part[2][T] = {};
 #pragma GCC unroll 8
-      for (size_t t = 0; t < T; ++t) a.y[t * a.y_stride + r] = lane_sum(acc[r][t]);
+      for (int c = 0; c < kRun; c += 4) {
+        const uint8_t* q = panel.q[(column + c) / 4];
+        const __m512i q0 = _mm512_load_si512(q), q1 = _mm512_load_si512(q + 64);
+#pragma GCC unroll 6
+        for (size_t t = 0; t < T; ++t) {
+          const __m512i four = broadcast4(x[t]->qs + column + c);
+          part[0][t] = _mm512_dpbusd_epi32(part[0][t], q0, four);
+          part[1][t] = _mm512_dpbusd_epi32(part[1][t], q1, four);
+        }
+      }
+#pragma GCC unroll 2
+      for (size_t r = 0; r < 2; ++r) {
+        const __m512i scale = _mm512_load_si512(panel.scale[column / kGroup<Block>] + 16 * r);
+#pragma GCC unroll 6
+        for (size_t t = 0; t < T; ++t) {
+          dot[r][t] = kWide ? _mm512_add_epi32(dot[r][t], _mm512_mullo_epi32(part[r][t], scale))
+                            : _mm512_dpwssd_epi32(dot[r][t], part[r][t], scale);
+        }
+      }
+    }
+    if constexpr (kOffsetShift<Block> != 0) add_pairs<T>(panel.offset, x, dot);
+    add_step<T>(panel.d[0], x, dot, sums);
+    if constexpr (kHasMinimum<Block>) {
+      __m512i mins[2][T] = {};
+      add_pairs<T>(panel.min, x, mins);
+      subtract_step<T>(panel.m[0], x, mins, sums);
+    }
+  }
+
+  // dot += pairs of factors times pairs of sums of activations
+  template <size_t T>
+  static DUET_INLINE void add_pairs(const int32_t (*pairs)[kPanelRows],
+                                    const BlockAct256* const* x, __m512i (&dot)[2][T]) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kPairs; ++p) {
+      const __m512i f0 = _mm512_load_si512(pairs[p]), f1 = _mm512_load_si512(pairs[p] + 16);
+#pragma GCC unroll 6
+      for (size_t t = 0; t < T; ++t) {
+        const int16_t* bsums = kGroup<Block> == 16 ? x[t]->bsums : x[t]->bsums32;
+        const __m512i two = broadcast4(bsums + 2 * p);
+        dot[0][t] = _mm512_dpwssd_epi32(dot[0][t], f0, two);
+        dot[1][t] = _mm512_dpwssd_epi32(dot[1][t], f1, two);
+      }
     }
   }
 
   template <size_t T>
-  static DUET_INLINE void add_block(const Block& block, const BlockAct256* const* x, __m512* acc) {
-    const KScales s = load_scales(block);
-    __m512i sum[T];
-#pragma GCC unroll 8
-    for (size_t t = 0; t < T; ++t) sum[t] = offset_sum(s, *x[t]);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const __m512i q = quants(block, i);
-      const __m512i factor = spread_scale<Block>(s.scale, i);
-#pragma GCC unroll 8
-      for (size_t t = 0; t < T; ++t) {
-        const __m512i dot =
-            _mm512_dpbusd_epi32(__m512i{}, q, _mm512_loadu_si512(x[t]->qs + 64 * i));
-        sum[t] = kWideQuants<Block> ? _mm512_add_epi32(sum[t], _mm512_mullo_epi32(dot, factor))
-                                    : _mm512_dpwssd_epi32(sum[t], dot, factor);
+  static DUET_INLINE void add_step(const float* d, const BlockAct256* const* x,
+                                   const __m512i (&dot)[2][T], float* sums) {
+#pragma GCC unroll 6
+    for (size_t t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+      for (size_t r = 0; r < 2; ++r) {
+        float* sum = sums + t * kPanelRows + 16 * r;
+        const __m512 scale = _mm512_mul_ps(_mm512_load_ps(d + 16 * r), _mm512_set1_ps(x[t]->d));
+        _mm512_store_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][t]), scale,
+                                             _mm512_load_ps(sum)));
       }
     }
-    const float d = _cvtsh_ss(block.d);
-#pragma GCC unroll 8
+  }
+  template <size_t T>
+  static DUET_INLINE void subtract_step(const float* dmin, const BlockAct256* const* x,
+                                        const __m512i (&mins)[2][T], float* sums) {
+#pragma GCC unroll 6
     for (size_t t = 0; t < T; ++t) {
-      acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t]), _mm512_set1_ps(d * x[t]->d), acc[t]);
-      if constexpr (kHasMinimum<Block>) {
-        const __m512i mins = _mm512_zextsi256_si512(_mm256_madd_epi16(s.min, load256(x[t]->bsums)));
-        const __m512 scale_min = _mm512_set1_ps(_cvtsh_ss(block.dmin) * x[t]->d);
-        acc[t] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(mins), scale_min, acc[t]);
+#pragma GCC unroll 2
+      for (size_t r = 0; r < 2; ++r) {
+        float* sum = sums + t * kPanelRows + 16 * r;
+        const __m512 scale = _mm512_mul_ps(_mm512_load_ps(dmin + 16 * r), _mm512_set1_ps(x[t]->d));
+        _mm512_store_ps(sum, _mm512_fnmadd_ps(_mm512_cvtepi32_ps(mins[r][t]), scale,
+                                              _mm512_load_ps(sum)));
       }
     }
   }
 
-  // What the offset of the quants adds to the sum, negated.
-  static DUET_INLINE __m512i offset_sum(const KScales& s, const BlockAct256& x) {
-    if constexpr (kOffsetShift<Block> == 0) return __m512i{};
-    const __m256i offset = _mm256_slli_epi16(s.scale, kOffsetShift<Block>);
-    return _mm512_zextsi256_si512(
-        _mm256_sub_epi32(__m256i{}, _mm256_madd_epi16(offset, load256(x.bsums))));
+  // ---- decode: four rows at a time, a 128-bit lane of scales each ------------------------------
+  static constexpr size_t kRows = 4;
+  static constexpr bool kWideDot = !fits16(kTop<Block>, 4);
+
+  static size_t n_steps(size_t cols) { return cols / 256; }
+  static void decode(const std::byte* const* rows, NextRows next, const MatmulArgs& a, float* y) {
+    const size_t n_blocks = a.cols / 256;
+    __m128 sum = {};
+    for (size_t b = 0; b < n_blocks; ++b) {
+      const Block* block[4];
+      for (size_t r = 0; r < 4; ++r) block[r] = reinterpret_cast<const Block*>(rows[r]) + b;
+      next.fetch_share();
+      const BlockAct256& x = reinterpret_cast<const BlockAct256*>(a.x)[b];
+      sum = add_block(block, x, sum);
+    }
+    _mm_store_ps(y, sum);
+  }
+
+  static DUET_INLINE __m128 add_block(const Block* const* block, const BlockAct256& x, __m128 sum) {
+    const __m512i lanes = scale_lanes(block);
+    alignas(64) std::byte stored[64];
+    _mm512_store_si512(stored, lanes);
+    __m512i dot[4];
+#pragma GCC unroll 4
+    for (size_t r = 0; r < 4; ++r) dot[r] = row_dot(*block[r], row_scales<Block>(stored + 16 * r), x);
+    __m512i d = rows_to_lanes(dot);
+    if constexpr (kOffsetShift<Block> != 0)
+      d = _mm512_sub_epi32(d, _mm512_slli_epi32(sums_dot<Block>(lanes, x), kOffsetShift<Block>));
+    d = sum_lane(d);
+    // Lanes 0, 4, 8, 12 of the sums of the scales, then of the minimums.
+    const __m512i pick = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256 scale = _mm256_mul_ps(block_factors(block), _mm256_set1_ps(x.d));
+    if constexpr (kHasMinimum<Block>) {
+      const __m512i m = sum_lane(mins_dot<Block>(lanes, x));
+      const __m256 both = _mm256_cvtepi32_ps(
+          _mm512_castsi512_si256(_mm512_permutex2var_epi32(d, pick, m)));
+      sum = _mm_fmadd_ps(_mm256_castps256_ps128(both), _mm256_castps256_ps128(scale), sum);
+      return _mm_fnmadd_ps(_mm256_extractf128_ps(both, 1), _mm256_extractf128_ps(scale, 1), sum);
+    }
+    const __m128i one = _mm512_castsi512_si128(_mm512_permutexvar_epi32(pick, d));
+    return _mm_fmadd_ps(_mm_cvtepi32_ps(one), _mm256_castps256_ps128(scale), sum);
+  }
+
+  static DUET_INLINE __m512i row_dot(const Block& block, __m256i scales, const BlockAct256& x) {
+    __m512i sum = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512i dot =
+          _mm512_dpbusd_epi32(__m512i{}, quants(block, i), load512(x.qs + 64 * i));
+      const __m512i f = spread_scale<Block>(scales, i);
+      sum = kWideDot ? _mm512_add_epi32(sum, _mm512_mullo_epi32(dot, f))
+                     : _mm512_dpwssd_epi32(sum, dot, f);
+    }
+    return sum;
+  }
+
+  // Lane r of the result: four sums of row r.
+  static DUET_INLINE __m512i rows_to_lanes(const __m512i (&v)[4]) {
+    const auto fold = [](__m512i a, __m512i b) {
+      return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
+    };
+    const __m512i low = fold(v[0], v[1]), high = fold(v[2], v[3]);
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88),
+                            _mm512_shuffle_i32x4(low, high, 0xdd));
+  }
+  static DUET_INLINE __m512i sum_lane(__m512i v) {
+    v = _mm512_add_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_BADC));
+    return _mm512_add_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_CDAB));
+  }
+
+  // d of the four rows, then their dmin.
+  static DUET_INLINE __m256 block_factors(const Block* const* block) {
+    alignas(16) uint16_t halves[8] = {};
+    for (size_t r = 0; r < 4; ++r) {
+      halves[r] = block[r]->d;
+      if constexpr (kHasMinimum<Block>) halves[4 + r] = block[r]->dmin;
+    }
+    return _mm256_cvtph_ps(_mm_setr_epi16(
+        static_cast<int16_t>(halves[0]), static_cast<int16_t>(halves[1]),
+        static_cast<int16_t>(halves[2]), static_cast<int16_t>(halves[3]),
+        static_cast<int16_t>(halves[4]), static_cast<int16_t>(halves[5]),
+        static_cast<int16_t>(halves[6]), static_cast<int16_t>(halves[7])));
   }
 };
 
 }  // namespace
 
 void add_avx512_k(KernelTable& table) {
-  table.matmul[static_cast<size_t>(DType::Q2_K)] = matmul_tiled<KKernel512<BlockQ2_K>>;
-  table.matmul[static_cast<size_t>(DType::Q3_K)] = matmul_tiled<KKernel512<BlockQ3_K>>;
-  table.matmul[static_cast<size_t>(DType::Q4_K)] = matmul_tiled<KKernel512<BlockQ4_K>>;
-  table.matmul[static_cast<size_t>(DType::Q5_K)] = matmul_tiled<KKernel512<BlockQ5_K>>;
-  table.matmul[static_cast<size_t>(DType::Q6_K)] = matmul_tiled<KKernel512<BlockQ6_K>>;
-  table.matmul[static_cast<size_t>(DType::IQ4_XS)] = matmul_tiled<KKernel512<BlockIQ4_XS>>;
+  table.matmul[static_cast<size_t>(DType::Q2_K)] = matmul512<KPanel<BlockQ2_K>>;
+  table.matmul[static_cast<size_t>(DType::Q3_K)] = matmul512<KPanel<BlockQ3_K>>;
+  table.matmul[static_cast<size_t>(DType::Q4_K)] = matmul512<KPanel<BlockQ4_K>>;
+  table.matmul[static_cast<size_t>(DType::Q5_K)] = matmul512<KPanel<BlockQ5_K>>;
+  table.matmul[static_cast<size_t>(DType::Q6_K)] = matmul512<KPanel<BlockQ6_K>>;
+  table.matmul[static_cast<size_t>(DType::IQ4_XS)] = matmul512<KPanel<BlockIQ4_XS>>;
 }
 
 }  // namespace duet

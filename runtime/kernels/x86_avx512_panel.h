@@ -127,16 +127,24 @@ void matmul_panels(const MatmulArgs& a) noexcept {
   }
 }
 
-// Brings the share `step` of `n_steps` of n bytes at p into the L2 cache. Decode reads several rows
-// at once, more streams than hardware prefetchers follow: while it computes on one group of rows,
-// it fetches the next one in address order.
-DUET_INLINE void prefetch_share(const std::byte* p, size_t n, size_t step, size_t n_steps) {
-  const size_t begin = n * step / n_steps / 64 * 64, end = n * (step + 1) / n_steps / 64 * 64;
-  for (size_t i = begin; i < end; i += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
-}
+// Brings n bytes at p into the L2 cache, a part of them with each of n_steps calls. Decode reads
+// several rows at once, more streams than hardware prefetchers follow: while it computes on one
+// group of rows, it fetches the next one in address order.
+class NextRows {
+ public:
+  DUET_INLINE NextRows(const std::byte* p, size_t n, size_t n_steps)
+      : p_(reinterpret_cast<const char*>(p)), end_(p_ + n), share_((n / n_steps + 63) / 64 * 64) {}
+  DUET_INLINE void fetch_share() {
+    const char* end = p_ + share_ < end_ ? p_ + share_ : end_;
+    for (; p_ < end; p_ += 64) _mm_prefetch(p_, _MM_HINT_T1);
+  }
 
-// Kernel::decode(rows, args, y): Kernel::kRows rows with one token; decode<true> rows are distinct.
+ private:
+  const char *p_, *end_;
+  size_t share_;
+};
+
+// Kernel::decode(rows, next, args, y): Kernel::kRows rows with one token; `next`: rows to fetch.
 template <class Kernel>
 void matmul_rows(const MatmulArgs& a) noexcept {
   constexpr size_t kRows = Kernel::kRows;
@@ -145,7 +153,9 @@ void matmul_rows(const MatmulArgs& a) noexcept {
     const std::byte* rows[kRows];
     for (size_t r = 0; r < kRows; ++r)
       rows[r] = a.w + (row + r < a.n_rows ? row + r : a.n_rows - 1) * a.w_stride;
-    Kernel::decode(rows, a.w + (row + kRows) * a.w_stride, a, y);
+    const NextRows next(a.w + (row + kRows) * a.w_stride, kRows * a.w_stride,
+                        Kernel::n_steps(a.cols));
+    Kernel::decode(rows, next, a, y);
     const size_t n = a.n_rows - row < kRows ? a.n_rows - row : kRows;
     __builtin_memcpy(a.y + row, y, n * sizeof(float));
   }

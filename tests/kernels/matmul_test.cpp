@@ -195,6 +195,10 @@ TEST_CASE("matmul of quantized weights equals scalar to the bit: scalar") {
   with_isa("scalar", check_bits_of_scalar);
 }
 
+TEST_CASE("matmul of quantized weights equals scalar to the bit: avx512") {
+  with_isa("avx512", check_bits_of_scalar);
+}
+
 // The bits of a (row, token) pair do not depend on what else is in the call.
 void check_batch_invariance(const KernelTable& table) {
   Rng rng(4);
