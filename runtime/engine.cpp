@@ -2,6 +2,7 @@
 
 #include "base/host.h"
 #include "runtime/engine_state.h"
+#include "runtime/model_cost.h"
 
 namespace duet {
 namespace {
@@ -38,7 +39,8 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
                  .file_bytes = file.file_bytes(),
                  .n_params = state->model.n_params(),
                  .isa = kernels.isa,
-                 .n_threads = state->compute.n_threads};
+                 .n_threads = state->compute.n_threads,
+                 .cost = model_cost(hparams, state->model.token_embd(), state->model.output(), state->model.layers())};
   Engine engine;
   engine.state_ = std::move(state);
   return engine;

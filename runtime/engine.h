@@ -39,6 +39,17 @@ struct SessionOptions {
   const std::atomic<bool>* cancel = nullptr;  // checked between layers; true -> Error(cancelled)
 };
 
+// Bytes of weights read, multiply-adds by kind of the activations they multiply.
+struct Work {
+  uint64_t bytes = 0, int8_macs = 0, f32_macs = 0;
+};
+
+struct ModelCost {
+  Work layers;  // one token through all layers with its n_expert_used experts, and its embedding row
+  Work output;  // final norm and output head, for one row of logits
+  uint64_t unused_expert_bytes = 0;  // of the experts that one token leaves out
+};
+
 struct ModelInfo {
   HParams hparams;
   std::string layout;       // "dense", "merged experts", "per-expert"
@@ -46,6 +57,7 @@ struct ModelInfo {
   uint64_t file_bytes = 0, n_params = 0;
   std::string isa;          // kernels in use
   int n_threads = 0;
+  ModelCost cost;
 };
 
 class Session;
@@ -104,6 +116,9 @@ class Session {
 
   // [n_vocab] of the last token evaluated; Error(usage) before the first and after truncate().
   std::span<const float> logits() const;
+
+  // How often each expert was chosen since the session began, [n_layer, n_expert]; empty when dense.
+  std::span<const uint64_t> expert_uses() const;
 
  private:
   friend class Engine;

@@ -51,6 +51,12 @@ struct Session::State {
         logits(n_vocab),
         logit_rows(std::min(n_batch, kLogitRows) * n_vocab) {
     tokens.reserve(n_ctx);
+    const HParams& hparams = engine->model.hparams();
+    if (hparams.n_expert == 0) return;
+    expert_uses.resize(size_t{hparams.n_layer} * hparams.n_expert);
+    decoder.set_probe({.hidden = {}, .routing = [this, n = hparams.n_expert](int layer, std::span<const int32_t> chosen, std::span<const float>) {
+      for (const int32_t expert : chosen) ++expert_uses[static_cast<size_t>(layer) * n + static_cast<size_t>(expert)];
+    }});
   }
 
   void check(size_t n_kept, std::span<const Token> added) const;
@@ -66,6 +72,7 @@ struct Session::State {
   AlignedArray<float> logits;      // [n_vocab] of the last token, when logits_valid
   AlignedArray<float> logit_rows;  // [kLogitRows, n_vocab]
   bool logits_valid = false;
+  std::vector<uint64_t> expert_uses;  // [n_layer, n_expert]
 };
 
 void Session::State::check(size_t n_kept, std::span<const Token> added) const {
@@ -156,5 +163,7 @@ std::span<const float> Session::logits() const {
   if (!state_->logits_valid) fail(ErrorKind::usage, "no logits: no token has been evaluated since the sequence began or was cut");
   return {state_->logits.data(), state_->n_vocab};
 }
+
+std::span<const uint64_t> Session::expert_uses() const { return state_->expert_uses; }
 
 }  // namespace duet
