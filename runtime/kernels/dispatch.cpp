@@ -11,14 +11,20 @@ struct Isa {
   void (*fill)(KernelTable&);
 };
 
+void fill_plain(KernelTable& table) {
+  fill_scalar(table);
+  add_scalar_peak(table);
+}
+
 #if defined(__x86_64__)
 constexpr CpuFeatures kAvx2Needs = kCpuAvx2 | kCpuFma | kCpuF16c;
 
 void fill_avx2(KernelTable& table) {
-  fill_scalar(table);
+  fill_plain(table);
   add_avx2_block32(table);
   add_avx2_k(table);
   add_avx2_float(table);
+  add_avx2_peak(table);
 }
 
 void fill_avx512(KernelTable& table) {
@@ -26,6 +32,7 @@ void fill_avx512(KernelTable& table) {
   add_avx512_block32(table);
   add_avx512_float(table);
   add_avx512_k(table);
+  add_avx512_peak(table);
 }
 #endif
 
@@ -35,7 +42,7 @@ constexpr Isa kIsas[] = {
     {"avx512", kAvx2Needs | kCpuAvx512 | kCpuAvx512Vnni, fill_avx512},
     {"avx2", kAvx2Needs, fill_avx2},
 #endif
-    {"scalar", 0, fill_scalar},
+    {"scalar", 0, fill_plain},
 };
 constexpr size_t kIsaCount = std::size(kIsas);
 

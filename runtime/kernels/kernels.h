@@ -54,11 +54,22 @@ struct KvView {
   bool f16;       // IEEE half, else float
 };
 
+// What the processor can do at most with this table's instructions, for measurements. The first two
+// work on registers (scalar: the first-level cache) only, in steps of some nanoseconds, and return
+// the multiply-adds done.
+struct PeakLoops {
+  uint64_t (*int8_macs)(uint64_t n_steps) noexcept;  // bytes into 32-bit sums
+  uint64_t (*f32_macs)(uint64_t n_steps) noexcept;
+  // Sum of 64-bit words: a plain load-and-add loop. data 64-byte aligned, n_bytes a multiple of 512.
+  uint64_t (*read_sum)(const void* data, size_t n_bytes) noexcept;
+};
+
 inline constexpr float kActFloor = 0x1p-100f;  // 127 / max stays finite
 
 struct KernelTable {
   const char* isa;  // "scalar", "avx2", "avx512"
   CpuFeatures needs;
+  PeakLoops peak;
 
   MatmulFn matmul[kDTypeSlots];  // by DType (null where there is none); x in format_of(dtype).act
   // dst = n values of x in the activation format, n a multiple of its block; bit-equal in all

@@ -10,13 +10,16 @@
 namespace duet {
 
 void fill_scalar(KernelTable& table);
+void add_scalar_peak(KernelTable& table);
 #if defined(__x86_64__)
 void add_avx2_block32(KernelTable& table);
 void add_avx2_k(KernelTable& table);
 void add_avx2_float(KernelTable& table);
+void add_avx2_peak(KernelTable& table);
 void add_avx512_block32(KernelTable& table);
 void add_avx512_float(KernelTable& table);
 void add_avx512_k(KernelTable& table);
+void add_avx512_peak(KernelTable& table);
 #endif
 
 }  // namespace duet

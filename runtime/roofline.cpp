@@ -1,0 +1,117 @@
+#include "runtime/roofline.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+
+#include "base/error.h"
+#include "base/host.h"
+#include "base/parallel.h"
+
+namespace duet {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr int kRuns = 5;
+constexpr uint64_t kHugePage = uint64_t{2} << 20;
+constexpr uint64_t kMinBytes = uint64_t{64} << 20;  // below, caches would be measured
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// Calls body(worker) once for each worker in [0, n_threads), all at once.
+template <class Body>
+void on_all_threads(int n_threads, const Body& body) {
+  parallel_for(n_threads, static_cast<size_t>(n_threads), 1, [&](size_t begin, size_t end) {
+    for (size_t worker = begin; worker < end; ++worker) body(worker);
+  });
+}
+
+// Anonymous memory, in huge pages where the system gives them.
+class Buffer {
+ public:
+  explicit Buffer(uint64_t n_bytes) : n_bytes_(n_bytes) {
+    data_ = ::mmap(nullptr, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (data_ == MAP_FAILED)
+      fail(ErrorKind::memory, "cannot allocate ", n_bytes, " bytes to measure memory with: ", std::strerror(errno));
+    static_cast<void>(::madvise(data_, n_bytes, MADV_HUGEPAGE));  // a kernel without them refuses
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { ::munmap(data_, n_bytes_); }
+  std::byte* data() const { return static_cast<std::byte*>(data_); }
+
+ private:
+  uint64_t n_bytes_;
+  void* data_;
+};
+
+uint64_t buffer_size(uint64_t max_bytes, int n_threads) {
+  const HostMemory memory = read_host_memory();
+  uint64_t room = memory.available_bytes;
+  if (memory.cgroup_limit_bytes) {
+    const uint64_t used = memory.cgroup_used_bytes.value_or(0);
+    room = std::min(room, *memory.cgroup_limit_bytes - std::min(used, *memory.cgroup_limit_bytes));
+  }
+  const uint64_t unit = kHugePage * static_cast<uint64_t>(n_threads);  // equal parts of whole pages
+  const uint64_t n_bytes = std::min(max_bytes, room / 4) / unit * unit;
+  if (n_bytes < std::min(kMinBytes, max_bytes))
+    fail(ErrorKind::memory, "only ", room, " bytes of memory are available: too few to measure its speed");
+  return n_bytes;
+}
+
+double best_read_rate(const KernelTable& kernels, int n_threads, uint64_t n_bytes) {
+  const Buffer buffer(n_bytes);
+  const uint64_t part = n_bytes / static_cast<uint64_t>(n_threads);
+  on_all_threads(n_threads, [&](size_t worker) { std::memset(buffer.data() + worker * part, 1, part); });
+  std::atomic<uint64_t> total{0};
+  double best = 0;
+  for (int run = 0; run < kRuns; ++run) {
+    const Clock::time_point start = Clock::now();
+    on_all_threads(n_threads, [&](size_t worker) { total += kernels.peak.read_sum(buffer.data() + worker * part, part); });
+    best = std::max(best, static_cast<double>(n_bytes) / seconds_since(start));
+  }
+  // Every byte is 1; also keeps the sums from being left out.
+  DUET_ASSERT(total.load() == kRuns * (n_bytes / 8) * uint64_t{0x0101010101010101});
+  return best;
+}
+
+using MacLoop = uint64_t (*)(uint64_t) noexcept;
+
+// Steps that take about 20 ms on one thread.
+uint64_t calibrate(MacLoop loop) {
+  for (uint64_t n_steps = 1000;; n_steps *= 4) {
+    const Clock::time_point start = Clock::now();
+    loop(n_steps);
+    const double s = seconds_since(start);
+    if (s > 2e-3) return static_cast<uint64_t>(static_cast<double>(n_steps) * 20e-3 / s) + 1;
+  }
+}
+
+double best_mac_rate(MacLoop loop, int n_threads) {
+  const uint64_t n_steps = calibrate(loop);
+  double best = 0;
+  for (int run = 0; run < kRuns; ++run) {
+    std::atomic<uint64_t> macs{0};
+    const Clock::time_point start = Clock::now();
+    on_all_threads(n_threads, [&](size_t) { macs += loop(n_steps); });
+    best = std::max(best, static_cast<double>(macs.load()) / seconds_since(start));
+  }
+  return best;
+}
+
+}  // namespace
+
+Roofline measure_roofline(const KernelTable& kernels, int n_threads, uint64_t max_bytes) {
+  Roofline out;
+  out.buffer_bytes = buffer_size(max_bytes, n_threads);
+  out.read_bytes_per_s = best_read_rate(kernels, n_threads, out.buffer_bytes);
+  out.int8_macs_per_s = best_mac_rate(kernels.peak.int8_macs, n_threads);
+  out.f32_macs_per_s = best_mac_rate(kernels.peak.f32_macs, n_threads);
+  return out;
+}
+
+}  // namespace duet

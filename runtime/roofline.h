@@ -1,0 +1,25 @@
+// The machine's limits as this process meets them: what decode and prefill are held against.
+#pragma once
+
+#include <cstdint>
+
+#include "runtime/kernels/kernels.h"
+
+namespace duet {
+
+struct Roofline {
+  double read_bytes_per_s = 0;   // of memory, by all threads together
+  double int8_macs_per_s = 0;    // multiply-adds of bytes, in registers
+  double f32_macs_per_s = 0;
+  uint64_t buffer_bytes = 0;     // that were read
+};
+
+// Best of five each, on n_threads threads of the compute team, with the instructions of `kernels`:
+//   read   a plain load-and-add loop over anonymous memory in huge pages where the system gives
+//          them, each thread a contiguous part, as products read weights
+//   peak   register-only loops of independent multiply-adds, about 20 ms each
+// Reads min(max_bytes, a quarter of the memory available); takes about two seconds for 4 GB.
+// Error(memory) when there is none to read.
+Roofline measure_roofline(const KernelTable& kernels, int n_threads, uint64_t max_bytes = uint64_t{4} << 30);
+
+}  // namespace duet
