@@ -1,15 +1,8 @@
 // AVX2 + FMA + F16C: formats with blocks of 32, activation blocks.
-#include "runtime/kernels/x86_block32.h"
+#include "runtime/kernels/x86_avx2_block32.h"
 
 namespace duet {
 namespace {
-
-struct DotMaddubs {
-  // Pairs stay below 2^15: 2 * 128 * 127.
-  static DUET_INLINE __m256i dot(__m256i u, __m256i s) {
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
-  }
-};
 
 DUET_INLINE __m256i load_bits(const float* p) { return load256(p); }
 
@@ -62,8 +55,6 @@ DUET_INLINE void sum_halves(__m256i q, int* low, int* high) {
   *high = _mm_cvtsi128_si32(_mm256_extracti128_si256(s, 1));
 }
 
-DUET_INLINE void store256(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-
 void quantize_act32(const float* x, void* dst, size_t n) noexcept {
   auto* out = static_cast<BlockAct32*>(dst);
   for (size_t b = 0; b < n / 32; ++b) {
@@ -97,7 +88,7 @@ void quantize_act256(const float* x, void* dst, size_t n) noexcept {
 }  // namespace
 
 void add_avx2_block32(KernelTable& table) {
-  set_block32<DotMaddubs>(table);
+  set_block32_256(table);
   table.quantize_act32 = quantize_act32;
   table.quantize_act256 = quantize_act256;
 }

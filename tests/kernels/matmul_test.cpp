@@ -194,6 +194,9 @@ void check_bits_of_scalar(const KernelTable& table) {
 TEST_CASE("matmul of quantized weights equals scalar to the bit: scalar") {
   with_isa("scalar", check_bits_of_scalar);
 }
+TEST_CASE("matmul of quantized weights equals scalar to the bit: avx2") {
+  with_isa("avx2", check_bits_of_scalar);
+}
 
 TEST_CASE("matmul of quantized weights equals scalar to the bit: avx512") {
   with_isa("avx512", check_bits_of_scalar);

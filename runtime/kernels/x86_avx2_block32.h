@@ -1,0 +1,273 @@
+// Formats with blocks of 32 (Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL) times act32 in 256-bit registers.
+#pragma once
+
+#include "runtime/kernels/x86_avx2_panel.h"
+
+namespace duet {
+namespace {
+
+// 16 bytes -> 32 values 0..15; the copy to both halves is part of the load.
+DUET_INLINE __m256i nibbles32(const uint8_t* qs) {
+  const __m256i both = _mm256_broadcastsi128_si256(load128(qs));
+  const __m256i moved = _mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+  return _mm256_and_si256(moved, _mm256_set1_epi8(15));
+}
+
+// quants(): 32 values, unsigned with kOffsetShift (value = quant - 2^kOffsetShift unless 0), or
+// signed where kWide. kSteps: how many vpmaddubsw results add up in 16 bits.
+struct BytesQ4_0 {
+  using Block = BlockQ4_0;
+  static constexpr bool kWide = false;
+  static constexpr int kOffsetShift = 3, kSteps = 8;
+  static DUET_INLINE __m256i quants(const Block& b) { return nibbles32(b.qs); }
+};
+
+struct BytesQ4_1 {
+  using Block = BlockQ4_1;
+  static constexpr bool kWide = false;
+  static constexpr int kOffsetShift = 0, kSteps = 8;
+  static DUET_INLINE __m256i quants(const Block& b) { return nibbles32(b.qs); }
+};
+
+struct BytesQ5_0 {
+  using Block = BlockQ5_0;
+  static constexpr bool kWide = false;
+  static constexpr int kOffsetShift = 4, kSteps = 4;
+  static DUET_INLINE __m256i quants(const Block& b) {
+    return _mm256_or_si256(nibbles32(b.qs), fifth_bits(b.qh));
+  }
+};
+
+struct BytesQ5_1 {
+  using Block = BlockQ5_1;
+  static constexpr bool kWide = false;
+  static constexpr int kOffsetShift = 0, kSteps = 4;
+  static DUET_INLINE __m256i quants(const Block& b) {
+    return _mm256_or_si256(nibbles32(b.qs), fifth_bits(b.qh));
+  }
+};
+
+struct BytesQ8_0 {
+  using Block = BlockQ8_0;
+  static constexpr bool kWide = true;
+  static constexpr int kOffsetShift = 0, kSteps = 1;
+  static DUET_INLINE __m256i quants(const Block& b) { return load256(b.qs); }
+};
+
+struct BytesIQ4_NL {
+  using Block = BlockIQ4_NL;
+  static constexpr bool kWide = true;
+  static constexpr int kOffsetShift = 0, kSteps = 1;
+  static DUET_INLINE __m256i quants(const Block& b) {
+    const __m256i levels = _mm256_broadcastsi128_si256(load128(kIq4Levels));
+    return _mm256_shuffle_epi8(levels, nibbles32(b.qs));
+  }
+};
+
+template <class Block>
+constexpr bool kHasM = requires(Block b) {
+  b.m;
+};
+
+// ---- one token -----------------------------------------------------------------------------------
+// Scales and sums of eight blocks of activations.
+struct EightActs {
+  alignas(32) float d[8];
+  alignas(32) int32_t sum[8];
+
+  DUET_INLINE EightActs(const BlockAct32* x, size_t n) {
+    for (size_t i = 0; i < 8; ++i) {
+      d[i] = i < n ? x[i].d : 0.0f;
+      sum[i] = i < n ? x[i].sum : 0;
+    }
+  }
+};
+
+template <class Bytes>
+struct Decode32 {
+  using Block = typename Bytes::Block;
+
+  // Eight lanes of partial sums.
+  static DUET_INLINE __m256i dot(const Block& w, const BlockAct32& x) {
+    const __m256i q = Bytes::quants(w), v = load256(x.qs);
+    const __m256i pairs = Bytes::kWide
+                              ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(v, q))
+                              : _mm256_maddubs_epi16(q, v);
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+
+  // Up to eight blocks on top of y.
+  template <bool kAll>
+  static DUET_INLINE float blocks(const Block* w, const BlockAct32* x, const EightActs& acts,
+                                  size_t n, float y) {
+    __m256i dots[8];
+    alignas(16) uint16_t half[8] = {}, half_m[8] = {};
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 8; ++i) {
+      dots[i] = kAll || i < n ? dot(w[i], x[i]) : __m256i{};
+      if (kAll || i < n) half[i] = w[i].d;
+      if constexpr (kHasM<Block>) half_m[i] = kAll || i < n ? w[i].m : uint16_t{0};
+    }
+    __m256i sums = sum_lanes(dots);
+    const __m256i act_sums = load256(acts.sum);
+    if constexpr (Bytes::kOffsetShift > 0)
+      sums = _mm256_sub_epi32(sums, _mm256_slli_epi32(act_sums, Bytes::kOffsetShift));
+    const __m256 x_d = _mm256_load_ps(acts.d);
+    alignas(32) float product[8], scale[8], m[8], m_scale[8];
+    _mm256_store_ps(product, _mm256_cvtepi32_ps(sums));
+    _mm256_store_ps(scale, _mm256_mul_ps(_mm256_cvtph_ps(load128(half)), x_d));
+    if constexpr (kHasM<Block>) {
+      _mm256_store_ps(m, _mm256_cvtph_ps(load128(half_m)));
+      _mm256_store_ps(m_scale, _mm256_mul_ps(x_d, _mm256_cvtepi32_ps(act_sums)));
+    }
+    for (size_t i = 0; i < (kAll ? 8 : n); ++i) {
+      y = __builtin_fmaf(product[i], scale[i], y);
+      if constexpr (kHasM<Block>) y = __builtin_fmaf(m[i], m_scale[i], y);
+    }
+    return y;
+  }
+
+  // R rows: their chains of floats overlap.
+  template <size_t R>
+  static void rows(const MatmulArgs& a) {
+    const auto* x = reinterpret_cast<const BlockAct32*>(a.x);
+    const size_t n_blocks = a.cols / 32;
+    const Block* w[R];
+    for (size_t r = 0; r < R; ++r)
+      w[r] = reinterpret_cast<const Block*>(a.w + r * a.w_stride);
+    float y[R] = {};
+    size_t b = 0;
+    for (; b + 8 <= n_blocks; b += 8) {
+      const EightActs acts(x + b, 8);
+#pragma GCC unroll 1
+      for (size_t r = 0; r < R; ++r) y[r] = blocks<true>(w[r] + b, x + b, acts, 8, y[r]);
+    }
+    if (b < n_blocks) {
+      const EightActs acts(x + b, n_blocks - b);
+      for (size_t r = 0; r < R; ++r)
+        y[r] = blocks<false>(w[r] + b, x + b, acts, n_blocks - b, y[r]);
+    }
+    for (size_t r = 0; r < R; ++r) a.y[r] = y[r];
+  }
+};
+
+// ---- several tokens ------------------------------------------------------------------------------
+template <class Bytes>
+struct Panel32 {
+  using Block = typename Bytes::Block;
+  using Act = BlockAct32;
+  static constexpr size_t kBlockCols = 32, kActCols = 32;
+  static constexpr bool kWide = Bytes::kWide;
+  static constexpr size_t kDwords = kWide ? 16 : 8;  // of a row in a block
+
+  alignas(64) uint8_t q[8 * kDwords * kPanelRows * 4];  // [dword of the row][32 rows][4]
+  __m256 d[8][kVectors], m[8][kVectors];
+
+  void unpack(const Block* const rows[8], size_t v, size_t n_cols) {
+    for (size_t b = 0; b < n_cols / 32; ++b) {
+      alignas(16) uint16_t half[8], half_m[8];
+      __m256i t[8], high[8];
+#pragma GCC unroll 8
+      for (size_t j = 0; j < 8; ++j) {
+        const Block& block = rows[j][b];
+        half[j] = block.d;
+        if constexpr (kHasM<Block>) half_m[j] = block.m;
+        t[j] = Bytes::quants(block);
+        if constexpr (kWide) {
+          high[j] = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(t[j], 1));
+          t[j] = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(t[j]));
+        }
+      }
+      store_dwords(t, kDwords * b, v);
+      if constexpr (kWide) store_dwords(high, kDwords * b + 8, v);
+      d[b][v] = _mm256_cvtph_ps(load128(half));
+      if constexpr (kHasM<Block>) m[b][v] = _mm256_cvtph_ps(load128(half_m));
+    }
+  }
+
+  template <size_t R, size_t T>
+  void tile(size_t v, const BlockAct32* const* x, const WideAct* x16, size_t n_cols,
+            float* acc) const {
+    for (size_t b = 0; b < n_cols / 32; ++b) {
+      const uint8_t* w = q + kDwords * b * kPanelRows * 4 + 32 * v;
+      TileSums<R, T> sum = {};
+      if constexpr (kWide) {
+        add_wide<R, T>(w, x16, 32 * b, kDwords, sum);
+      } else {
+        add_bytes<R, T>(w, x, b, sum);
+      }
+      add_to_chain<R, T>(v, x, b, sum, acc);
+    }
+  }
+
+ private:
+  DUET_INLINE void store_dwords(__m256i t[8], size_t first, size_t v) {
+    transpose8(t);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 8; ++i) store256(q + ((first + i) * kPanelRows + 8 * v) * 4, t[i]);
+  }
+
+  template <size_t R, size_t T>
+  static DUET_INLINE void add_bytes(const uint8_t* w, const BlockAct32* const* x, size_t b,
+                                    TileSums<R, T>& sum) {
+#pragma GCC unroll 4
+    for (size_t k = 0; k < 8; k += Bytes::kSteps) {
+      const int8_t* at[T];
+#pragma GCC unroll 4
+      for (size_t t = 0; t < T; ++t) at[t] = x[t][b].qs + 4 * k;
+      TileSums<R, T> pairs;
+      dot_pairs<Bytes::kSteps, R, T>(w + 128 * k, at, pairs);
+#pragma GCC unroll 4
+      for (size_t r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (size_t t = 0; t < T; ++t) {
+          const __m256i part = _mm256_madd_epi16(pairs[r][t], _mm256_set1_epi16(1));
+          sum[r][t] = k == 0 ? part : in_order(_mm256_add_epi32(sum[r][t], part));
+        }
+      }
+    }
+  }
+
+  template <size_t R, size_t T>
+  DUET_INLINE void add_to_chain(size_t v, const BlockAct32* const* x, size_t b,
+                                TileSums<R, T>& sum, float* acc) const {
+#pragma GCC unroll 4
+    for (size_t t = 0; t < T; ++t) {
+      const BlockAct32& act = x[t][b];
+      const __m256i act_sum = splat32(&act.sum);
+      const __m256 x_d = _mm256_broadcast_ss(&act.d);
+      const __m256 m_scale = _mm256_mul_ps(x_d, _mm256_cvtepi32_ps(act_sum));
+#pragma GCC unroll 4
+      for (size_t r = 0; r < R; ++r) {
+        float* at = acc + t * kPanelRows + 8 * r;
+        __m256i n = sum[r][t];
+        if constexpr (Bytes::kOffsetShift > 0)
+          n = _mm256_sub_epi32(n, _mm256_slli_epi32(act_sum, Bytes::kOffsetShift));
+        __m256 y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(n), _mm256_mul_ps(d[b][v + r], x_d),
+                                   _mm256_load_ps(at));
+        if constexpr (kHasM<Block>) y = _mm256_fmadd_ps(m[b][v + r], m_scale, y);
+        _mm256_store_ps(at, y);
+      }
+    }
+  }
+};
+
+template <class Bytes>
+void matmul_32(const MatmulArgs& a) noexcept {
+  if (a.n_tokens > 1) return matmul_panels<Panel32<Bytes>>(a);
+  size_t r = 0;
+  for (; r + 4 <= a.n_rows; r += 4) Decode32<Bytes>::template rows<4>(sub_problem(a, r, 0));
+  for (; r < a.n_rows; ++r) Decode32<Bytes>::template rows<1>(sub_problem(a, r, 0));
+}
+
+void set_block32_256(KernelTable& table) {
+  table.matmul[static_cast<size_t>(DType::Q4_0)] = matmul_32<BytesQ4_0>;
+  table.matmul[static_cast<size_t>(DType::Q4_1)] = matmul_32<BytesQ4_1>;
+  table.matmul[static_cast<size_t>(DType::Q5_0)] = matmul_32<BytesQ5_0>;
+  table.matmul[static_cast<size_t>(DType::Q5_1)] = matmul_32<BytesQ5_1>;
+  table.matmul[static_cast<size_t>(DType::Q8_0)] = matmul_32<BytesQ8_0>;
+  table.matmul[static_cast<size_t>(DType::IQ4_NL)] = matmul_32<BytesIQ4_NL>;
+}
+
+}  // namespace
+}  // namespace duet

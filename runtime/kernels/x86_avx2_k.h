@@ -1,0 +1,391 @@
+// The 256-element formats (Q2_K .. Q6_K, IQ4_XS) times act256 in 256-bit registers.
+#pragma once
+
+#include "runtime/kernels/x86_avx2_panel.h"
+#include "runtime/kernels/x86_k_scales.h"
+
+namespace duet {
+namespace {
+
+// ---- unpacking: elements 32 i .. 32 i + 31, unsigned (kOffsetShift) or signed (IQ4_XS) ----------
+DUET_INLINE __m256i nibbles_of(const uint8_t* qs, bool high) {
+  const __m256i v = load256(qs);
+  return _mm256_and_si256(high ? _mm256_srli_epi16(v, 4) : v, _mm256_set1_epi8(15));
+}
+
+// Bits moved left by `left` (right if negative), then masked.
+DUET_INLINE __m256i shifted_bits(__m256i v, int left, int mask) {
+  const __m256i moved = left >= 0 ? _mm256_slli_epi16(v, left) : _mm256_srli_epi16(v, -left);
+  return _mm256_and_si256(moved, _mm256_set1_epi8(static_cast<char>(mask)));
+}
+
+DUET_INLINE __m256i quants(const BlockQ2_K& b, int i) {
+  return shifted_bits(load256(b.qs + 32 * (i / 4)), -2 * (i % 4), 3);
+}
+
+DUET_INLINE __m256i quants(const BlockQ3_K& b, int i) {
+  const __m256i low = shifted_bits(load256(b.qs + 32 * (i / 4)), -2 * (i % 4), 3);
+  return _mm256_or_si256(low, shifted_bits(load256(b.hmask), 2 - i, 4));
+}
+
+DUET_INLINE __m256i quants(const BlockQ4_K& b, int i) {
+  return nibbles_of(b.qs + 32 * (i / 2), i % 2 == 1);
+}
+
+DUET_INLINE __m256i quants(const BlockQ5_K& b, int i) {
+  return _mm256_or_si256(nibbles_of(b.qs + 32 * (i / 2), i % 2 == 1),
+                         shifted_bits(load256(b.qh), 4 - i, 16));
+}
+
+DUET_INLINE __m256i quants(const BlockQ6_K& b, int i) {
+  const int half = i / 4, j = i % 4;
+  const __m256i low = nibbles_of(b.ql + 64 * half + 32 * (j % 2), j >= 2);
+  return _mm256_or_si256(low, shifted_bits(load256(b.qh + 32 * half), 4 - 2 * j, 0x30));
+}
+
+DUET_INLINE __m256i quants(const BlockIQ4_XS& b, int i) {
+  const __m256i levels = _mm256_broadcastsi128_si256(load128(kIq4Levels));
+  return _mm256_shuffle_epi8(levels, nibbles(b.qs + 16 * i));
+}
+
+template <class Block>
+constexpr bool kSignedQuants = false;
+template <>
+constexpr bool kSignedQuants<BlockIQ4_XS> = true;
+
+// Columns that share a scale, and how many vpmaddubsw results (pairs of products) of the largest
+// quant with +-127 add up in 16 bits.
+template <class Block>
+constexpr size_t kGroup = 16;
+template <>
+constexpr size_t kGroup<BlockQ4_K> = 32;
+template <>
+constexpr size_t kGroup<BlockQ5_K> = 32;
+template <>
+constexpr size_t kGroup<BlockIQ4_XS> = 32;
+template <class Block>
+constexpr int kPairSums = 4;  // Q2_K, Q3_K: all of a group; Q5_K: 4 * 2 * 31 * 127 < 2^15
+template <>
+constexpr int kPairSums<BlockQ4_K> = 8;
+template <>
+constexpr int kPairSums<BlockQ6_K> = 2;
+
+// ---- scales ------------------------------------------------------------------------------------
+// The first 16 bytes of a Q4_K or Q5_K block (d, dmin, 12 bytes) -> 8 scales, 8 minimums.
+DUET_INLINE __m128i scales_and_mins(__m128i head) {
+  const __m128i base = _mm_srlv_epi32(_mm_shuffle_epi32(head, 0xed), _mm_setr_epi32(0, 0, 0, 4));
+  const __m128i top = _mm_srli_epi16(_mm_shuffle_epi32(head, 0xa5), 2);
+  return _mm_or_si128(
+      _mm_and_si128(base, _mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f)),
+      _mm_and_si128(top, _mm_setr_epi32(0, 0x30303030, 0, 0x30303030)));
+}
+
+template <class Block>
+constexpr bool kTwiceScales = kGroup<Block> == 32;  // one scale for two groups of 16
+template <class Block>
+constexpr bool kSixBitPairs = false;  // scales and minimums as in scales_and_mins
+template <>
+constexpr bool kSixBitPairs<BlockQ4_K> = true;
+template <>
+constexpr bool kSixBitPairs<BlockQ5_K> = true;
+
+// ---- one token -----------------------------------------------------------------------------------
+// Eight super-blocks of one row at a time: their sums reduce together, and the chain of floats
+// runs beside the next eight.
+struct DecodeSums {
+  __m256i dot[8];
+  __m128i mins[8];
+  alignas(32) uint16_t d[8], dmin[8];  // half precision, as stored
+  alignas(32) float x_d[8];
+};
+
+// 16 scales: even groups in the lower half, odd groups in the upper, so that one shuffle splats a
+// pair of neighbours over their halves of 32 elements.
+struct SplatPairs {
+  __m256i even_odd;
+
+  DUET_INLINE void set(__m256i scale) {
+    const __m256i split = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    even_odd = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(scale, split), 0xd8);
+  }
+  DUET_INLINE __m256i of(int i) const {
+    return _mm256_shuffle_epi8(even_odd, _mm256_set1_epi16(static_cast<int16_t>(0x0100 + 0x0202 * i)));
+  }
+};
+
+// 8 scales, each twice: through memory, where splatting is a load and costs no shuffle.
+struct SplatEach {
+  alignas(32) int32_t twice[8];
+
+  DUET_INLINE void set(__m256i scale) { store256(twice, scale); }
+  DUET_INLINE __m256i of(int i) const { return splat32(twice + i); }
+};
+
+template <bool kTwice>
+struct SplatKind {
+  using type = SplatPairs;
+};
+template <>
+struct SplatKind<true> {
+  using type = SplatEach;
+};
+
+template <class Block>
+DUET_INLINE void scales_of(const Block& b, const BlockAct256& x, __m256i* scale, __m256i* dot,
+                           __m128i* mins) {
+  *dot = __m256i{};
+  *mins = __m128i{};
+  if constexpr (kSixBitPairs<Block>) {
+    const __m128i packed = scales_and_mins(load128(&b));
+    *scale = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(packed, packed));
+    *mins = _mm_madd_epi16(_mm_unpackhi_epi8(packed, __m128i{}), load128(x.bsums32));
+    return;
+  }
+  const KScales s = load_scales(b);
+  *scale = s.scale;
+  if constexpr (kHasMinimum<Block>) {
+    const __m256i all = _mm256_madd_epi16(s.min, load256(x.bsums));
+    *mins = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  }
+  if constexpr (kOffsetShift<Block> > 0) {
+    const __m256i offset = _mm256_slli_epi16(s.scale, kOffsetShift<Block>);
+    *dot = _mm256_sub_epi32(*dot, _mm256_madd_epi16(offset, load256(x.bsums)));
+  }
+}
+
+template <class Block>
+DUET_INLINE void decode_block(const Block& b, const BlockAct256& x, size_t at, DecodeSums& sums) {
+  __m256i scale, dot;
+  scales_of(b, x, &scale, &dot, &sums.mins[at]);
+  typename SplatKind<kTwiceScales<Block>>::type factors;
+  factors.set(scale);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m256i q = quants(b, i), v = load256(x.qs + 32 * i);
+    const __m256i pairs = kSignedQuants<Block>
+                              ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(v, q))
+                              : _mm256_maddubs_epi16(q, v);
+    dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, factors.of(i)));
+  }
+  sums.dot[at] = dot;
+  sums.d[at] = b.d;
+  sums.x_d[at] = x.d;
+  if constexpr (kHasMinimum<Block>) sums.dmin[at] = b.dmin;
+}
+
+// The chain of kernels.h over n <= 8 super-blocks.
+template <bool kMins>
+DUET_INLINE float chain(const DecodeSums& sums, size_t n, float y) {
+  alignas(32) float dot[8], scale[8], min[8], min_scale[8];
+  const __m256 x_d = _mm256_load_ps(sums.x_d);
+  _mm256_store_ps(dot, _mm256_cvtepi32_ps(sum_lanes(sums.dot)));
+  _mm256_store_ps(scale, _mm256_mul_ps(_mm256_cvtph_ps(load128(sums.d)), x_d));
+  if constexpr (kMins) {
+    __m256i mins[4];
+    for (size_t i = 0; i < 4; ++i) mins[i] = _mm256_set_m128i(sums.mins[i + 4], sums.mins[i]);
+    _mm256_store_ps(min, _mm256_cvtepi32_ps(sum_quads(mins)));
+    _mm256_store_ps(min_scale, _mm256_mul_ps(_mm256_cvtph_ps(load128(sums.dmin)), x_d));
+  }
+  for (size_t i = 0; i < n; ++i) {
+    y = __builtin_fmaf(dot[i], scale[i], y);
+    if constexpr (kMins) y = __builtin_fmaf(-min[i], min_scale[i], y);
+  }
+  return y;
+}
+
+template <class Block>
+void decode_rows(const MatmulArgs& a) noexcept {
+  const auto* x = reinterpret_cast<const BlockAct256*>(a.x);
+  const size_t n_blocks = a.cols / 256;
+  for (size_t r = 0; r < a.n_rows; ++r) {
+    const auto* w = reinterpret_cast<const Block*>(a.w + r * a.w_stride);
+    float y = 0.0f;
+    for (size_t b = 0; b < n_blocks; b += 8) {
+      const size_t n = n_blocks - b < 8 ? n_blocks - b : 8;
+      DecodeSums sums;
+      if (n < 8) sums = {};
+      for (size_t i = 0; i < n; ++i) decode_block(w[b + i], x[b + i], i, sums);
+      y = chain<kHasMinimum<Block>>(sums, n, y);
+    }
+    a.y[r] = y;
+  }
+}
+
+// ---- several tokens ------------------------------------------------------------------------------
+// 32 rows x one super-block, unpacked.
+template <class Weights>
+struct KPanel {
+  using Block = Weights;
+  using Act = BlockAct256;
+  static constexpr size_t kBlockCols = 256, kActCols = 256;
+  static constexpr bool kWide = kSignedQuants<Block>;  // int16 scale * level instead of bytes
+  static constexpr size_t kGroups = 256 / kGroup<Block>;
+  // Factors of the sums of activations: minimums, or what the offset of the quants adds, negated.
+  static constexpr size_t kPairs = kSixBitPairs<Block> ? 4 : 8;
+  static constexpr bool kHasPairs = kHasMinimum<Block> || kOffsetShift<Block> != 0;
+
+  alignas(64) uint8_t q[256 * kPanelRows * (kWide ? 2 : 1)];  // [dword of the row][32 rows][4]
+  __m256i scale[kGroups][kVectors];                           // (scale, scale) per row
+  __m256i pair[kPairs][kVectors];  // factors of groups 2 i, 2 i + 1 (of 16, or 32) per row
+  __m256 d[kVectors], dmin[kVectors];
+
+  void unpack(const Block* const rows[8], size_t v, size_t) {
+    if constexpr (kWide) {
+      unpack_products(rows, v);
+    } else {
+      unpack_quants(rows, v);
+      unpack_scales(rows, v);
+    }
+    alignas(16) uint16_t half[8], half_min[8] = {};
+    for (size_t j = 0; j < 8; ++j) {
+      half[j] = rows[j]->d;
+      if constexpr (kHasMinimum<Block>) half_min[j] = rows[j]->dmin;
+    }
+    d[v] = _mm256_cvtph_ps(load128(half));
+    dmin[v] = _mm256_cvtph_ps(load128(half_min));
+  }
+
+  template <size_t R, size_t T>
+  void tile(size_t v, const BlockAct256* const* x, const WideAct* x16, size_t, float* acc) const {
+    TileSums<R, T> sum = {};
+    if constexpr (kOffsetShift<Block> != 0) add_pairs<R, T>(v, x, sum);
+    if constexpr (kWide)
+      add_wide<R, T>(q + 32 * v, x16, 0, 128, sum);
+    else
+      add_dots<R, T>(v, x, sum);
+    add_to_chain<false, R, T>(d + v, x, sum, acc);
+    if constexpr (kHasMinimum<Block>) {
+      TileSums<R, T> mins = {};
+      add_pairs<R, T>(v, x, mins);
+      add_to_chain<true, R, T>(dmin + v, x, mins, acc);
+    }
+  }
+
+ private:
+  DUET_INLINE void store_dwords(__m256i t[8], size_t first, size_t v) {
+    transpose8(t);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 8; ++i) store256(q + ((first + i) * kPanelRows + 8 * v) * 4, t[i]);
+  }
+
+  DUET_INLINE void unpack_quants(const Block* const rows[8], size_t v) {
+    __m256i t[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+#pragma GCC unroll 8
+      for (size_t j = 0; j < 8; ++j) t[j] = quants(*rows[j], i);
+      store_dwords(t, 8 * static_cast<size_t>(i), v);
+    }
+  }
+
+  // scale * level is at most 32 * 127.
+  DUET_INLINE void unpack_products(const Block* const rows[8], size_t v) {
+    alignas(32) int32_t factor[8][8];
+    for (size_t j = 0; j < 8; ++j) store256(factor[j], load_scales(*rows[j]).scale);
+    for (int i = 0; i < 8; ++i) {
+      __m256i low[8], high[8];
+#pragma GCC unroll 8
+      for (size_t j = 0; j < 8; ++j) {
+        const __m256i level = quants(*rows[j], i), by = splat32(factor[j] + i);
+        low[j] = _mm256_mullo_epi16(by, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(level)));
+        high[j] = _mm256_mullo_epi16(by, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(level, 1)));
+      }
+      store_dwords(low, 16 * static_cast<size_t>(i), v);
+      store_dwords(high, 16 * static_cast<size_t>(i) + 8, v);
+    }
+  }
+
+  DUET_INLINE void unpack_scales(const Block* const rows[8], size_t v) {
+    __m256i t[8], min[8];
+    for (size_t j = 0; j < 8; ++j) {
+      if constexpr (kSixBitPairs<Block>) {
+        t[j] = _mm256_cvtepu8_epi16(scales_and_mins(load128(rows[j])));
+      } else {
+        const KScales s = load_scales(*rows[j]);
+        t[j] = s.scale;
+        min[j] = s.min;
+      }
+    }
+    transpose8(t);
+    const __m256i first = _mm256_set1_epi32(0x01000100), second = _mm256_set1_epi32(0x03020302);
+    const __m256i dword = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404,
+                                            0x08080808, 0x0c0c0c0c);
+    for (size_t i = 0; i < kGroups / 2; ++i) {
+      scale[2 * i][v] = _mm256_shuffle_epi8(t[i], _mm256_add_epi8(first, dword));
+      scale[2 * i + 1][v] = _mm256_shuffle_epi8(t[i], _mm256_add_epi8(second, dword));
+    }
+    if constexpr (kHasMinimum<Block> && !kSixBitPairs<Block>) transpose8(min);
+    for (size_t i = 0; i < kPairs; ++i) {
+      if constexpr (kSixBitPairs<Block>)
+        pair[i][v] = t[4 + i];
+      else if constexpr (kHasMinimum<Block>)
+        pair[i][v] = min[i];
+      else
+        pair[i][v] = _mm256_sub_epi16(__m256i{}, _mm256_slli_epi16(t[i], kOffsetShift<Block>));
+    }
+  }
+
+  template <size_t R, size_t T>
+  DUET_INLINE void add_dots(size_t v, const BlockAct256* const* x, TileSums<R, T>& sum) const {
+    constexpr int kSteps = kPairSums<Block>;
+    for (size_t g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 4
+      for (size_t c = 0; c < kGroup<Block>; c += 4 * kSteps) {
+        const size_t column = g * kGroup<Block> + c;
+        const int8_t* at[T];
+#pragma GCC unroll 4
+        for (size_t t = 0; t < T; ++t) at[t] = x[t]->qs + column;
+        TileSums<R, T> pairs;
+        dot_pairs<kSteps, R, T>(q + 32 * (column + v), at, pairs);
+#pragma GCC unroll 4
+        for (size_t r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+          for (size_t t = 0; t < T; ++t)
+            sum[r][t] = in_order(
+                _mm256_add_epi32(sum[r][t], _mm256_madd_epi16(pairs[r][t], scale[g][v + r])));
+        }
+      }
+    }
+  }
+
+  template <size_t R, size_t T>
+  DUET_INLINE void add_pairs(size_t v, const BlockAct256* const* x, TileSums<R, T>& sum) const {
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kPairs; ++i) {
+#pragma GCC unroll 4
+      for (size_t t = 0; t < T; ++t) {
+        const __m256i s = splat32((kSixBitPairs<Block> ? x[t]->bsums32 : x[t]->bsums) + 2 * i);
+#pragma GCC unroll 4
+        for (size_t r = 0; r < R; ++r)
+          sum[r][t] = in_order(
+              _mm256_add_epi32(sum[r][t], _mm256_madd_epi16(pair[i][v + r], s)));
+      }
+    }
+  }
+
+  template <bool kSubtract, size_t R, size_t T>
+  static DUET_INLINE void add_to_chain(const __m256* w_d, const BlockAct256* const* x,
+                                       const TileSums<R, T>& sum, float* acc) {
+#pragma GCC unroll 4
+    for (size_t t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+      for (size_t r = 0; r < R; ++r) {
+        float* at = acc + t * kPanelRows + 8 * r;
+        const __m256 scale_d = _mm256_mul_ps(w_d[r], _mm256_broadcast_ss(&x[t]->d));
+        const __m256 n = _mm256_cvtepi32_ps(sum[r][t]), y = _mm256_load_ps(at);
+        _mm256_store_ps(at, kSubtract ? _mm256_fnmadd_ps(n, scale_d, y)
+                                      : _mm256_fmadd_ps(n, scale_d, y));
+      }
+    }
+  }
+};
+
+template <class Block>
+void matmul_k(const MatmulArgs& a) noexcept {
+  if (a.n_tokens == 1) return decode_rows<Block>(a);
+  matmul_panels<KPanel<Block>>(a);
+}
+
+}  // namespace
+}  // namespace duet

@@ -1,0 +1,219 @@
+// Pieces of the 256-bit matmul kernels: how weights and sums move between "one register is part of
+// a row" (how files store them) and "one lane is one row" (how the tiles and the float chains of
+// kernels.h want them).
+#pragma once
+
+#include "runtime/kernels/x86_block32.h"
+
+namespace duet {
+namespace {
+
+constexpr size_t kPanelRows = 32, kVectors = kPanelRows / 8;  // rows as vectors of 8
+// Tokens that share one unpacking of the weights: their activations stay in the L2 cache.
+constexpr size_t kPanelTokens = 128;
+
+DUET_INLINE void store256(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+// Eight rows of eight dwords -> eight vectors: dword i of every row.
+DUET_INLINE void transpose8(__m256i v[8]) {
+  __m256i pair[8], quad[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 4) {
+    quad[i] = _mm256_unpacklo_epi64(pair[i], pair[i + 2]);
+    quad[i + 1] = _mm256_unpackhi_epi64(pair[i], pair[i + 2]);
+    quad[i + 2] = _mm256_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+    quad[i + 3] = _mm256_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x20);
+    v[i + 4] = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x31);
+  }
+}
+
+// v[i]: four parts of sum i in the lower half, of sum i + 4 in the upper -> the eight sums.
+DUET_INLINE __m256i sum_quads(const __m256i v[4]) {
+  const __m256i a =
+      _mm256_add_epi32(_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
+  const __m256i b =
+      _mm256_add_epi32(_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+  return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+}
+
+// Lane i of the result: the sum of the lanes of v[i].
+DUET_INLINE __m256i sum_lanes(const __m256i v[8]) {
+  __m256i half[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    half[i] = _mm256_add_epi32(_mm256_permute2x128_si256(v[i], v[i + 4], 0x20),
+                               _mm256_permute2x128_si256(v[i], v[i + 4], 0x31));
+  return sum_quads(half);
+}
+
+// Four bytes (or two int16) of an activation in every lane: a load, no arithmetic.
+DUET_INLINE __m256i splat32(const void* p) {
+  int v;
+  __builtin_memcpy(&v, p, 4);
+  return _mm256_set1_epi32(v);
+}
+
+// Keeps GCC from rearranging a chain of additions into a tree, whose leaves would all have to be
+// held at once: far more than there are registers.
+DUET_INLINE __m256i in_order(__m256i sum) {
+  __asm__("" : "+x"(sum));
+  return sum;
+}
+
+// Up to 256 activations as 16 bits, for weights whose products overflow vpmaddubsw.
+struct WideAct {
+  alignas(32) int16_t q[256];
+
+  DUET_INLINE void set(const BlockAct256* x, size_t) {
+    for (size_t i = 0; i < 256; i += 16) store256(q + i, widen16(x->qs + i));
+  }
+  DUET_INLINE void set(const BlockAct32* x, size_t n_blocks) {
+    for (size_t b = 0; b < n_blocks; ++b) {
+      store256(q + 32 * b, widen16(x[b].qs));
+      store256(q + 32 * b + 16, widen16(x[b].qs + 16));
+    }
+  }
+
+ private:
+  static DUET_INLINE __m256i widen16(const int8_t* x) { return _mm256_cvtepi8_epi16(load128(x)); }
+};
+
+// The rows of a panel are more streams than the processor follows by itself. The address may lie
+// past the end of the weights.
+DUET_INLINE void prefetch_ahead(const std::byte* p, size_t offset, size_t bytes) {
+  const auto at = reinterpret_cast<uintptr_t>(p) + offset;
+  for (size_t i = 0; i < bytes; i += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T0);
+}
+
+// Sums of a panel, [token][row]: the float chains between blocks.
+struct PanelSums {
+  alignas(64) float v[kPanelTokens][kPanelRows];
+};
+
+// Panel: what the formats provide.
+//   Block, Act         weights and activations; kActCols columns per Act
+//   kWide              tiles read WideAct
+//   unpack(rows, v, n) n columns of 8 rows become vector v
+//   tile<R, T>(v, x, x16, n, acc)   vectors v .. v + R - 1 times T tokens, on top of acc[T][32]
+
+// Tokens t, t + T, ... as long as T are left.
+template <size_t R, size_t T, class Panel>
+DUET_INLINE size_t run_tiles(const Panel& panel, const MatmulArgs& a, size_t c, size_t n_cols,
+                             size_t t, PanelSums& sums) {
+  using Act = typename Panel::Act;
+  for (; t + T <= a.n_tokens; t += T) {
+    const Act* x[T];
+    WideAct x16[T];
+    for (size_t i = 0; i < T; ++i) {
+      x[i] = reinterpret_cast<const Act*>(a.x + (t + i) * a.x_stride) + c / Panel::kActCols;
+      if constexpr (Panel::kWide) x16[i].set(x[i], n_cols / Panel::kActCols);
+    }
+    for (size_t v = 0; 8 * v < a.n_rows; v += R)
+      panel.template tile<R, T>(v, x, x16, n_cols, sums.v[t] + 8 * v);
+  }
+  return t;
+}
+
+// 8 rows of 256 columns or what is left of them. Past the last row that row again: its sums are
+// not stored.
+template <class Panel>
+DUET_INLINE void unpack_vector(Panel& panel, const MatmulArgs& a, size_t c, size_t n_cols,
+                               size_t v) {
+  using Block = typename Panel::Block;
+  constexpr size_t kBytes = 256 / Panel::kBlockCols * sizeof(Block);
+  const size_t at = c / Panel::kBlockCols * sizeof(Block);
+  const size_t next = c + 256 < a.cols ? kBytes : kPanelRows * a.w_stride - at;  // next panel
+  const Block* rows[8];
+  for (size_t j = 0; j < 8; ++j) {
+    const size_t r = 8 * v + j < a.n_rows ? 8 * v + j : a.n_rows - 1;
+    const std::byte* row = a.w + r * a.w_stride + at;
+    rows[j] = reinterpret_cast<const Block*>(row);
+    prefetch_ahead(row, next, kBytes);
+  }
+  panel.unpack(rows, v, n_cols);
+}
+
+// Up to kPanelRows rows x kPanelTokens tokens.
+template <class Panel>
+void run_panel(const MatmulArgs& a) noexcept {
+  Panel panel;
+  PanelSums sums;
+  __builtin_memset(&sums, 0, a.n_tokens * sizeof sums.v[0]);
+  for (size_t c = 0; c < a.cols; c += 256) {
+    const size_t n_cols = a.cols - c < 256 ? a.cols - c : 256;
+    for (size_t v = 0; v < kVectors; ++v) unpack_vector(panel, a, c, n_cols, v);
+    size_t t = run_tiles<2, 4>(panel, a, c, n_cols, 0, sums);
+    t = run_tiles<4, 2>(panel, a, c, n_cols, t, sums);
+    run_tiles<4, 1>(panel, a, c, n_cols, t, sums);
+  }
+  for (size_t t = 0; t < a.n_tokens; ++t)
+    __builtin_memcpy(a.y + t * a.y_stride, sums.v[t], a.n_rows * sizeof(float));
+}
+
+template <class Panel>
+DUET_INLINE void matmul_panels(const MatmulArgs& a) {
+  for (size_t t = 0; t < a.n_tokens; t += kPanelTokens) {
+    for (size_t r = 0; r < a.n_rows; r += kPanelRows) {
+      MatmulArgs part = sub_problem(a, r, t);
+      part.n_rows = a.n_rows - r < kPanelRows ? a.n_rows - r : kPanelRows;
+      part.n_tokens = a.n_tokens - t < kPanelTokens ? a.n_tokens - t : kPanelTokens;
+      run_panel<Panel>(part);
+    }
+  }
+}
+
+// ---- tiles: R vectors of 8 rows x T tokens -------------------------------------------------------
+template <size_t R, size_t T>
+using TileSums = __m256i[R][T];
+
+// pairs = sum over kSteps dwords of w (128 bytes apart) and x of the products, added in 16 bits.
+template <int kSteps, size_t R, size_t T>
+DUET_INLINE void dot_pairs(const uint8_t* w, const int8_t* const x[T], TileSums<R, T>& pairs) {
+#pragma GCC unroll 8
+  for (int k = 0; k < kSteps; ++k) {
+    __m256i q[R];
+#pragma GCC unroll 4
+    for (size_t r = 0; r < R; ++r) q[r] = load256(w + 128 * k + 32 * r);
+#pragma GCC unroll 4
+    for (size_t t = 0; t < T; ++t) {
+      const __m256i v = splat32(x[t] + 4 * k);
+#pragma GCC unroll 4
+      for (size_t r = 0; r < R; ++r) {
+        const __m256i product = _mm256_maddubs_epi16(q[r], v);
+        pairs[r][t] = k == 0 ? product : in_order(_mm256_add_epi16(pairs[r][t], product));
+      }
+    }
+  }
+}
+
+// sum += products of n_dwords dwords of 16-bit weights and activations, from activation `at`.
+template <size_t R, size_t T>
+DUET_INLINE void add_wide(const uint8_t* w, const WideAct* x, size_t at, size_t n_dwords,
+                          TileSums<R, T>& sum) {
+#pragma GCC unroll 2
+  for (size_t k = 0; k < n_dwords; ++k) {
+    __m256i q[R];
+#pragma GCC unroll 4
+    for (size_t r = 0; r < R; ++r) q[r] = load256(w + 128 * k + 32 * r);
+#pragma GCC unroll 4
+    for (size_t t = 0; t < T; ++t) {
+      const __m256i v = splat32(x[t].q + at + 2 * k);
+#pragma GCC unroll 4
+      for (size_t r = 0; r < R; ++r)
+        sum[r][t] = in_order(_mm256_add_epi32(sum[r][t], _mm256_madd_epi16(q[r], v)));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace duet
