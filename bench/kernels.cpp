@@ -74,15 +74,20 @@ double now(const Options& options, int n_threads) {
   return static_cast<double>(std::clock()) / CLOCKS_PER_SEC / n_threads;
 }
 
-// Best of a few runs, within about a second.
+// Seconds of one run: the best of a few measurements of at least a millisecond, within about a
+// second.
 template <class Run>
 double best_seconds(const Options& options, int n_threads, Run run) {
   double best = 1e30, total = 0.0;
   for (int i = 0; i < 5 && (i < 2 || total < 0.6); ++i) {
     const double start = now(options, n_threads);
-    run();
-    const double s = now(options, n_threads) - start;
-    best = std::min(best, s);
+    double s = 0.0;
+    int n = 0;
+    for (; s < 1e-3; ++n) {
+      run();
+      s = now(options, n_threads) - start;
+    }
+    best = std::min(best, s / n);
     total += s;
   }
   return best;
