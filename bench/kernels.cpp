@@ -78,15 +78,15 @@ double now(const Options& options, int n_threads) {
 // second.
 template <class Run>
 double best_seconds(const Options& options, int n_threads, Run run) {
+  const auto seconds_of = [&](int n) {
+    const double start = now(options, n_threads);
+    for (int i = 0; i < n; ++i) run();
+    return now(options, n_threads) - start;
+  };
+  const int n = 1 + static_cast<int>(1e-3 / std::max(seconds_of(1), 1e-7));
   double best = 1e30, total = 0.0;
   for (int i = 0; i < 5 && (i < 2 || total < 0.6); ++i) {
-    const double start = now(options, n_threads);
-    double s = 0.0;
-    int n = 0;
-    for (; s < 1e-3; ++n) {
-      run();
-      s = now(options, n_threads) - start;
-    }
+    const double s = seconds_of(n);
     best = std::min(best, s / n);
     total += s;
   }
