@@ -1,8 +1,8 @@
-# cmake -DBUILD=<build folder> -DMODEL=<gguf> -DDIR=<scratch> -P run.cmake: installs duet into DIR,
+# cmake -DBUILD=<build folder> -DGENERATOR=<CMake generator> -DMODEL=<gguf> -DDIR=<scratch> -P run.cmake: installs duet into DIR,
 # builds the consumer against it and runs it.
 foreach(step
     "install|${CMAKE_COMMAND} --install ${BUILD} --prefix ${DIR}/prefix"
-    "configure|${CMAKE_COMMAND} -S ${CMAKE_CURRENT_LIST_DIR} -B ${DIR}/build -DCMAKE_PREFIX_PATH=${DIR}/prefix -DCMAKE_BUILD_TYPE=Release"
+    "configure|${CMAKE_COMMAND} -G \"${GENERATOR}\" -S ${CMAKE_CURRENT_LIST_DIR} -B ${DIR}/build -DCMAKE_PREFIX_PATH=${DIR}/prefix -DCMAKE_BUILD_TYPE=Release"
     "build|${CMAKE_COMMAND} --build ${DIR}/build"
     "run|${DIR}/build/consumer ${MODEL} kernel")
   string(REPLACE "|" ";" parts "${step}")
