@@ -5,6 +5,9 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace duet {
@@ -24,6 +27,7 @@ constexpr std::array kNames = {
     FeatureName{kCpuAvxVnni, "avx_vnni"},
     FeatureName{kCpuAmxInt8, "amx_int8"},
     FeatureName{kCpuAmxBf16, "amx_bf16"},
+    FeatureName{kCpuNeonDot, "neon_dotprod"},
 };
 
 #if defined(__x86_64__)
@@ -70,6 +74,9 @@ CpuFeatures detect_cpu_features() {
   set(avx512 && bit(r71.eax, 5), kCpuAvx512Bf16);
   set(os_amx && bit(r7.edx, 25), kCpuAmxInt8);
   set(os_amx && bit(r7.edx, 22), kCpuAmxBf16);
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kNeeded = HWCAP_ASIMD | HWCAP_ASIMDDP;
+  if ((getauxval(AT_HWCAP) & kNeeded) == kNeeded) out |= kCpuNeonDot;
 #endif
   return out;
 }

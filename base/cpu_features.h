@@ -1,4 +1,5 @@
-// What the processor and the operating system together allow (cpuid and xgetbv).
+// What the processor and the operating system together allow (cpuid and xgetbv; Linux's hardware
+// capabilities on ARM).
 #pragma once
 
 #include <cstdint>
@@ -17,10 +18,12 @@ enum CpuFeature : uint32_t {
   kCpuAvxVnni = 1u << 6,     // 256-bit VEX form
   kCpuAmxInt8 = 1u << 7,
   kCpuAmxBf16 = 1u << 8,
+  kCpuNeonDot = 1u << 9,     // sdot, udot
 };
 using CpuFeatures = uint32_t;
 
-// Features usable now: an extension whose registers the OS does not save is absent. 0 off x86.
+// Features usable now: an extension whose registers the OS does not save is absent. 0 off x86
+// and Linux on 64-bit ARM.
 CpuFeatures detect_cpu_features();
 
 // "avx2 fma f16c"; empty set -> "none".

@@ -34,6 +34,13 @@ void fill_avx512(KernelTable& table) {
   add_avx512_k(table);
   add_avx512_peak(table);
 }
+#elif defined(__aarch64__)
+void fill_neon(KernelTable& table) {
+  fill_scalar(table);
+  add_neon_block32(table);
+  add_neon_k(table);
+  add_neon_float(table);
+}
 #endif
 
 // Best first; the last one runs everywhere. AVX-512 without VNNI uses the AVX2 table.
@@ -41,6 +48,8 @@ constexpr Isa kIsas[] = {
 #if defined(__x86_64__)
     {"avx512", kAvx2Needs | kCpuAvx512 | kCpuAvx512Vnni, fill_avx512},
     {"avx2", kAvx2Needs, fill_avx2},
+#elif defined(__aarch64__)
+    {"neon", kCpuNeonDot, fill_neon},
 #endif
     {"scalar", 0, fill_plain},
 };

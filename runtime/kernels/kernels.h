@@ -17,7 +17,7 @@
 // are converted to float first. So decode and prefill, all instruction sets and all batch sizes give
 // one result; that is what batching, speculation and streaming rest on.
 // Float formats (y = sum of w * x, no rounding of x) differ between tables by rounding: element i
-// belongs to partial sum i % 16 (scalar), i % 32 (avx2), i % 64 (avx512); within one table the bits
+// belongs to partial sum i % 16 (scalar, neon), i % 32 (avx2), i % 64 (avx512); within one table the bits
 // depend on row and token only.
 #pragma once
 
@@ -67,7 +67,7 @@ struct PeakLoops {
 inline constexpr float kActFloor = 0x1p-100f;  // 127 / max stays finite
 
 struct KernelTable {
-  const char* isa;  // "scalar", "avx2", "avx512"
+  const char* isa;  // "scalar", "avx2", "avx512", "neon"
   CpuFeatures needs;
   PeakLoops peak;
 

@@ -20,6 +20,10 @@ void add_avx512_block32(KernelTable& table);
 void add_avx512_float(KernelTable& table);
 void add_avx512_k(KernelTable& table);
 void add_avx512_peak(KernelTable& table);
+#elif defined(__aarch64__)
+void add_neon_block32(KernelTable& table);
+void add_neon_k(KernelTable& table);
+void add_neon_float(KernelTable& table);
 #endif
 
 }  // namespace duet
