@@ -29,7 +29,7 @@ void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx
       ->type_name("TYPE")
       ->default_str(options.kv_type == KvType::f16 ? "f16" : "f32");
   command.add_option("--isa", options.isa,
-                     "Force an instruction set: scalar, avx2, avx512 [default: best usable]");
+                     "Force an instruction set: scalar, avx2, avx512, neon [default: best usable]");
 }
 
 void require_model_file(const std::filesystem::path& path) {

@@ -8,7 +8,7 @@ set(CMAKE_LIBRARY_ARCHITECTURE aarch64-linux-gnu)
 set(DUET_SYSROOT "${CMAKE_CURRENT_LIST_DIR}/../build/sysroot-aarch64" CACHE PATH "arm64 libraries")
 cmake_path(ABSOLUTE_PATH DUET_SYSROOT NORMALIZE)
 if(NOT EXISTS "${DUET_SYSROOT}/complete")
-  message(FATAL_ERROR "no arm64 libraries in ${DUET_SYSROOT}; run scripts/install-deps --aarch64")
+  message(FATAL_ERROR "no arm64 libraries in ${DUET_SYSROOT}; run scripts/install-deps --aarch64 (Debian)")
 endif()
 list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES DUET_SYSROOT)
 

@@ -136,5 +136,10 @@ TEST_CASE("decoded rows equal the format's to the bit: avx512") {
   with_isa("avx512", check_decode);
 }
 
+#if defined(__aarch64__)
+TEST_CASE("activation blocks equal scalar to the bit: neon") { with_isa("neon", check_act_bits); }
+TEST_CASE("decoded rows equal the format's to the bit: neon") { with_isa("neon", check_decode); }
+#endif
+
 }  // namespace
 }  // namespace duet::test

@@ -320,5 +320,20 @@ TEST_CASE("attention bits do not depend on the batch: avx512") {
   with_isa("avx512", check_attention_invariance);
 }
 
+#if defined(__aarch64__)
+TEST_CASE("rms_norm: neon") { with_isa("neon", check_rms_norm); }
+TEST_CASE("rope: neon") { with_isa("neon", check_rope); }
+TEST_CASE("softmax: neon") { with_isa("neon", check_softmax); }
+TEST_CASE("softmax of masked positions: neon") { with_isa("neon", check_softmax_masked); }
+TEST_CASE("silu_mul: neon") { with_isa("neon", check_silu_mul); }
+TEST_CASE("add and add_scaled: neon") { with_isa("neon", check_add); }
+TEST_CASE("half precision both ways: neon") { with_isa("neon", check_f16); }
+TEST_CASE("attention scores: neon") { with_isa("neon", check_scores); }
+TEST_CASE("attention mix: neon") { with_isa("neon", check_mix); }
+TEST_CASE("attention bits do not depend on the batch: neon") {
+  with_isa("neon", check_attention_invariance);
+}
+#endif
+
 }  // namespace
 }  // namespace duet::test

@@ -380,5 +380,26 @@ TEST_CASE("a NaN activation shows in its token only: avx512") {
   with_isa("avx512", check_nan_activation);
 }
 
+#if defined(__aarch64__)
+TEST_CASE("matmul within bounds: neon") { with_isa("neon", check_against_double); }
+TEST_CASE("matmul of 14336 columns within bounds: neon") { with_isa("neon", check_long_rows); }
+TEST_CASE("matmul of exact inputs is bit-equal: neon") { with_isa("neon", check_exact); }
+TEST_CASE("matmul of quantized weights equals scalar to the bit: neon") {
+  with_isa("neon", check_bits_of_scalar);
+}
+TEST_CASE("matmul bits do not depend on the batch: neon") {
+  with_isa("neon", check_batch_invariance);
+}
+TEST_CASE("matmul stays inside its buffers: neon") { with_isa("neon", check_page_ends); }
+TEST_CASE("matmul reads weights at any 2-byte alignment: neon") {
+  with_isa("neon", check_misaligned);
+}
+TEST_CASE("matmul honours strides: neon") { with_isa("neon", check_strides); }
+TEST_CASE("matmul survives damaged weights: neon") { with_isa("neon", check_random_bytes); }
+TEST_CASE("a NaN activation shows in its token only: neon") {
+  with_isa("neon", check_nan_activation);
+}
+#endif
+
 }  // namespace
 }  // namespace duet::test
