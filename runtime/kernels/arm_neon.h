@@ -50,8 +50,7 @@ DUET_INLINE int32x4_t lane_sums(const int32x4_t (&v)[4]) {
 // Pointers to N rows (weights) or tokens (activations) from `first` on, `end` excluded.
 template <size_t N, class T>
 DUET_INLINE void pointers(T* base, size_t stride, size_t first, size_t end, T* (&out)[N]) {
-  for (size_t i = 0; i < N; ++i)
-    out[i] = base + (first + i < end ? first + i : end - 1) * stride;
+  for (size_t i = 0; i < N; ++i) out[i] = base + (first + i < end ? first + i : end - 1) * stride;
 }
 
 DUET_INLINE void store_first(float* y, float32x4_t v, size_t n) {
@@ -67,7 +66,7 @@ using PanelQuants = int8_t[kPanelCols / 4][kPanelRows][4];
 // Puts 16 columns of one row in their place; q starts at the cell of the first column.
 DUET_INLINE void put_columns(int8x16_t v, size_t row, int8_t (*q)[kPanelRows][4]) {
   const int32x4_t cells = vreinterpretq_s32_s8(v);
-  const auto put = [row](int32_t cell, int8_t (*to)[4]) { __builtin_memcpy(to[row], &cell, 4); };
+  const auto put = [row](int32_t cell, int8_t(*to)[4]) { __builtin_memcpy(to[row], &cell, 4); };
   put(vgetq_lane_s32(cells, 0), q[0]);
   put(vgetq_lane_s32(cells, 1), q[1]);
   put(vgetq_lane_s32(cells, 2), q[2]);
@@ -83,8 +82,7 @@ DUET_INLINE void add_lane(const int8_t (*q)[kPanelRows][4], const int8x16_t (&x)
   for (size_t h = 0; h < kPanelRows / 4; ++h) {
     const int8x16_t w = vld1q_s8(q[Lane][4 * h]);
 #pragma GCC unroll 4
-    for (size_t t = 0; t < kTileTokens; ++t)
-      dot[t][h] = vdotq_laneq_s32(dot[t][h], w, x[t], Lane);
+    for (size_t t = 0; t < kTileTokens; ++t) dot[t][h] = vdotq_laneq_s32(dot[t][h], w, x[t], Lane);
   }
 }
 

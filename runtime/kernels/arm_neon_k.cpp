@@ -211,8 +211,7 @@ struct KKernel {
       for (size_t h = 0; h < kPanelRows / 4; ++h) {
         const int32x4_t scale = vld1q_s32(panel.scale[g] + 4 * h);
 #pragma GCC unroll 4
-        for (size_t t = 0; t < kTileTokens; ++t)
-          sum[t][h] = vmlaq_s32(sum[t][h], dot[t][h], scale);
+        for (size_t t = 0; t < kTileTokens; ++t) sum[t][h] = vmlaq_s32(sum[t][h], dot[t][h], scale);
       }
     }
 #pragma GCC unroll 2
