@@ -40,6 +40,7 @@ void fill_neon(KernelTable& table) {
   add_neon_block32(table);
   add_neon_k(table);
   add_neon_float(table);
+  add_neon_peak(table);
 }
 #endif
 

@@ -24,6 +24,7 @@ void add_avx512_peak(KernelTable& table);
 void add_neon_block32(KernelTable& table);
 void add_neon_k(KernelTable& table);
 void add_neon_float(KernelTable& table);
+void add_neon_peak(KernelTable& table);
 #endif
 
 }  // namespace duet
