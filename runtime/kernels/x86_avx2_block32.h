@@ -83,9 +83,13 @@ struct EightActs {
   }
 };
 
+// Eight rows x eight blocks of sums and scales, [row][block] until they are transposed.
 template <class Bytes>
 struct Decode32 {
   using Block = typename Bytes::Block;
+  static constexpr bool kM = kHasM<Block>;
+  __m256i product[8];
+  alignas(16) uint16_t d[8][8] = {}, m[8][8] = {};
 
   // Eight lanes of partial sums.
   static DUET_INLINE __m256i dot(const Block& w, const BlockAct32& x) {
@@ -96,60 +100,73 @@ struct Decode32 {
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
 
-  // Up to eight blocks on top of y.
-  template <bool kAll>
-  static DUET_INLINE float blocks(const Block* w, const BlockAct32* x, const EightActs& acts,
-                                  size_t n, float y) {
+  // Row r; n blocks, of eight unless kTail.
+  template <bool kTail>
+  DUET_INLINE void add_row(size_t r, const Block* w, const BlockAct32* x, size_t n) {
     __m256i dots[8];
-    alignas(16) uint16_t half[8] = {}, half_m[8] = {};
 #pragma GCC unroll 8
     for (size_t i = 0; i < 8; ++i) {
-      dots[i] = kAll || i < n ? dot(w[i], x[i]) : __m256i{};
-      if (kAll || i < n) half[i] = w[i].d;
-      if constexpr (kHasM<Block>) half_m[i] = kAll || i < n ? w[i].m : uint16_t{0};
+      dots[i] = __m256i{};
+      if (kTail && i >= n) continue;
+      dots[i] = dot(w[i], x[i]);
+      d[r][i] = w[i].d;
+      if constexpr (kM) m[r][i] = w[i].m;
     }
-    __m256i sums = sum_lanes(dots);
-    const __m256i act_sums = load256(acts.sum);
-    if constexpr (Bytes::kOffsetShift > 0)
-      sums = _mm256_sub_epi32(sums, _mm256_slli_epi32(act_sums, Bytes::kOffsetShift));
+    product[r] = sum_lanes(dots);
+  }
+
+  DUET_INLINE __m256 chain(const EightActs& acts, size_t n, __m256 y) {
+    __m256i scale[8], min[8];
     const __m256 x_d = _mm256_load_ps(acts.d);
-    alignas(32) float product[8], scale[8], m[8], m_scale[8];
-    _mm256_store_ps(product, _mm256_cvtepi32_ps(sums));
-    _mm256_store_ps(scale, _mm256_mul_ps(_mm256_cvtph_ps(load128(half)), x_d));
-    if constexpr (kHasM<Block>) {
-      _mm256_store_ps(m, _mm256_cvtph_ps(load128(half_m)));
-      _mm256_store_ps(m_scale, _mm256_mul_ps(x_d, _mm256_cvtepi32_ps(act_sums)));
+    const __m256i act_sum = load256(acts.sum);
+    const __m256i offset = Bytes::kOffsetShift == 0
+                               ? __m256i{}
+                               : _mm256_slli_epi32(act_sum, Bytes::kOffsetShift);
+#pragma GCC unroll 8
+    for (size_t r = 0; r < 8; ++r) {
+      product[r] =
+          _mm256_castps_si256(_mm256_cvtepi32_ps(_mm256_sub_epi32(product[r], offset)));
+      scale[r] = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtph_ps(load128(d[r])), x_d));
+      if constexpr (kM) min[r] = _mm256_castps_si256(_mm256_cvtph_ps(load128(m[r])));
     }
-    for (size_t i = 0; i < (kAll ? 8 : n); ++i) {
-      y = __builtin_fmaf(product[i], scale[i], y);
-      if constexpr (kHasM<Block>) y = __builtin_fmaf(m[i], m_scale[i], y);
+    transpose8(product);
+    transpose8(scale);
+    if constexpr (kM) transpose8(min);
+    alignas(32) float m_scale[8];
+    _mm256_store_ps(m_scale, _mm256_mul_ps(x_d, _mm256_cvtepi32_ps(act_sum)));
+    for (size_t b = 0; b < n; ++b) {
+      y = _mm256_fmadd_ps(_mm256_castsi256_ps(product[b]), _mm256_castsi256_ps(scale[b]), y);
+      if constexpr (kM)
+        y = _mm256_fmadd_ps(_mm256_castsi256_ps(min[b]), _mm256_broadcast_ss(m_scale + b), y);
     }
     return y;
   }
-
-  // R rows: their chains of floats overlap.
-  template <size_t R>
-  static void rows(const MatmulArgs& a) {
-    const auto* x = reinterpret_cast<const BlockAct32*>(a.x);
-    const size_t n_blocks = a.cols / 32;
-    const Block* w[R];
-    for (size_t r = 0; r < R; ++r)
-      w[r] = reinterpret_cast<const Block*>(a.w + r * a.w_stride);
-    float y[R] = {};
-    size_t b = 0;
-    for (; b + 8 <= n_blocks; b += 8) {
-      const EightActs acts(x + b, 8);
-#pragma GCC unroll 1
-      for (size_t r = 0; r < R; ++r) y[r] = blocks<true>(w[r] + b, x + b, acts, 8, y[r]);
-    }
-    if (b < n_blocks) {
-      const EightActs acts(x + b, n_blocks - b);
-      for (size_t r = 0; r < R; ++r)
-        y[r] = blocks<false>(w[r] + b, x + b, acts, n_blocks - b, y[r]);
-    }
-    for (size_t r = 0; r < R; ++r) a.y[r] = y[r];
-  }
 };
+
+template <class Bytes, bool kTail>
+DUET_INLINE __m256 decode_blocks(RowsOf8& rows, const BlockAct32* x, size_t b, size_t n,
+                                 __m256 y) {
+  using Block = typename Bytes::Block;
+  Decode32<Bytes> decode;
+#pragma GCC unroll 1
+  for (size_t r = 0; r < 8; ++r) {
+    const std::byte* w = rows.at[r] + b * sizeof(Block);
+    rows.prefetch(n * sizeof(Block));
+    decode.template add_row<kTail>(r, reinterpret_cast<const Block*>(w), x + b, n);
+  }
+  return decode.chain(EightActs(x + b, n), n, y);
+}
+
+template <class Bytes>
+void decode_rows32(const MatmulArgs& a) noexcept {
+  const auto* x = reinterpret_cast<const BlockAct32*>(a.x);
+  RowsOf8 rows(a);
+  __m256 y = {};
+  size_t b = 0;
+  for (; b + 8 <= a.cols / 32; b += 8) y = decode_blocks<Bytes, false>(rows, x, b, 8, y);
+  if (b < a.cols / 32) y = decode_blocks<Bytes, true>(rows, x, b, a.cols / 32 - b, y);
+  rows.store(y);
+}
 
 // ---- several tokens ------------------------------------------------------------------------------
 template <class Bytes>
@@ -254,10 +271,8 @@ struct Panel32 {
 
 template <class Bytes>
 void matmul_32(const MatmulArgs& a) noexcept {
-  if (a.n_tokens > 1) return matmul_panels<Panel32<Bytes>>(a);
-  size_t r = 0;
-  for (; r + 4 <= a.n_rows; r += 4) Decode32<Bytes>::template rows<4>(sub_problem(a, r, 0));
-  for (; r < a.n_rows; ++r) Decode32<Bytes>::template rows<1>(sub_problem(a, r, 0));
+  if (a.n_tokens == 1) return for_eight_rows(a, decode_rows32<Bytes>);
+  matmul_panels<Panel32<Bytes>>(a);
 }
 
 void set_block32_256(KernelTable& table) {

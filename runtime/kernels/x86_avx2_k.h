@@ -90,13 +90,12 @@ template <>
 constexpr bool kSixBitPairs<BlockQ5_K> = true;
 
 // ---- one token -----------------------------------------------------------------------------------
-// Eight super-blocks of one row at a time: their sums reduce together, and the chain of floats
-// runs beside the next eight.
+// Eight rows, super-block after super-block: their sums reduce together into one lane per row, and
+// the chains of floats of eight rows are one chain of vectors.
 struct DecodeSums {
   __m256i dot[8];
   __m128i mins[8];
-  alignas(32) uint16_t d[8], dmin[8];  // half precision, as stored
-  alignas(32) float x_d[8];
+  alignas(16) uint16_t d[8], dmin[8];  // half precision, as stored
 };
 
 // 16 scales: even groups in the lower half, odd groups in the upper, so that one shuffle splats a
@@ -155,7 +154,8 @@ DUET_INLINE void scales_of(const Block& b, const BlockAct256& x, __m256i* scale,
 }
 
 template <class Block>
-DUET_INLINE void decode_block(const Block& b, const BlockAct256& x, size_t at, DecodeSums& sums) {
+DUET_INLINE void decode_block(const Block& b, const BlockAct256& x, size_t at,
+                             DecodeSums& sums) {
   __m256i scale, dot;
   scales_of(b, x, &scale, &dot, &sums.mins[at]);
   typename SplatKind<kTwiceScales<Block>>::type factors;
@@ -170,46 +170,34 @@ DUET_INLINE void decode_block(const Block& b, const BlockAct256& x, size_t at, D
   }
   sums.dot[at] = dot;
   sums.d[at] = b.d;
-  sums.x_d[at] = x.d;
   if constexpr (kHasMinimum<Block>) sums.dmin[at] = b.dmin;
 }
 
-// The chain of kernels.h over n <= 8 super-blocks.
-template <bool kMins>
-DUET_INLINE float chain(const DecodeSums& sums, size_t n, float y) {
-  alignas(32) float dot[8], scale[8], min[8], min_scale[8];
-  const __m256 x_d = _mm256_load_ps(sums.x_d);
-  _mm256_store_ps(dot, _mm256_cvtepi32_ps(sum_lanes(sums.dot)));
-  _mm256_store_ps(scale, _mm256_mul_ps(_mm256_cvtph_ps(load128(sums.d)), x_d));
-  if constexpr (kMins) {
-    __m256i mins[4];
-    for (size_t i = 0; i < 4; ++i) mins[i] = _mm256_set_m128i(sums.mins[i + 4], sums.mins[i]);
-    _mm256_store_ps(min, _mm256_cvtepi32_ps(sum_quads(mins)));
-    _mm256_store_ps(min_scale, _mm256_mul_ps(_mm256_cvtph_ps(load128(sums.dmin)), x_d));
-  }
-  for (size_t i = 0; i < n; ++i) {
-    y = __builtin_fmaf(dot[i], scale[i], y);
-    if constexpr (kMins) y = __builtin_fmaf(-min[i], min_scale[i], y);
-  }
-  return y;
-}
-
+// The first eight rows.
 template <class Block>
 void decode_rows(const MatmulArgs& a) noexcept {
   const auto* x = reinterpret_cast<const BlockAct256*>(a.x);
-  const size_t n_blocks = a.cols / 256;
-  for (size_t r = 0; r < a.n_rows; ++r) {
-    const auto* w = reinterpret_cast<const Block*>(a.w + r * a.w_stride);
-    float y = 0.0f;
-    for (size_t b = 0; b < n_blocks; b += 8) {
-      const size_t n = n_blocks - b < 8 ? n_blocks - b : 8;
-      DecodeSums sums;
-      if (n < 8) sums = {};
-      for (size_t i = 0; i < n; ++i) decode_block(w[b + i], x[b + i], i, sums);
-      y = chain<kHasMinimum<Block>>(sums, n, y);
+  RowsOf8 rows(a);
+  __m256 y = {};
+  for (size_t b = 0; b < a.cols / 256; ++b) {
+    DecodeSums sums;
+#pragma GCC unroll 1
+    for (size_t r = 0; r < 8; ++r) {
+      const std::byte* w = rows.at[r] + b * sizeof(Block);
+      rows.prefetch(sizeof(Block));
+      decode_block(*reinterpret_cast<const Block*>(w), x[b], r, sums);
     }
-    a.y[r] = y;
+    const __m256 x_d = _mm256_broadcast_ss(&x[b].d);
+    const __m256 scale = _mm256_mul_ps(_mm256_cvtph_ps(load128(sums.d)), x_d);
+    y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum_lanes(sums.dot)), scale, y);
+    if constexpr (kHasMinimum<Block>) {
+      __m256i mins[4];
+      for (size_t i = 0; i < 4; ++i) mins[i] = _mm256_set_m128i(sums.mins[i + 4], sums.mins[i]);
+      const __m256 min_scale = _mm256_mul_ps(_mm256_cvtph_ps(load128(sums.dmin)), x_d);
+      y = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(sum_quads(mins)), min_scale, y);
+    }
   }
+  rows.store(y);
 }
 
 // ---- several tokens ------------------------------------------------------------------------------
@@ -383,7 +371,7 @@ struct KPanel {
 
 template <class Block>
 void matmul_k(const MatmulArgs& a) noexcept {
-  if (a.n_tokens == 1) return decode_rows<Block>(a);
+  if (a.n_tokens == 1) return for_eight_rows(a, decode_rows<Block>);
   matmul_panels<KPanel<Block>>(a);
 }
 

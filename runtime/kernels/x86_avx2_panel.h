@@ -95,6 +95,41 @@ DUET_INLINE void prefetch_ahead(const std::byte* p, size_t offset, size_t bytes)
     _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T0);
 }
 
+// ---- one token: eight rows at a time -------------------------------------------------------------
+// The first eight rows of a problem; past the last one that row again, not stored. Eight streams
+// at once are more than memory likes: the next eight rows, which lie one after the other, are
+// fetched as one stream while these are computed from the cache.
+struct RowsOf8 {
+  const MatmulArgs& a;
+  const std::byte* at[8];
+  const std::byte* ahead;  // null at the last eight
+
+  explicit DUET_INLINE RowsOf8(const MatmulArgs& args)
+      : a(args), ahead(a.n_rows > 8 ? a.w + 8 * a.w_stride : nullptr) {
+    for (size_t r = 0; r < 8; ++r) at[r] = a.w + (r < a.n_rows ? r : a.n_rows - 1) * a.w_stride;
+  }
+  // Called with the bytes that each step computes.
+  DUET_INLINE void prefetch(size_t bytes) {
+    if (ahead == nullptr) return;
+    prefetch_ahead(ahead, 0, bytes);
+    ahead += bytes;
+  }
+  DUET_INLINE void store(__m256 y) const {
+    alignas(32) float v[8];
+    _mm256_store_ps(v, y);
+    __builtin_memcpy(a.y, v, (a.n_rows < 8 ? a.n_rows : 8) * sizeof(float));
+  }
+};
+
+DUET_INLINE void for_eight_rows(const MatmulArgs& a, MatmulFn run) {
+  for (size_t r = 0; r < a.n_rows; r += 8) {
+    MatmulArgs rest = sub_problem(a, r, 0);
+    rest.n_rows = a.n_rows - r;
+    run(rest);
+  }
+}
+
+// ---- several tokens: panels ----------------------------------------------------------------------
 // Sums of a panel, [token][row]: the float chains between blocks.
 struct PanelSums {
   alignas(64) float v[kPanelTokens][kPanelRows];
@@ -200,7 +235,7 @@ DUET_INLINE void dot_pairs(const uint8_t* w, const int8_t* const x[T], TileSums<
 template <size_t R, size_t T>
 DUET_INLINE void add_wide(const uint8_t* w, const WideAct* x, size_t at, size_t n_dwords,
                           TileSums<R, T>& sum) {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
   for (size_t k = 0; k < n_dwords; ++k) {
     __m256i q[R];
 #pragma GCC unroll 4
