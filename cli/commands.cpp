@@ -9,6 +9,7 @@ void add_commands(CLI::App& app) {
   add_convert(app);
   add_quantize(app);
   add_make_synthetic(app);
+  add_bench(app);
   add_perplexity(app);
   add_logits(app);
   add_tokenize(app);

@@ -31,6 +31,7 @@ void add_detokenize(CLI::App& app);
 void add_template(CLI::App& app);
 void add_logits(CLI::App& app);
 void add_perplexity(CLI::App& app);
+void add_bench(CLI::App& app);
 
 // Adds them all, in the order in which help lists them (cli/commands.cpp).
 void add_commands(CLI::App& app);

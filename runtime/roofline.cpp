@@ -16,7 +16,7 @@ namespace duet {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr int kRuns = 5;
+constexpr int kReadRuns = 5, kMacRuns = 15;
 constexpr uint64_t kHugePage = uint64_t{2} << 20;
 constexpr uint64_t kMinBytes = uint64_t{64} << 20;  // below, caches would be measured
 
@@ -63,38 +63,42 @@ uint64_t buffer_size(uint64_t max_bytes, int n_threads) {
   return n_bytes;
 }
 
-double best_read_rate(const KernelTable& kernels, int n_threads, uint64_t n_bytes) {
-  const Buffer buffer(n_bytes);
+// Each thread writes the part it will read, so that it lies in that thread's memory.
+void fill(const Buffer& buffer, int n_threads, uint64_t n_bytes) {
   const uint64_t part = n_bytes / static_cast<uint64_t>(n_threads);
   on_all_threads(n_threads, [&](size_t worker) { std::memset(buffer.data() + worker * part, 1, part); });
+}
+
+double best_read_rate(const KernelTable& kernels, const Buffer& buffer, int n_threads, uint64_t n_bytes) {
+  const uint64_t part = n_bytes / static_cast<uint64_t>(n_threads);
   std::atomic<uint64_t> total{0};
   double best = 0;
-  for (int run = 0; run < kRuns; ++run) {
+  for (int run = 0; run < kReadRuns; ++run) {
     const Clock::time_point start = Clock::now();
     on_all_threads(n_threads, [&](size_t worker) { total += kernels.peak.read_sum(buffer.data() + worker * part, part); });
     best = std::max(best, static_cast<double>(n_bytes) / seconds_since(start));
   }
   // Every byte is 1; also keeps the sums from being left out.
-  DUET_ASSERT(total.load() == kRuns * (n_bytes / 8) * uint64_t{0x0101010101010101});
+  DUET_ASSERT(total.load() == kReadRuns * (n_bytes / 8) * uint64_t{0x0101010101010101});
   return best;
 }
 
 using MacLoop = uint64_t (*)(uint64_t) noexcept;
 
-// Steps that take about 20 ms on one thread.
+// Steps that take about 10 ms on one thread.
 uint64_t calibrate(MacLoop loop) {
   for (uint64_t n_steps = 1000;; n_steps *= 4) {
     const Clock::time_point start = Clock::now();
     loop(n_steps);
     const double s = seconds_since(start);
-    if (s > 2e-3) return static_cast<uint64_t>(static_cast<double>(n_steps) * 20e-3 / s) + 1;
+    if (s > 2e-3) return static_cast<uint64_t>(static_cast<double>(n_steps) * 10e-3 / s) + 1;
   }
 }
 
 double best_mac_rate(MacLoop loop, int n_threads) {
   const uint64_t n_steps = calibrate(loop);
   double best = 0;
-  for (int run = 0; run < kRuns; ++run) {
+  for (int run = 0; run < kMacRuns; ++run) {
     std::atomic<uint64_t> macs{0};
     const Clock::time_point start = Clock::now();
     on_all_threads(n_threads, [&](size_t) { macs += loop(n_steps); });
@@ -105,12 +109,17 @@ double best_mac_rate(MacLoop loop, int n_threads) {
 
 }  // namespace
 
-Roofline measure_roofline(const KernelTable& kernels, int n_threads, uint64_t max_bytes) {
-  Roofline out;
-  out.buffer_bytes = buffer_size(max_bytes, n_threads);
-  out.read_bytes_per_s = best_read_rate(kernels, n_threads, out.buffer_bytes);
-  out.int8_macs_per_s = best_mac_rate(kernels.peak.int8_macs, n_threads);
-  out.f32_macs_per_s = best_mac_rate(kernels.peak.f32_macs, n_threads);
+std::vector<Roofline> measure_rooflines(std::span<const KernelTable* const> tables, int n_threads,
+                                        uint64_t max_bytes) {
+  const uint64_t n_bytes = buffer_size(max_bytes, n_threads);
+  const Buffer buffer(n_bytes);
+  fill(buffer, n_threads, n_bytes);
+  std::vector<Roofline> out;
+  for (const KernelTable* table : tables)
+    out.push_back({.read_bytes_per_s = best_read_rate(*table, buffer, n_threads, n_bytes),
+                   .int8_macs_per_s = best_mac_rate(table->peak.int8_macs, n_threads),
+                   .f32_macs_per_s = best_mac_rate(table->peak.f32_macs, n_threads),
+                   .buffer_bytes = n_bytes});
   return out;
 }
 

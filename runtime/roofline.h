@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
+#include <vector>
 
 #include "runtime/kernels/kernels.h"
 
@@ -14,12 +16,13 @@ struct Roofline {
   uint64_t buffer_bytes = 0;     // that were read
 };
 
-// Best of five each, on n_threads threads of the compute team, with the instructions of `kernels`:
-//   read   a plain load-and-add loop over anonymous memory in huge pages where the system gives
+// On n_threads threads of the compute team, with the instructions of each table:
+//   read   best of five of a plain load-and-add loop over anonymous memory in huge pages where the system gives
 //          them, each thread a contiguous part, as products read weights
-//   peak   register-only loops of independent multiply-adds, about 20 ms each
+//   peak   best of fifteen register-only loops of independent multiply-adds, about 10 ms each
 // Reads min(max_bytes, a quarter of the memory available); takes about two seconds for 4 GB.
 // Error(memory) when there is none to read.
-Roofline measure_roofline(const KernelTable& kernels, int n_threads, uint64_t max_bytes = uint64_t{4} << 30);
+std::vector<Roofline> measure_rooflines(std::span<const KernelTable* const> tables, int n_threads,
+                                        uint64_t max_bytes = uint64_t{4} << 30);
 
 }  // namespace duet

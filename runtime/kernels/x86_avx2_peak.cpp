@@ -7,12 +7,13 @@ namespace duet {
 namespace {
 
 constexpr int kFloatSums = 12;  // two units of latency 4 to 5
-constexpr int kIntSums = 8;     // their chain is one addition long
+constexpr int kIntSums = 4;     // their chain is one addition long, and registers are few
 
 // 32 multiply-adds are three instructions here: vpmaddubsw, vpmaddwd with ones, vpaddd.
 uint64_t int8_macs(uint64_t n_steps) noexcept {
   __m256i sums[kIntSums] = {}, u = _mm256_set1_epi8(1), s = _mm256_set1_epi8(-1);
   const __m256i ones = _mm256_set1_epi16(1);
+  for (__m256i& sum : sums) __asm__ volatile("" : "+x"(sum));  // not known to be equal
   for (uint64_t step = 0; step < n_steps; ++step) {
     for (__m256i& sum : sums) {
       __asm__ volatile("" : "+x"(u), "+x"(s));  // else one product would serve all sums
@@ -25,6 +26,7 @@ uint64_t int8_macs(uint64_t n_steps) noexcept {
 
 uint64_t f32_macs(uint64_t n_steps) noexcept {
   __m256 sums[kFloatSums] = {}, a = _mm256_set1_ps(1.0f), b = _mm256_set1_ps(0.5f);
+  for (__m256& sum : sums) __asm__ volatile("" : "+x"(sum));  // not known to be equal
   for (uint64_t step = 0; step < n_steps; ++step) {
     __asm__ volatile("" : "+x"(a), "+x"(b));
     for (__m256& sum : sums) sum = _mm256_fmadd_ps(a, b, sum);

@@ -11,6 +11,7 @@ constexpr int kSums = 12;
 
 uint64_t int8_macs(uint64_t n_steps) noexcept {
   __m512i sums[kSums] = {}, u = _mm512_set1_epi8(1), s = _mm512_set1_epi8(-1);
+  for (__m512i& sum : sums) __asm__ volatile("" : "+v"(sum));  // not known to be equal
   for (uint64_t step = 0; step < n_steps; ++step) {
     __asm__ volatile("" : "+v"(u), "+v"(s));  // not known to be the same in every step
     for (__m512i& sum : sums) sum = _mm512_dpbusd_epi32(sum, u, s);
@@ -21,6 +22,7 @@ uint64_t int8_macs(uint64_t n_steps) noexcept {
 
 uint64_t f32_macs(uint64_t n_steps) noexcept {
   __m512 sums[kSums] = {}, a = _mm512_set1_ps(1.0f), b = _mm512_set1_ps(0.5f);
+  for (__m512& sum : sums) __asm__ volatile("" : "+v"(sum));  // not known to be equal
   for (uint64_t step = 0; step < n_steps; ++step) {
     __asm__ volatile("" : "+v"(a), "+v"(b));
     for (__m512& sum : sums) sum = _mm512_fmadd_ps(a, b, sum);
