@@ -196,27 +196,161 @@ DUET_INLINE __m512i mins_dot(__m512i lanes, const BlockAct256& x) {
       _mm512_unpackhi_epi8(mins, __m512i{}), lanes_of(x.bsums + 8));
 }
 
-// For 64 elements of decode: lane k takes the scale of element 64 i + 4 k in its lower 16 bits.
+// ---- quants of decode ------------------------------------------------------------------------------
+// A block as four registers, in the order that takes the fewest shifts; the token's 256 activations
+// are arranged alike, once for all rows. Lane l of register i: group_of<Block>(i, l) of the scales.
+constexpr unsigned group_in_two_bits(unsigned i, unsigned lane) {
+  return 2 * i + lane % 2 + 8 * (lane / 2);
+}
+constexpr unsigned group_in_nibbles(unsigned i, unsigned lane) {
+  return 4 * (i / 2) + i % 2 + 2 * (lane / 2);
+}
+template <class Block>
+constexpr unsigned group_of(unsigned i, unsigned lane) {
+  if (std::is_same_v<Block, BlockQ2_K> || std::is_same_v<Block, BlockQ3_K>)
+    return group_in_two_bits(i, lane);
+  if (std::is_same_v<Block, BlockQ6_K>) return 4 * i + lane;
+  return group_in_nibbles(i, lane);
+}
+
+DUET_INLINE void two_bit_registers(const uint8_t* qs, __m512i (&q)[4]) {
+  const __m512i v = load512(qs);
+  q[0] = masked(v, 3);
+  q[1] = masked(_mm512_srli_epi16(v, 2), 3);
+  q[2] = masked(_mm512_srli_epi16(v, 4), 3);
+  q[3] = masked(_mm512_srli_epi16(v, 6), 3);
+}
+DUET_INLINE void decode_quants(const BlockQ2_K& b, __m512i (&q)[4]) { two_bit_registers(b.qs, q); }
+DUET_INLINE void decode_quants(const BlockQ3_K& b, __m512i (&q)[4]) {
+  two_bit_registers(b.qs, q);
+  // Bit i of the lower half and 4 + i of the upper half become bit 2 of register i.
+  const __m512i bits = shift_halves(both_halves(b.hmask), 0, 4), four = _mm512_set1_epi8(4);
+  const auto or_bit = [&](__m512i to, __m512i v) {
+    return _mm512_ternarylogic_epi32(to, v, four, 0xf8);  // to | (v & four)
+  };
+  q[0] = or_bit(q[0], _mm512_slli_epi16(bits, 2));
+  q[1] = or_bit(q[1], _mm512_slli_epi16(bits, 1));
+  q[2] = or_bit(q[2], bits);
+  q[3] = or_bit(q[3], _mm512_srli_epi16(bits, 1));
+}
+
+DUET_INLINE void decode_quants(const BlockQ4_K& b, __m512i (&q)[4]) {
+  for (int p = 0; p < 2; ++p) {
+    const __m512i v = load512(b.qs + 64 * p);
+    q[2 * p] = masked(v, 15);
+    q[2 * p + 1] = masked(_mm512_srli_epi16(v, 4), 15);
+  }
+}
+DUET_INLINE void decode_quants(const BlockQ5_K& b, __m512i (&q)[4]) {
+  // Register i takes bits i % 2 + 4 (i / 2) and two above it, for its halves.
+  const __m512i bits = shift_halves(both_halves(b.qh), 0, 2), high = _mm512_set1_epi8(16);
+  const auto or_bit = [&](__m512i to, __m512i v) {
+    return _mm512_ternarylogic_epi32(to, v, high, 0xf8);
+  };
+  for (int p = 0; p < 2; ++p) {
+    const __m512i v = load512(b.qs + 64 * p);
+    q[2 * p] = or_bit(masked(v, 15), p == 0 ? _mm512_slli_epi16(bits, 4) : bits);
+    q[2 * p + 1] = or_bit(masked(_mm512_srli_epi16(v, 4), 15),
+                          p == 0 ? _mm512_slli_epi16(bits, 3) : _mm512_srli_epi16(bits, 1));
+  }
+}
+
+DUET_INLINE void decode_quants(const BlockQ6_K& b, __m512i (&q)[4]) {
+  const __m512i two = _mm512_set1_epi8(0x30);
+  for (int p = 0; p < 2; ++p) {
+    const __m512i v = load512(b.ql + 64 * p), bits = both_halves(b.qh + 32 * p);
+    // Bits 0 and 2 of the halves, then 4 and 6, come to bit 4.
+    const __m256i left4 = _mm256_set1_epi16(4), left2 = _mm256_set1_epi16(2);
+    const __m512i left = _mm512_inserti64x4(_mm512_castsi256_si512(left4), left2, 1);
+    q[2 * p] = _mm512_ternarylogic_epi32(masked(v, 15), _mm512_sllv_epi16(bits, left), two, 0xf8);
+    q[2 * p + 1] = _mm512_ternarylogic_epi32(masked(_mm512_srli_epi16(v, 4), 15),
+                                             shift_halves(bits, 0, 2), two, 0xf8);
+  }
+}
+
+// Low and high nibbles of a lane belong to the same group: registers 2 p and 2 p + 1 share scales.
+DUET_INLINE void decode_quants(const BlockIQ4_XS& b, __m512i (&q)[4]) {
+  const __m128i levels = _mm_xor_si128(load128(kIq4Levels), _mm_set1_epi8(-128));
+  const __m512i table = _mm512_broadcast_i32x4(levels);
+  for (int p = 0; p < 2; ++p) {
+    const __m512i v = load512(b.qs + 64 * p);
+    q[2 * p] = _mm512_shuffle_epi8(table, masked(v, 15));
+    q[2 * p + 1] = _mm512_shuffle_epi8(table, masked(_mm512_srli_epi16(v, 4), 15));
+  }
+}
+
+// The activations in the order of decode_quants.
+template <class Block>
+DUET_INLINE void arrange(const BlockAct256& x, __m512i (&out)[4]) {
+  const __m512i a = load512(x.qs), b = load512(x.qs + 64), c = load512(x.qs + 128),
+                d = load512(x.qs + 192);
+  const auto low_halves = [](__m512i u, __m512i v) { return _mm512_shuffle_i64x2(u, v, 0x44); };
+  const auto high_halves = [](__m512i u, __m512i v) { return _mm512_shuffle_i64x2(u, v, 0xee); };
+  if constexpr (std::is_same_v<Block, BlockQ6_K>) {
+    out[0] = a, out[1] = b, out[2] = c, out[3] = d;
+  } else if constexpr (std::is_same_v<Block, BlockIQ4_XS>) {
+    out[0] = _mm512_shuffle_i32x4(a, b, 0x88), out[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    out[2] = _mm512_shuffle_i32x4(c, d, 0x88), out[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  } else if constexpr (kGroup<Block> == 32) {
+    out[0] = low_halves(a, b), out[1] = high_halves(a, b);
+    out[2] = low_halves(c, d), out[3] = high_halves(c, d);
+  } else {
+    out[0] = low_halves(a, c), out[1] = high_halves(a, c);
+    out[2] = low_halves(b, d), out[3] = high_halves(b, d);
+  }
+}
+
+// Scales of registers 2 p and 2 p + 1 after their sums of four are packed to 16 bits: each lane
+// holds four sums of the one, then four of the other.
 struct Spread {
-  alignas(64) uint16_t at[4][32];
+  alignas(64) uint16_t at[2][32];
 };
-constexpr Spread make_spread(unsigned group) {
+template <class Block>
+constexpr Spread make_spread() {
   Spread s{};
-  for (unsigned i = 0; i < 4; ++i) {
-    for (unsigned k = 0; k < 16; ++k)
-      s.at[i][2 * k] = static_cast<uint16_t>((64 * i + 4 * k) / group);
+  for (unsigned p = 0; p < 2; ++p) {
+    for (unsigned k = 0; k < 32; ++k)
+      s.at[p][k] = static_cast<uint16_t>(group_of<Block>(2 * p + k % 8 / 4, k / 8));
   }
   return s;
 }
-constexpr Spread kSpread16 = make_spread(16), kSpread32 = make_spread(32);
+template <class Block>
+constexpr Spread kSpread = make_spread<Block>();
+
+DUET_INLINE __m512i row_dot_packed(const __m512i (&q)[4], const __m512i (&x)[4], __m256i scales,
+                                   const Spread& spread) {
+  const auto dot = [&](int i) { return _mm512_dpbusd_epi32(__m512i{}, q[i], x[i]); };
+  __m512i sum = {};
+  for (int p = 0; p < 2; ++p) {
+    const __m512i f = _mm512_permutexvar_epi16(_mm512_load_si512(spread.at[p]),
+                                               _mm512_castsi256_si512(scales));
+    sum = _mm512_dpwssd_epi32(sum, _mm512_packs_epi32(dot(2 * p), dot(2 * p + 1)), f);
+  }
+  return sum;
+}
 
 template <class Block>
-DUET_INLINE __m512i spread_scale(__m256i scale, int i) {
-  const __m512i v = _mm512_castsi256_si512(scale);
-  const __m512i at = _mm512_load_si512((kGroup<Block> == 16 ? kSpread16 : kSpread32).at[i]);
-  const __m512i low16 = _mm512_maskz_permutexvar_epi16(0x55555555u, at, v);
-  if constexpr (fits16(kTop<Block>, 4)) return low16;
-  return _mm512_srai_epi32(_mm512_slli_epi32(low16, 16), 16);
+DUET_INLINE __m512i row_dot(const Block& block, __m256i scales, const __m512i (&x)[4]) {
+  __m512i q[4];
+  decode_quants(block, q);
+  return row_dot_packed(q, x, scales, kSpread<Block>);
+}
+
+// Sums exceed 16 bits: lane l of pair p times scale 4 p + l in 32 bits.
+template <>
+DUET_INLINE __m512i row_dot(const BlockIQ4_XS& block, __m256i scales, const __m512i (&x)[4]) {
+  __m512i q[4];
+  decode_quants(block, q);
+  const __m512i wide = _mm512_cvtepi16_epi32(scales);
+  const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  __m512i sum[2];
+  for (int p = 0; p < 2; ++p) {
+    const __m512i dot = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(__m512i{}, q[2 * p], x[2 * p]),
+                                            q[2 * p + 1], x[2 * p + 1]);
+    const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32(4 * p));
+    sum[p] = _mm512_mullo_epi32(dot, _mm512_permutexvar_epi32(at, wide));
+  }
+  return _mm512_add_epi32(sum[0], sum[1]);
 }
 
 // ---- prefill -----------------------------------------------------------------------------------
@@ -391,7 +525,6 @@ struct KPanel {
 
   // ---- decode: four rows at a time, a 128-bit lane of scales each ------------------------------
   static constexpr size_t kRows = 4;
-  static constexpr bool kWideDot = !fits16(kTop<Block>, 4);
 
   static size_t n_steps(size_t cols) { return cols / 256; }
   static void decode(const std::byte* const* rows, NextRows next, const MatmulArgs& a, float* y) {
@@ -411,9 +544,11 @@ struct KPanel {
     const __m512i lanes = scale_lanes(block);
     alignas(64) std::byte stored[64];
     _mm512_store_si512(stored, lanes);
-    __m512i dot[4];
+    __m512i arranged[4], dot[4];
+    arrange<Block>(x, arranged);
 #pragma GCC unroll 4
-    for (size_t r = 0; r < 4; ++r) dot[r] = row_dot(*block[r], row_scales<Block>(stored + 16 * r), x);
+    for (size_t r = 0; r < 4; ++r)
+      dot[r] = row_dot(*block[r], row_scales<Block>(stored + 16 * r), arranged);
     __m512i d = rows_to_lanes(dot);
     if constexpr (kOffsetShift<Block> != 0)
       d = _mm512_sub_epi32(d, _mm512_slli_epi32(sums_dot<Block>(lanes, x), kOffsetShift<Block>));
@@ -430,19 +565,6 @@ struct KPanel {
     }
     const __m128i one = _mm512_castsi512_si128(_mm512_permutexvar_epi32(pick, d));
     return _mm_fmadd_ps(_mm_cvtepi32_ps(one), _mm256_castps256_ps128(scale), sum);
-  }
-
-  static DUET_INLINE __m512i row_dot(const Block& block, __m256i scales, const BlockAct256& x) {
-    __m512i sum = {};
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const __m512i dot =
-          _mm512_dpbusd_epi32(__m512i{}, quants(block, i), load512(x.qs + 64 * i));
-      const __m512i f = spread_scale<Block>(scales, i);
-      sum = kWideDot ? _mm512_add_epi32(sum, _mm512_mullo_epi32(dot, f))
-                     : _mm512_dpwssd_epi32(sum, dot, f);
-    }
-    return sum;
   }
 
   // Lane r of the result: four sums of row r.
