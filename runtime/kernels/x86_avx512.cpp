@@ -6,44 +6,109 @@
 namespace duet {
 namespace {
 
-// unsigned_quants: 32 values above their own by 1 << kOffsetShift (0: no offset but a minimum m).
-struct Q4_0 {
-  using Block = BlockQ4_0;
-  static constexpr int kOffsetShift = 3;
-  static DUET_INLINE __m256i unsigned_quants(const Block& b) { return nibbles(b.qs); }
+// ---- unpacking -----------------------------------------------------------------------------------
+// Prefill takes two blocks in their order; decode takes four, the first 16 values of each in one
+// register, the last 16 in another, which are added up in place. Values are unsigned: above their
+// own by 1 << kOffsetShift (0: no offset but a minimum m).
+struct Halves {
+  __m512i first, last;
 };
-struct Q4_1 {
-  using Block = BlockQ4_1;
-  static constexpr int kOffsetShift = 0;
-  static DUET_INLINE __m256i unsigned_quants(const Block& b) { return nibbles(b.qs); }
+
+DUET_INLINE __m512i four_lanes(const void* a, const void* b, const void* c, const void* d) {
+  __m512i v = _mm512_castsi128_si512(load128(a));
+  v = _mm512_inserti32x4(v, load128(b), 1);
+  v = _mm512_inserti32x4(v, load128(c), 2);
+  return _mm512_inserti32x4(v, load128(d), 3);
+}
+
+// 16 + 16 bytes -> 64 values 0..15: per block low nibbles, then high nibbles.
+DUET_INLINE __m512i nibble_pair(const uint8_t* a, const uint8_t* b) {
+  const __m512i twice = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(load128(a)), 0xff00,
+                                                    load128(b));
+  const __m256i shift = _mm256_set_m128i(_mm_set1_epi16(4), __m128i{});
+  const __m512i v = _mm512_srlv_epi16(twice, _mm512_broadcast_i64x4(shift));
+  return _mm512_and_si512(v, _mm512_set1_epi8(15));
+}
+template <class Block>
+DUET_INLINE Halves nibble_halves(const Block* const* b) {
+  const __m512i v = four_lanes(b[0]->qs, b[1]->qs, b[2]->qs, b[3]->qs);
+  const __m512i low = _mm512_set1_epi8(15);
+  return {_mm512_and_si512(v, low), _mm512_and_si512(_mm512_srli_epi16(v, 4), low)};
+}
+
+DUET_INLINE uint32_t word_at(const uint8_t* p) {
+  uint32_t v;
+  __builtin_memcpy(&v, p, 4);
+  return v;
+}
+DUET_INLINE __m512i add_16(__m512i q, uint64_t where) {
+  return _mm512_mask_add_epi8(q, where, q, _mm512_set1_epi8(16));
+}
+DUET_INLINE __m512i fifth_pair(const uint8_t* a, const uint8_t* b) {
+  return add_16(__m512i{}, word_at(a) | static_cast<uint64_t>(word_at(b)) << 32);
+}
+template <class Block>
+DUET_INLINE Halves fifth_halves(Halves q, const Block* const* b) {
+  const uint64_t w01 = word_at(b[0]->qh) | static_cast<uint64_t>(word_at(b[1]->qh)) << 32;
+  const uint64_t w23 = word_at(b[2]->qh) | static_cast<uint64_t>(word_at(b[3]->qh)) << 32;
+  const auto pack = [](uint64_t v) { return (v & 0xffff) | (v >> 16 & 0xffff0000); };
+  return {add_16(q.first, pack(w01) | pack(w23) << 32),
+          add_16(q.last, pack(w01 >> 16) | pack(w23 >> 16) << 32)};
+}
+
+template <class B, int kShift>
+struct Nibbles {
+  using Block = B;
+  static constexpr int kOffsetShift = kShift;
+  static DUET_INLINE __m512i pair(const Block& a, const Block& b) {
+    return nibble_pair(a.qs, b.qs);
+  }
+  static DUET_INLINE Halves halves(const Block* const* b) { return nibble_halves(b); }
 };
-struct Q5_0 {
-  using Block = BlockQ5_0;
-  static constexpr int kOffsetShift = 4;
-  static DUET_INLINE __m256i unsigned_quants(const Block& b) {
-    return _mm256_or_si256(nibbles(b.qs), fifth_bits(b.qh));
+template <class B, int kShift>
+struct FiveBits {
+  using Block = B;
+  static constexpr int kOffsetShift = kShift;
+  static DUET_INLINE __m512i pair(const Block& a, const Block& b) {
+    return _mm512_or_si512(nibble_pair(a.qs, b.qs), fifth_pair(a.qh, b.qh));
+  }
+  static DUET_INLINE Halves halves(const Block* const* b) {
+    return fifth_halves(nibble_halves(b), b);
   }
 };
-struct Q5_1 {
-  using Block = BlockQ5_1;
-  static constexpr int kOffsetShift = 0;
-  static DUET_INLINE __m256i unsigned_quants(const Block& b) {
-    return _mm256_or_si256(nibbles(b.qs), fifth_bits(b.qh));
-  }
-};
+using Q4_0 = Nibbles<BlockQ4_0, 3>;
+using Q4_1 = Nibbles<BlockQ4_1, 0>;
+using Q5_0 = FiveBits<BlockQ5_0, 4>;
+using Q5_1 = FiveBits<BlockQ5_1, 0>;
+
 struct Q8_0 {
   using Block = BlockQ8_0;
   static constexpr int kOffsetShift = 7;
-  static DUET_INLINE __m256i unsigned_quants(const Block& b) {
-    return _mm256_xor_si256(load256(b.qs), _mm256_set1_epi8(-128));
+  static DUET_INLINE __m512i above(__m512i v) {
+    return _mm512_xor_si512(v, _mm512_set1_epi8(-128));
+  }
+  static DUET_INLINE __m512i pair(const Block& a, const Block& b) {
+    return above(_mm512_inserti64x4(_mm512_castsi256_si512(load256(a.qs)), load256(b.qs), 1));
+  }
+  static DUET_INLINE Halves halves(const Block* const* b) {
+    return {above(four_lanes(b[0]->qs, b[1]->qs, b[2]->qs, b[3]->qs)),
+            above(four_lanes(b[0]->qs + 16, b[1]->qs + 16, b[2]->qs + 16, b[3]->qs + 16))};
   }
 };
+
 struct IQ4_NL {
   using Block = BlockIQ4_NL;
   static constexpr int kOffsetShift = 7;
-  static DUET_INLINE __m256i unsigned_quants(const Block& b) {
-    const __m128i levels = _mm_xor_si128(load128(kIq4Levels), _mm_set1_epi8(-128));
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), nibbles(b.qs));
+  static DUET_INLINE __m512i levels(__m512i q) {
+    const __m128i table = _mm_xor_si128(load128(kIq4Levels), _mm_set1_epi8(-128));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), q);
+  }
+  static DUET_INLINE __m512i pair(const Block& a, const Block& b) {
+    return levels(nibble_pair(a.qs, b.qs));
+  }
+  static DUET_INLINE Halves halves(const Block* const* b) {
+    const Halves q = nibble_halves(b);
+    return {levels(q.first), levels(q.last)};
   }
 };
 
@@ -63,8 +128,7 @@ struct Panel32 {
         for (size_t r = 0; r < 16; ++r) {
           const auto* block =
               reinterpret_cast<const Block*>(rows.row[16 * half + r]) + 8 * step + i;
-          v[r] = i + 1 < n_blocks ? pair(block[0], block[1])
-                                  : _mm512_zextsi256_si512(F::unsigned_quants(block[0]));
+          v[r] = F::pair(block[0], block[i + 1 < n_blocks ? 1 : 0]);
         }
         transpose16(v);
 #pragma GCC unroll 16
@@ -80,11 +144,6 @@ struct Panel32 {
       for (size_t i = 0; i < 8 * sizeof(Block); i += 64)
         _mm_prefetch(reinterpret_cast<const char*>(block + 8) + i, _MM_HINT_T0);
     }
-  }
-
-  static DUET_INLINE __m512i pair(const Block& a, const Block& b) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(F::unsigned_quants(a)),
-                              F::unsigned_quants(b), 1);
   }
 
   template <size_t T>
@@ -154,13 +213,14 @@ struct Panel32 {
   static constexpr size_t kRows = 16;
   static size_t n_steps(size_t cols) { return (cols / 32 + 15) / 16; }
 
-  // Sixteen blocks of the token. Sums come out in the order of kOrder: that of the folds below.
+  // Sixteen blocks of the token. Register j holds four blocks 4 j + lane; sums come out as
+  // [lane][j], place i is block order(i).
   struct Token16 {
-    alignas(64) int8_t qs[8][64];
-    alignas(64) int32_t offset[8][16];  // per four products
+    alignas(64) int8_t first[4][64], last[4][64];  // activations 0..15 and 16..31 of four blocks
+    alignas(64) int32_t offset[4][16];             // per lane of the dot products
     alignas(64) float d[16], total[16];
   };
-  static constexpr uint8_t kOrder[16] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
+  static constexpr size_t order(size_t i) { return 4 * (i % 4) + i / 4; }
 
   static void decode(const std::byte* const* rows, NextRows next, const MatmulArgs& a, float* y) {
     const size_t n_blocks = a.cols / 32;
@@ -176,20 +236,24 @@ struct Panel32 {
 
   static DUET_INLINE void load_token(const BlockAct32* x, size_t n, Token16& token) {
     for (size_t i = 0; i < 16; ++i) {
-      const bool there = kOrder[i] < n;
-      token.d[i] = there ? x[kOrder[i]].d : 0.0f;
-      token.total[i] = there ? token.d[i] * static_cast<float>(x[kOrder[i]].sum) : 0.0f;
+      const bool there = order(i) < n;
+      token.d[i] = there ? x[order(i)].d : 0.0f;
+      token.total[i] = there ? token.d[i] * static_cast<float>(x[order(i)].sum) : 0.0f;
     }
     for (size_t b = 0; b < 16; ++b) {
       const __m256i v = b < n ? load256(x[b].qs) : __m256i{};
-      _mm256_store_si256(reinterpret_cast<__m256i*>(token.qs[b / 2] + 32 * (b % 2)), v);
+      const auto at = [b](int8_t (&to)[4][64]) {
+        return reinterpret_cast<__m128i*>(to[b / 4] + 16 * (b % 4));
+      };
+      _mm_store_si128(at(token.first), _mm256_castsi256_si128(v));
+      _mm_store_si128(at(token.last), _mm256_extracti128_si256(v, 1));
     }
-    if constexpr (F::kOffsetShift > 0) {
-      const __m512i off = _mm512_set1_epi8(static_cast<char>(1 << F::kOffsetShift));
-      for (size_t j = 0; j < 8; ++j) {
-        const __m512i dot = _mm512_dpbusd_epi32(__m512i{}, off, _mm512_load_si512(token.qs[j]));
-        _mm512_store_si512(token.offset[j], _mm512_sub_epi32(__m512i{}, dot));
-      }
+    const __m512i off = _mm512_set1_epi8(static_cast<char>(1 << F::kOffsetShift));
+    for (size_t j = 0; j < 4 && !kHasMinimum; ++j) {
+      const __m512i dot = _mm512_dpbusd_epi32(
+          _mm512_dpbusd_epi32(__m512i{}, off, _mm512_load_si512(token.first[j])), off,
+          _mm512_load_si512(token.last[j]));
+      _mm512_store_si512(token.offset[j], _mm512_sub_epi32(__m512i{}, dot));
     }
   }
 
@@ -199,15 +263,11 @@ struct Panel32 {
                                        const BlockAct32* x, __m512 sum) {
     Token16 token;
     load_token(x, n, token);
-    alignas(64) uint16_t d[16][16] = {}, m[16][16] = {};
+    alignas(64) uint16_t d[16][16], m[16][16];
     for (size_t r = 0; r < 16; ++r) {
       const auto* block = reinterpret_cast<const Block*>(rows[r]) + first;
-#pragma GCC unroll 16
-      for (size_t i = 0; i < 16; ++i) {
-        if (!kFull && kOrder[i] >= n) continue;
-        d[r][i] = block[kOrder[i]].d;
-        if constexpr (kHasMinimum) m[r][i] = block[kOrder[i]].m;
-      }
+      copy_halves<kFull>(&block->d, n, d[r]);
+      if constexpr (kHasMinimum) copy_halves<kFull>(&block->m, n, m[r]);
     }
     __m512i dot[16];
     for (size_t r = 0; r < 16; ++r) {
@@ -217,28 +277,50 @@ struct Panel32 {
     return add_chains(dot, d, m, token, n, sum);
   }
 
-  // The 16 integer sums of a row, in the order of kOrder.
+  // out[i] = the half that stands at p in block order(i)
+  template <bool kFull>
+  static DUET_INLINE void copy_halves(const uint16_t* p, size_t n, uint16_t* out) {
+    constexpr size_t kWords = sizeof(Block) / 2;
+    if constexpr (kFull && kWords <= 10) {  // four blocks in 64 bytes: permute instead of copying
+      const __m256i blocks = _mm256_setr_epi16(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+      const __m512i at = _mm512_castsi256_si512(
+          _mm256_mullo_epi16(blocks, _mm256_set1_epi16(static_cast<int16_t>(kWords))));
+      __m512i v = {};
+#pragma GCC unroll 4
+      for (size_t j = 0; j < 4; ++j) {
+        // Not from the very end: the last load must stay inside the block.
+        const __m512i four = j < 3 ? load512(p + 4 * j * kWords)
+                                   : _mm512_maskz_loadu_epi16((1u << (3 * kWords + 1)) - 1,
+                                                              p + 4 * j * kWords);
+        v = _mm512_mask_permutexvar_epi16(v, 0x1111u << j, at, four);
+      }
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(v));
+      return;
+    }
+#pragma GCC unroll 16
+    for (size_t i = 0; i < 16; ++i) out[i] = p[(kFull || order(i) < n ? order(i) : 0) * kWords];
+  }
+
+  // The 16 integer sums of a row, place i for block order(i). Beyond the end of the row the
+  // activations are 0, any block will do.
   template <bool kFull>
   static DUET_INLINE __m512i row_dots(const Block* block, size_t n, const Token16& token) {
-    __m512i v[8];
-#pragma GCC unroll 8
-    for (size_t j = 0; j < 8; ++j) {
-      __m512i q = {};
-      if (kFull || 2 * j + 1 < n) q = pair(block[2 * j], block[2 * j + 1]);
-      else if (2 * j < n) q = _mm512_zextsi256_si512(F::unsigned_quants(block[2 * j]));
-      const __m512i start = F::kOffsetShift > 0 ? _mm512_load_si512(token.offset[j]) : __m512i{};
-      v[j] = _mm512_dpbusd_epi32(start, q, _mm512_load_si512(token.qs[j]));
-    }
+    __m512i v[4];
 #pragma GCC unroll 4
-    for (size_t j = 0; j < 4; ++j)
-      v[j] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * j], v[2 * j + 1]),
-                              _mm512_unpackhi_epi32(v[2 * j], v[2 * j + 1]));
-    const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi64(v[0], v[1]),
-                                         _mm512_unpackhi_epi64(v[0], v[1]));
-    const __m512i high = _mm512_add_epi32(_mm512_unpacklo_epi64(v[2], v[3]),
-                                          _mm512_unpackhi_epi64(v[2], v[3]));
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88),
-                            _mm512_shuffle_i32x4(low, high, 0xdd));
+    for (size_t j = 0; j < 4; ++j) {
+      const Block* four[4];
+#pragma GCC unroll 4
+      for (size_t i = 0; i < 4; ++i) four[i] = block + (kFull || 4 * j + i < n ? 4 * j + i : 0);
+      const Halves q = F::halves(four);
+      v[j] = kHasMinimum ? __m512i{} : _mm512_load_si512(token.offset[j]);
+      v[j] = _mm512_dpbusd_epi32(v[j], q.first, _mm512_load_si512(token.first[j]));
+      v[j] = _mm512_dpbusd_epi32(v[j], q.last, _mm512_load_si512(token.last[j]));
+    }
+    const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]),
+                                         _mm512_unpackhi_epi32(v[0], v[1]));
+    const __m512i high = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]),
+                                          _mm512_unpackhi_epi32(v[2], v[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
   }
 
   static DUET_INLINE __m512 add_chains(__m512i (&dot)[16], const uint16_t (&d)[16][16],
@@ -258,7 +340,7 @@ struct Panel32 {
 #pragma GCC unroll 16
     for (size_t b = 0; b < 16; ++b) {
       if (b >= n) break;
-      const size_t i = kPlace.of[b];
+      const size_t i = 4 * (b % 4) + b / 4;  // the inverse of order() is itself
       sum = _mm512_fmadd_ps(_mm512_castsi512_ps(dot[i]), _mm512_castsi512_ps(scale[i]), sum);
       if constexpr (kHasMinimum) {
         const __m512 t = _mm512_set1_ps(token.total[i]);
@@ -267,15 +349,6 @@ struct Panel32 {
     }
     return sum;
   }
-
-  struct Place {
-    uint8_t of[16];
-  };
-  static constexpr Place kPlace = [] {
-    Place place{};
-    for (uint8_t i = 0; i < 16; ++i) place.of[kOrder[i]] = i;
-    return place;
-  }();
 };
 
 }  // namespace
