@@ -144,14 +144,14 @@ struct Decode32 {
 };
 
 template <class Bytes, bool kTail>
-DUET_INLINE __m256 decode_blocks(RowsOf8& rows, const BlockAct32* x, size_t b, size_t n,
-                                 __m256 y) {
+DUET_INLINE __m256 decode_blocks(const RowsOf8& rows, Ahead& ahead, const BlockAct32* x,
+                                 size_t b, size_t n, __m256 y) {
   using Block = typename Bytes::Block;
   Decode32<Bytes> decode;
 #pragma GCC unroll 1
   for (size_t r = 0; r < 8; ++r) {
     const std::byte* w = rows.at[r] + b * sizeof(Block);
-    rows.prefetch(n * sizeof(Block));
+    ahead.fetch(n * sizeof(Block));
     decode.template add_row<kTail>(r, reinterpret_cast<const Block*>(w), x + b, n);
   }
   return decode.chain(EightActs(x + b, n), n, y);
@@ -160,11 +160,12 @@ DUET_INLINE __m256 decode_blocks(RowsOf8& rows, const BlockAct32* x, size_t b, s
 template <class Bytes>
 void decode_rows32(const MatmulArgs& a) noexcept {
   const auto* x = reinterpret_cast<const BlockAct32*>(a.x);
-  RowsOf8 rows(a);
+  const RowsOf8 rows(a);
+  Ahead ahead(a, 8);
   __m256 y = {};
   size_t b = 0;
-  for (; b + 8 <= a.cols / 32; b += 8) y = decode_blocks<Bytes, false>(rows, x, b, 8, y);
-  if (b < a.cols / 32) y = decode_blocks<Bytes, true>(rows, x, b, a.cols / 32 - b, y);
+  for (; b + 8 <= a.cols / 32; b += 8) y = decode_blocks<Bytes, false>(rows, ahead, x, b, 8, y);
+  if (b < a.cols / 32) y = decode_blocks<Bytes, true>(rows, ahead, x, b, a.cols / 32 - b, y);
   rows.store(y);
 }
 

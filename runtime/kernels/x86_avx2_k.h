@@ -177,14 +177,15 @@ DUET_INLINE void decode_block(const Block& b, const BlockAct256& x, size_t at,
 template <class Block>
 void decode_rows(const MatmulArgs& a) noexcept {
   const auto* x = reinterpret_cast<const BlockAct256*>(a.x);
-  RowsOf8 rows(a);
+  const RowsOf8 rows(a);
+  Ahead ahead(a, 8);
   __m256 y = {};
   for (size_t b = 0; b < a.cols / 256; ++b) {
     DecodeSums sums;
 #pragma GCC unroll 1
     for (size_t r = 0; r < 8; ++r) {
       const std::byte* w = rows.at[r] + b * sizeof(Block);
-      rows.prefetch(sizeof(Block));
+      ahead.fetch(sizeof(Block));
       decode_block(*reinterpret_cast<const Block*>(w), x[b], r, sums);
     }
     const __m256 x_d = _mm256_broadcast_ss(&x[b].d);

@@ -87,32 +87,33 @@ struct WideAct {
   static DUET_INLINE __m256i widen16(const int8_t* x) { return _mm256_cvtepi8_epi16(load128(x)); }
 };
 
-// The rows of a panel are more streams than the processor follows by itself. The address may lie
-// past the end of the weights.
-DUET_INLINE void prefetch_ahead(const std::byte* p, size_t offset, size_t bytes) {
-  const auto at = reinterpret_cast<uintptr_t>(p) + offset;
-  for (size_t i = 0; i < bytes; i += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T0);
-}
+// Rows computed side by side are more streams at once than memory likes, so the rows that come
+// after them, one after the other in memory, are fetched into the L2 cache as one stream while
+// these are computed.
+struct Ahead {
+  const std::byte* next;  // null: nothing follows
+
+  // rows: of the problem; at_once: how many of them are computed side by side.
+  DUET_INLINE Ahead(const MatmulArgs& a, size_t at_once)
+      : next(a.n_rows > at_once ? a.w + at_once * a.w_stride : nullptr) {}
+
+  // As many bytes as the step that calls this computes.
+  DUET_INLINE void fetch(size_t bytes) {
+    if (next == nullptr) return;
+    for (size_t i = 0; i < bytes; i += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T1);
+    next += bytes;
+  }
+};
 
 // ---- one token: eight rows at a time -------------------------------------------------------------
-// The first eight rows of a problem; past the last one that row again, not stored. Eight streams
-// at once are more than memory likes: the next eight rows, which lie one after the other, are
-// fetched as one stream while these are computed from the cache.
+// The first eight rows of a problem; past the last one that row again, not stored.
 struct RowsOf8 {
   const MatmulArgs& a;
   const std::byte* at[8];
-  const std::byte* ahead;  // null at the last eight
 
-  explicit DUET_INLINE RowsOf8(const MatmulArgs& args)
-      : a(args), ahead(a.n_rows > 8 ? a.w + 8 * a.w_stride : nullptr) {
+  explicit DUET_INLINE RowsOf8(const MatmulArgs& args) : a(args) {
     for (size_t r = 0; r < 8; ++r) at[r] = a.w + (r < a.n_rows ? r : a.n_rows - 1) * a.w_stride;
-  }
-  // Called with the bytes that each step computes.
-  DUET_INLINE void prefetch(size_t bytes) {
-    if (ahead == nullptr) return;
-    prefetch_ahead(ahead, 0, bytes);
-    ahead += bytes;
   }
   DUET_INLINE void store(__m256 y) const {
     alignas(32) float v[8];
@@ -153,7 +154,7 @@ DUET_INLINE size_t run_tiles(const Panel& panel, const MatmulArgs& a, size_t c, 
       x[i] = reinterpret_cast<const Act*>(a.x + (t + i) * a.x_stride) + c / Panel::kActCols;
       if constexpr (Panel::kWide) x16[i].set(x[i], n_cols / Panel::kActCols);
     }
-    for (size_t v = 0; 8 * v < a.n_rows; v += R)
+    for (size_t v = 0; v < kVectors && 8 * v < a.n_rows; v += R)
       panel.template tile<R, T>(v, x, x16, n_cols, sums.v[t] + 8 * v);
   }
   return t;
@@ -163,46 +164,44 @@ DUET_INLINE size_t run_tiles(const Panel& panel, const MatmulArgs& a, size_t c, 
 // not stored.
 template <class Panel>
 DUET_INLINE void unpack_vector(Panel& panel, const MatmulArgs& a, size_t c, size_t n_cols,
-                               size_t v) {
+                               size_t v, Ahead& ahead) {
   using Block = typename Panel::Block;
-  constexpr size_t kBytes = 256 / Panel::kBlockCols * sizeof(Block);
-  const size_t at = c / Panel::kBlockCols * sizeof(Block);
-  const size_t next = c + 256 < a.cols ? kBytes : kPanelRows * a.w_stride - at;  // next panel
   const Block* rows[8];
   for (size_t j = 0; j < 8; ++j) {
     const size_t r = 8 * v + j < a.n_rows ? 8 * v + j : a.n_rows - 1;
-    const std::byte* row = a.w + r * a.w_stride + at;
-    rows[j] = reinterpret_cast<const Block*>(row);
-    prefetch_ahead(row, next, kBytes);
+    rows[j] = reinterpret_cast<const Block*>(a.w + r * a.w_stride) + c / Panel::kBlockCols;
+    ahead.fetch(n_cols / Panel::kBlockCols * sizeof(Block));
   }
   panel.unpack(rows, v, n_cols);
 }
 
-// Up to kPanelRows rows x kPanelTokens tokens.
+// The first kPanelRows rows times up to kPanelTokens tokens.
 template <class Panel>
 void run_panel(const MatmulArgs& a) noexcept {
   Panel panel;
   PanelSums sums;
   __builtin_memset(&sums, 0, a.n_tokens * sizeof sums.v[0]);
+  Ahead ahead(a, kPanelRows);
   for (size_t c = 0; c < a.cols; c += 256) {
     const size_t n_cols = a.cols - c < 256 ? a.cols - c : 256;
-    for (size_t v = 0; v < kVectors; ++v) unpack_vector(panel, a, c, n_cols, v);
+    for (size_t v = 0; v < kVectors; ++v) unpack_vector(panel, a, c, n_cols, v, ahead);
     size_t t = run_tiles<2, 4>(panel, a, c, n_cols, 0, sums);
     t = run_tiles<4, 2>(panel, a, c, n_cols, t, sums);
     run_tiles<4, 1>(panel, a, c, n_cols, t, sums);
   }
+  const size_t n_rows = a.n_rows < kPanelRows ? a.n_rows : kPanelRows;
   for (size_t t = 0; t < a.n_tokens; ++t)
-    __builtin_memcpy(a.y + t * a.y_stride, sums.v[t], a.n_rows * sizeof(float));
+    __builtin_memcpy(a.y + t * a.y_stride, sums.v[t], n_rows * sizeof(float));
 }
 
 template <class Panel>
 DUET_INLINE void matmul_panels(const MatmulArgs& a) {
   for (size_t t = 0; t < a.n_tokens; t += kPanelTokens) {
     for (size_t r = 0; r < a.n_rows; r += kPanelRows) {
-      MatmulArgs part = sub_problem(a, r, t);
-      part.n_rows = a.n_rows - r < kPanelRows ? a.n_rows - r : kPanelRows;
-      part.n_tokens = a.n_tokens - t < kPanelTokens ? a.n_tokens - t : kPanelTokens;
-      run_panel<Panel>(part);
+      MatmulArgs rest = sub_problem(a, r, t);
+      rest.n_rows = a.n_rows - r;
+      rest.n_tokens = a.n_tokens - t < kPanelTokens ? a.n_tokens - t : kPanelTokens;
+      run_panel<Panel>(rest);
     }
   }
 }
