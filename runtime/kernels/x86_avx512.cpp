@@ -222,12 +222,13 @@ struct Panel32 {
   };
   static constexpr size_t order(size_t i) { return 4 * (i % 4) + i / 4; }
 
-  static void decode(const std::byte* const* rows, NextRows next, const MatmulArgs& a, float* y) {
-    const size_t n_blocks = a.cols / 32;
+  static void decode(const std::byte* const* rows, const std::byte* act, size_t cols,
+                     NextRows& next, float* y) {
+    const size_t n_blocks = cols / 32;
     __m512 sum = {};
     for (size_t b = 0; b < n_blocks; b += 16) {
       next.fetch_share();
-      const auto* x = reinterpret_cast<const BlockAct32*>(a.x) + b;
+      const auto* x = reinterpret_cast<const BlockAct32*>(act) + b;
       sum = n_blocks - b >= 16 ? add_blocks<true>(rows, b, 16, x, sum)
                                : add_blocks<false>(rows, b, n_blocks - b, x, sum);
     }

@@ -527,14 +527,15 @@ struct KPanel {
   static constexpr size_t kRows = 4;
 
   static size_t n_steps(size_t cols) { return cols / 256; }
-  static void decode(const std::byte* const* rows, NextRows next, const MatmulArgs& a, float* y) {
-    const size_t n_blocks = a.cols / 256;
+  static void decode(const std::byte* const* rows, const std::byte* act, size_t cols,
+                     NextRows& next, float* y) {
+    const size_t n_blocks = cols / 256;
     __m128 sum = {};
     for (size_t b = 0; b < n_blocks; ++b) {
       const Block* block[4];
       for (size_t r = 0; r < 4; ++r) block[r] = reinterpret_cast<const Block*>(rows[r]) + b;
       next.fetch_share();
-      const BlockAct256& x = reinterpret_cast<const BlockAct256*>(a.x)[b];
+      const BlockAct256& x = reinterpret_cast<const BlockAct256*>(act)[b];
       sum = add_block(block, x, sum);
     }
     _mm_store_ps(y, sum);

@@ -144,7 +144,8 @@ class NextRows {
   size_t share_;
 };
 
-// Kernel::decode(rows, next, args, y): Kernel::kRows rows with one token; `next`: rows to fetch.
+// Kernel::decode(rows, x, cols, next, y): Kernel::kRows rows with one token; `next`: rows to fetch.
+// More tokens find the weights in the L1 cache.
 template <class Kernel>
 void matmul_rows(const MatmulArgs& a) noexcept {
   constexpr size_t kRows = Kernel::kRows;
@@ -153,17 +154,21 @@ void matmul_rows(const MatmulArgs& a) noexcept {
     const std::byte* rows[kRows];
     for (size_t r = 0; r < kRows; ++r)
       rows[r] = a.w + (row + r < a.n_rows ? row + r : a.n_rows - 1) * a.w_stride;
-    const NextRows next(a.w + (row + kRows) * a.w_stride, kRows * a.w_stride,
-                        Kernel::n_steps(a.cols));
-    Kernel::decode(rows, next, a, y);
+    NextRows next(a.w + (row + kRows) * a.w_stride, kRows * a.w_stride, Kernel::n_steps(a.cols));
     const size_t n = a.n_rows - row < kRows ? a.n_rows - row : kRows;
-    __builtin_memcpy(a.y + row, y, n * sizeof(float));
+    for (size_t t = 0; t < a.n_tokens; ++t) {
+      Kernel::decode(rows, a.x + t * a.x_stride, a.cols, next, y);
+      __builtin_memcpy(a.y + t * a.y_stride + row, y, n * sizeof(float));
+    }
   }
 }
 
+// Up to here unpacking a panel costs more than going over the rows once per token.
+constexpr size_t kRowTokens = 3;
+
 template <class Kernel>
 void matmul512(const MatmulArgs& a) noexcept {
-  a.n_tokens == 1 ? matmul_rows<Kernel>(a) : matmul_panels<Kernel>(a);
+  a.n_tokens <= kRowTokens ? matmul_rows<Kernel>(a) : matmul_panels<Kernel>(a);
 }
 
 }  // namespace
