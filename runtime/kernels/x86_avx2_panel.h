@@ -89,17 +89,16 @@ struct WideAct {
 
 // Rows computed side by side are more streams at once than memory likes, so the rows that come
 // after them, one after the other in memory, are fetched into the L2 cache as one stream while
-// these are computed.
+// these are computed; at the end of a call too, because the caller's next rows are likely those.
 struct Ahead {
-  const std::byte* next;  // null: nothing follows
+  uintptr_t next;
 
-  // rows: of the problem; at_once: how many of them are computed side by side.
+  // at_once: rows computed side by side.
   DUET_INLINE Ahead(const MatmulArgs& a, size_t at_once)
-      : next(a.n_rows > at_once ? a.w + at_once * a.w_stride : nullptr) {}
+      : next(reinterpret_cast<uintptr_t>(a.w) + at_once * a.w_stride) {}
 
   // As many bytes as the step that calls this computes.
   DUET_INLINE void fetch(size_t bytes) {
-    if (next == nullptr) return;
     for (size_t i = 0; i < bytes; i += 64)
       _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T1);
     next += bytes;
