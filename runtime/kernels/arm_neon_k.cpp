@@ -139,30 +139,17 @@ struct KKernel {
 
   static DUET_INLINE float32x4_t add_block(float32x4_t acc, const Block* const (&w)[kStripRows],
                                            const Act& x) {
-    int32_t scale[kStripRows][16];
     int32x4_t sum[kStripRows], mins[kStripRows];
     uint16_t d[kStripRows], dmin[kStripRows];
-#pragma GCC unroll 4
+    // One row after the other: side by side they would not fit the registers.
     for (size_t r = 0; r < kStripRows; ++r) {
       const KScales s = load_scales(*w[r]);
-      widen(s.scale, scale[r]);
-      sum[r] = mins[r] = vdupq_n_s32(0);
+      sum[r] = row_sum(*w[r], s, x);
       d[r] = w[r]->d;
       if constexpr (kHasMinimum) {
         dmin[r] = w[r]->dmin;
-        mins[r] = times_sums(mins[r], vget_low_u8(s.min), group_sums<kN>(x));
+        mins[r] = times_sums(vdupq_n_s32(0), vget_low_u8(s.min), group_sums<kN>(x));
         if constexpr (kN == 16) mins[r] = times_sums(mins[r], vget_high_u8(s.min), x.bsums + 8);
-      }
-    }
-#pragma GCC unroll 16
-    for (size_t g = 0; g < kN; ++g) {
-#pragma GCC unroll 4
-      for (size_t r = 0; r < kStripRows; ++r) {
-        int32x4_t dot = vdupq_n_s32(0);
-#pragma GCC unroll 2
-        for (size_t i = kParts * g; i < kParts * (g + 1); ++i)
-          dot = vdotq_s32(dot, quants(*w[r], i), vld1q_s8(x.qs + 16 * i));
-        sum[r] = vmlaq_n_s32(sum[r], dot, scale[r][g]);
       }
     }
     const float32x4_t scaled = vmulq_n_f32(halves_to_floats(d), x.d);
@@ -172,6 +159,21 @@ struct KKernel {
       acc = vfmsq_f32(acc, vcvtq_f32_s32(lane_sums(mins)), scaled_min);
     }
     return acc;
+  }
+
+  static DUET_INLINE int32x4_t row_sum(const Block& w, const KScales& s, const Act& x) {
+    int32_t scale[16];
+    widen(s.scale, scale);
+    int32x4_t sum = vdupq_n_s32(0);
+#pragma GCC unroll 16
+    for (size_t g = 0; g < kN; ++g) {
+      int32x4_t dot = vdupq_n_s32(0);
+#pragma GCC unroll 2
+      for (size_t i = 0; i < kParts; ++i)
+        dot = vdotq_s32(dot, quants(w, kParts * g + i), vld1q_s8(x.qs + 16 * (kParts * g + i)));
+      sum = vmlaq_n_s32(sum, dot, scale[g]);
+    }
+    return sum;
   }
 
   static void unpack(const std::byte* const (&w)[kPanelRows], size_t col, size_t, Panel& out) {
