@@ -13,7 +13,11 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(avx512_sources runtime/kernels/x86_avx512.cpp runtime/kernels/x86_avx512_k.cpp runtime/kernels/x86_avx512_float.cpp runtime/kernels/x86_avx512_peak.cpp)
   set_source_files_properties(${avx2_sources} PROPERTIES COMPILE_OPTIONS "${avx2_flags}")
   set_source_files_properties(${avx512_sources} PROPERTIES COMPILE_OPTIONS "${avx512_flags}")
-  set(DUET_ISA_SOURCES ${avx2_sources} ${avx512_sources})
+  set_source_files_properties(runtime/kernels/x86_avxvnni.cpp PROPERTIES COMPILE_OPTIONS "${avx2_flags};-mavxvnni")
+  set_source_files_properties(runtime/kernels/x86_avx512vnni256.cpp PROPERTIES COMPILE_OPTIONS
+    "${avx512_flags};-mprefer-vector-width=256")
+  set(DUET_ISA_SOURCES ${avx2_sources} ${avx512_sources} runtime/kernels/x86_avxvnni.cpp
+    runtime/kernels/x86_avx512vnni256.cpp)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
   set(neon_dot_sources runtime/kernels/arm_neon.cpp runtime/kernels/arm_neon_k.cpp runtime/kernels/arm_neon_peak.cpp)
   set(DUET_ISA_SOURCES ${neon_dot_sources} runtime/kernels/arm_neon_float.cpp)

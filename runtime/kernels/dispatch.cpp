@@ -27,6 +27,16 @@ void fill_avx2(KernelTable& table) {
   add_avx2_peak(table);
 }
 
+void fill_avxvnni(KernelTable& table) {
+  fill_avx2(table);
+  add_avxvnni(table);
+}
+
+void fill_avx512vnni256(KernelTable& table) {
+  fill_avx2(table);
+  add_avx512vnni256(table);
+}
+
 void fill_avx512(KernelTable& table) {
   fill_avx2(table);
   add_avx512_block32(table);
@@ -44,10 +54,13 @@ void fill_neon(KernelTable& table) {
 }
 #endif
 
-// Best first; the last one runs everywhere. AVX-512 without VNNI uses the AVX2 table.
+// Best first; the last one runs everywhere. AVX-512 without VNNI uses the AVX2 table. avx512vnni256
+// is there to test the code of avxvnni; wherever it runs, avx512 comes first.
 constexpr Isa kIsas[] = {
 #if defined(__x86_64__)
     {"avx512", kAvx2Needs | kCpuAvx512 | kCpuAvx512Vnni, fill_avx512},
+    {"avxvnni", kAvx2Needs | kCpuAvxVnni, fill_avxvnni},
+    {"avx512vnni256", kAvx2Needs | kCpuAvx512 | kCpuAvx512Vnni, fill_avx512vnni256},
     {"avx2", kAvx2Needs, fill_avx2},
 #elif defined(__aarch64__)
     {"neon", kCpuNeonDot, fill_neon},

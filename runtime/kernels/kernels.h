@@ -67,7 +67,7 @@ struct PeakLoops {
 inline constexpr float kActFloor = 0x1p-100f;  // 127 / max stays finite
 
 struct KernelTable {
-  const char* isa;  // "scalar", "avx2", "avx512", "neon"
+  const char* isa;  // "scalar", "avx2", "avxvnni", "avx512", "neon"
   CpuFeatures needs;
   PeakLoops peak;
 

@@ -16,6 +16,8 @@ void add_avx2_block32(KernelTable& table);
 void add_avx2_k(KernelTable& table);
 void add_avx2_float(KernelTable& table);
 void add_avx2_peak(KernelTable& table);
+void add_avxvnni(KernelTable& table);
+void add_avx512vnni256(KernelTable& table);
 void add_avx512_block32(KernelTable& table);
 void add_avx512_float(KernelTable& table);
 void add_avx512_k(KernelTable& table);

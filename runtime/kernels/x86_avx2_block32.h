@@ -14,25 +14,25 @@ DUET_INLINE __m256i nibbles32(const uint8_t* qs) {
 }
 
 // quants(): 32 values, unsigned with kOffsetShift (value = quant - 2^kOffsetShift unless 0), or
-// signed where kWide. kSteps: how many vpmaddubsw results add up in 16 bits.
+// signed where kWide. kLargest: the largest unsigned quant.
 struct BytesQ4_0 {
   using Block = BlockQ4_0;
   static constexpr bool kWide = false;
-  static constexpr int kOffsetShift = 3, kSteps = 8;
+  static constexpr int kOffsetShift = 3, kLargest = 15;
   static DUET_INLINE __m256i quants(const Block& b) { return nibbles32(b.qs); }
 };
 
 struct BytesQ4_1 {
   using Block = BlockQ4_1;
   static constexpr bool kWide = false;
-  static constexpr int kOffsetShift = 0, kSteps = 8;
+  static constexpr int kOffsetShift = 0, kLargest = 15;
   static DUET_INLINE __m256i quants(const Block& b) { return nibbles32(b.qs); }
 };
 
 struct BytesQ5_0 {
   using Block = BlockQ5_0;
   static constexpr bool kWide = false;
-  static constexpr int kOffsetShift = 4, kSteps = 4;
+  static constexpr int kOffsetShift = 4, kLargest = 31;
   static DUET_INLINE __m256i quants(const Block& b) {
     return _mm256_or_si256(nibbles32(b.qs), fifth_bits(b.qh));
   }
@@ -41,26 +41,31 @@ struct BytesQ5_0 {
 struct BytesQ5_1 {
   using Block = BlockQ5_1;
   static constexpr bool kWide = false;
-  static constexpr int kOffsetShift = 0, kSteps = 4;
+  static constexpr int kOffsetShift = 0, kLargest = 31;
   static DUET_INLINE __m256i quants(const Block& b) {
     return _mm256_or_si256(nibbles32(b.qs), fifth_bits(b.qh));
   }
 };
 
+// Eight signed bits become unsigned by an offset of 128; only vpdpbusd can take them.
+DUET_INLINE __m256i unsigned_if_vnni(__m256i q) {
+  return kVnni ? _mm256_xor_si256(q, _mm256_set1_epi8(-128)) : q;
+}
+
 struct BytesQ8_0 {
   using Block = BlockQ8_0;
-  static constexpr bool kWide = true;
-  static constexpr int kOffsetShift = 0, kSteps = 1;
-  static DUET_INLINE __m256i quants(const Block& b) { return load256(b.qs); }
+  static constexpr bool kWide = !kVnni;
+  static constexpr int kOffsetShift = kVnni ? 7 : 0;
+  static DUET_INLINE __m256i quants(const Block& b) { return unsigned_if_vnni(load256(b.qs)); }
 };
 
 struct BytesIQ4_NL {
   using Block = BlockIQ4_NL;
-  static constexpr bool kWide = true;
-  static constexpr int kOffsetShift = 0, kSteps = 1;
+  static constexpr bool kWide = !kVnni;
+  static constexpr int kOffsetShift = kVnni ? 7 : 0;
   static DUET_INLINE __m256i quants(const Block& b) {
     const __m256i levels = _mm256_broadcastsi128_si256(load128(kIq4Levels));
-    return _mm256_shuffle_epi8(levels, nibbles32(b.qs));
+    return unsigned_if_vnni(_mm256_shuffle_epi8(levels, nibbles32(b.qs)));
   }
 };
 
@@ -94,10 +99,8 @@ struct Decode32 {
   // Eight lanes of partial sums.
   static DUET_INLINE __m256i dot(const Block& w, const BlockAct32& x) {
     const __m256i q = Bytes::quants(w), v = load256(x.qs);
-    const __m256i pairs = Bytes::kWide
-                              ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(v, q))
-                              : _mm256_maddubs_epi16(q, v);
-    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    return Bytes::kWide ? dpbusd(__m256i{}, _mm256_abs_epi8(q), _mm256_sign_epi8(v, q))
+                        : dpbusd(__m256i{}, q, v);
   }
 
   // Row r; n blocks, of eight unless kTail.
@@ -228,19 +231,23 @@ struct Panel32 {
   template <size_t R, size_t T>
   static DUET_INLINE void add_bytes(const uint8_t* w, const BlockAct32* const* x, size_t b,
                                     TileSums<R, T>& sum) {
+    const int8_t* at[T];
 #pragma GCC unroll 4
-    for (size_t k = 0; k < 8; k += Bytes::kSteps) {
-      const int8_t* at[T];
+    for (size_t t = 0; t < T; ++t) at[t] = x[t][b].qs;
+    if constexpr (kVnni) {
+      multiply_columns<8, R, T>(w, at, sum);  // all eight in 32 bits
+    } else {
+      constexpr int kSteps = steps_in_16_bits(Bytes::kLargest);
 #pragma GCC unroll 4
-      for (size_t t = 0; t < T; ++t) at[t] = x[t][b].qs + 4 * k;
-      TileSums<R, T> pairs;
-      dot_pairs<Bytes::kSteps, R, T>(w + 128 * k, at, pairs);
-#pragma GCC unroll 4
-      for (size_t r = 0; r < R; ++r) {
+      for (size_t k = 0; k < 8; k += kSteps) {
+        TileSums<R, T> parts;
+        multiply_columns<kSteps, R, T>(w + 128 * k, at, parts);
 #pragma GCC unroll 4
         for (size_t t = 0; t < T; ++t) {
-          const __m256i part = _mm256_madd_epi16(pairs[r][t], _mm256_set1_epi16(1));
-          sum[r][t] = k == 0 ? part : in_order(_mm256_add_epi32(sum[r][t], part));
+          at[t] += 4 * kSteps;
+#pragma GCC unroll 4
+          for (size_t r = 0; r < R; ++r)
+            sum[r][t] = in_order(dpwssd(sum[r][t], parts[r][t], _mm256_set1_epi16(1)));
         }
       }
     }

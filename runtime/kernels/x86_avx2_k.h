@@ -53,8 +53,7 @@ constexpr bool kSignedQuants = false;
 template <>
 constexpr bool kSignedQuants<BlockIQ4_XS> = true;
 
-// Columns that share a scale, and how many vpmaddubsw results (pairs of products) of the largest
-// quant with +-127 add up in 16 bits.
+// Columns that share a scale, and the largest unsigned quant.
 template <class Block>
 constexpr size_t kGroup = 16;
 template <>
@@ -64,11 +63,15 @@ constexpr size_t kGroup<BlockQ5_K> = 32;
 template <>
 constexpr size_t kGroup<BlockIQ4_XS> = 32;
 template <class Block>
-constexpr int kPairSums = 4;  // Q2_K, Q3_K: all of a group; Q5_K: 4 * 2 * 31 * 127 < 2^15
+constexpr int kLargest = 3;
 template <>
-constexpr int kPairSums<BlockQ4_K> = 8;
+constexpr int kLargest<BlockQ3_K> = 7;
 template <>
-constexpr int kPairSums<BlockQ6_K> = 2;
+constexpr int kLargest<BlockQ4_K> = 15;
+template <>
+constexpr int kLargest<BlockQ5_K> = 31;
+template <>
+constexpr int kLargest<BlockQ6_K> = 63;
 
 // ---- scales ------------------------------------------------------------------------------------
 // The first 16 bytes of a Q4_K or Q5_K block (d, dmin, 12 bytes) -> 8 scales, 8 minimums.
@@ -80,8 +83,6 @@ DUET_INLINE __m128i scales_and_mins(__m128i head) {
       _mm_and_si128(top, _mm_setr_epi32(0, 0x30303030, 0, 0x30303030)));
 }
 
-template <class Block>
-constexpr bool kTwiceScales = kGroup<Block> == 32;  // one scale for two groups of 16
 template <class Block>
 constexpr bool kSixBitPairs = false;  // scales and minimums as in scales_and_mins
 template <>
@@ -99,7 +100,7 @@ struct DecodeSums {
 };
 
 // 16 scales: even groups in the lower half, odd groups in the upper, so that one shuffle splats a
-// pair of neighbours over their halves of 32 elements.
+// pair of neighbours over their halves of 32 elements, as factors for multiply_bytes.
 struct SplatPairs {
   __m256i even_odd;
 
@@ -109,25 +110,30 @@ struct SplatPairs {
     even_odd = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(scale, split), 0xd8);
   }
   DUET_INLINE __m256i of(int i) const {
-    return _mm256_shuffle_epi8(even_odd, _mm256_set1_epi16(static_cast<int16_t>(0x0100 + 0x0202 * i)));
+    const int both = 0x01000100 + 0x02020202 * i, low = (both & 0xffff) - 0x7f800000;
+    return _mm256_shuffle_epi8(even_odd, _mm256_set1_epi32(kVnni ? low : both));
   }
 };
 
 // 8 scales, each twice: through memory, where splatting is a load and costs no shuffle.
+template <bool kLowHalf>
 struct SplatEach {
-  alignas(32) int32_t twice[8];
+  alignas(32) int32_t factor[8];
 
-  DUET_INLINE void set(__m256i scale) { store256(twice, scale); }
-  DUET_INLINE __m256i of(int i) const { return splat32(twice + i); }
+  DUET_INLINE void set(__m256i scale) {
+    store256(factor, kLowHalf ? _mm256_and_si256(scale, _mm256_set1_epi32(0xffff)) : scale);
+  }
+  DUET_INLINE __m256i of(int i) const { return splat32(factor + i); }
 };
 
-template <bool kTwice>
-struct SplatKind {
+template <class Block>
+struct SplatOf {
   using type = SplatPairs;
 };
-template <>
-struct SplatKind<true> {
-  using type = SplatEach;
+template <class Block>
+  requires(kGroup<Block> == 32)
+struct SplatOf<Block> {
+  using type = SplatEach<kVnni && !kSignedQuants<Block>>;
 };
 
 template <class Block>
@@ -158,15 +164,15 @@ DUET_INLINE void decode_block(const Block& b, const BlockAct256& x, size_t at,
                              DecodeSums& sums) {
   __m256i scale, dot;
   scales_of(b, x, &scale, &dot, &sums.mins[at]);
-  typename SplatKind<kTwiceScales<Block>>::type factors;
+  typename SplatOf<Block>::type factors;
   factors.set(scale);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     const __m256i q = quants(b, i), v = load256(x.qs + 32 * i);
-    const __m256i pairs = kSignedQuants<Block>
+    const __m256i parts = kSignedQuants<Block>
                               ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(v, q))
-                              : _mm256_maddubs_epi16(q, v);
-    dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs, factors.of(i)));
+                              : multiply_bytes(q, v);
+    dot = dpwssd(dot, parts, factors.of(i));
   }
   sums.dot[at] = dot;
   sums.d[at] = b.d;
@@ -202,6 +208,14 @@ void decode_rows(const MatmulArgs& a) noexcept {
 }
 
 // ---- several tokens ------------------------------------------------------------------------------
+// The lower or upper int16 of every dword as a factor for multiply_bytes.
+DUET_INLINE __m256i factor_low(__m256i v) {
+  return _mm256_blend_epi16(kVnni ? __m256i{} : _mm256_slli_epi32(v, 16), v, 0x55);
+}
+DUET_INLINE __m256i factor_high(__m256i v) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(v, 16), kVnni ? __m256i{} : v, 0xaa);
+}
+
 // 32 rows x one super-block, unpacked.
 template <class Weights>
 struct KPanel {
@@ -215,7 +229,7 @@ struct KPanel {
   static constexpr bool kHasPairs = kHasMinimum<Block> || kOffsetShift<Block> != 0;
 
   alignas(64) uint8_t q[256 * kPanelRows * (kWide ? 2 : 1)];  // [dword of the row][32 rows][4]
-  __m256i scale[kGroups][kVectors];                           // (scale, scale) per row
+  __m256i scale[kGroups][kVectors];                           // factors for multiply_bytes
   __m256i pair[kPairs][kVectors];  // factors of groups 2 i, 2 i + 1 (of 16, or 32) per row
   __m256 d[kVectors], dmin[kVectors];
 
@@ -297,12 +311,9 @@ struct KPanel {
       }
     }
     transpose8(t);
-    const __m256i first = _mm256_set1_epi32(0x01000100), second = _mm256_set1_epi32(0x03020302);
-    const __m256i dword = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404,
-                                            0x08080808, 0x0c0c0c0c);
     for (size_t i = 0; i < kGroups / 2; ++i) {
-      scale[2 * i][v] = _mm256_shuffle_epi8(t[i], _mm256_add_epi8(first, dword));
-      scale[2 * i + 1][v] = _mm256_shuffle_epi8(t[i], _mm256_add_epi8(second, dword));
+      scale[2 * i][v] = factor_low(t[i]);
+      scale[2 * i + 1][v] = factor_high(t[i]);
     }
     if constexpr (kHasMinimum<Block> && !kSixBitPairs<Block>) transpose8(min);
     for (size_t i = 0; i < kPairs; ++i) {
@@ -317,7 +328,8 @@ struct KPanel {
 
   template <size_t R, size_t T>
   DUET_INLINE void add_dots(size_t v, const BlockAct256* const* x, TileSums<R, T>& sum) const {
-    constexpr int kSteps = kPairSums<Block>;
+    constexpr int kFit = steps_in_16_bits(kLargest<Block>);
+    constexpr int kSteps = kFit < static_cast<int>(kGroup<Block> / 4) ? kFit : kGroup<Block> / 4;
     for (size_t g = 0; g < kGroups; ++g) {
 #pragma GCC unroll 4
       for (size_t c = 0; c < kGroup<Block>; c += 4 * kSteps) {
@@ -325,14 +337,13 @@ struct KPanel {
         const int8_t* at[T];
 #pragma GCC unroll 4
         for (size_t t = 0; t < T; ++t) at[t] = x[t]->qs + column;
-        TileSums<R, T> pairs;
-        dot_pairs<kSteps, R, T>(q + 32 * (column + v), at, pairs);
+        TileSums<R, T> parts;
+        multiply_columns<kSteps, R, T>(q + 32 * (column + v), at, parts);
 #pragma GCC unroll 4
         for (size_t r = 0; r < R; ++r) {
 #pragma GCC unroll 4
           for (size_t t = 0; t < T; ++t)
-            sum[r][t] = in_order(
-                _mm256_add_epi32(sum[r][t], _mm256_madd_epi16(pairs[r][t], scale[g][v + r])));
+            sum[r][t] = in_order(dpwssd(sum[r][t], parts[r][t], scale[g][v + r]));
         }
       }
     }
@@ -347,8 +358,7 @@ struct KPanel {
         const __m256i s = splat32((kSixBitPairs<Block> ? x[t]->bsums32 : x[t]->bsums) + 2 * i);
 #pragma GCC unroll 4
         for (size_t r = 0; r < R; ++r)
-          sum[r][t] = in_order(
-              _mm256_add_epi32(sum[r][t], _mm256_madd_epi16(pair[i][v + r], s)));
+          sum[r][t] = in_order(dpwssd(sum[r][t], pair[i][v + r], s));
       }
     }
   }
@@ -374,6 +384,15 @@ template <class Block>
 void matmul_k(const MatmulArgs& a) noexcept {
   if (a.n_tokens == 1) return for_eight_rows(a, decode_rows<Block>);
   matmul_panels<KPanel<Block>>(a);
+}
+
+void set_k_256(KernelTable& table) {
+  table.matmul[static_cast<size_t>(DType::Q2_K)] = matmul_k<BlockQ2_K>;
+  table.matmul[static_cast<size_t>(DType::Q3_K)] = matmul_k<BlockQ3_K>;
+  table.matmul[static_cast<size_t>(DType::Q4_K)] = matmul_k<BlockQ4_K>;
+  table.matmul[static_cast<size_t>(DType::Q5_K)] = matmul_k<BlockQ5_K>;
+  table.matmul[static_cast<size_t>(DType::Q6_K)] = matmul_k<BlockQ6_K>;
+  table.matmul[static_cast<size_t>(DType::IQ4_XS)] = matmul_k<BlockIQ4_XS>;
 }
 
 }  // namespace

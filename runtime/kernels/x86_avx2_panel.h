@@ -8,6 +8,49 @@
 namespace duet {
 namespace {
 
+#if defined(__AVXVNNI__)
+constexpr bool kVnni = true;
+DUET_INLINE __m256i dpbusd(__m256i sum, __m256i u, __m256i s) {
+  return _mm256_dpbusd_avx_epi32(sum, u, s);
+}
+DUET_INLINE __m256i dpwssd(__m256i sum, __m256i a, __m256i b) {
+  return _mm256_dpwssd_avx_epi32(sum, a, b);
+}
+#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
+constexpr bool kVnni = true;
+DUET_INLINE __m256i dpbusd(__m256i sum, __m256i u, __m256i s) {
+  return _mm256_dpbusd_epi32(sum, u, s);
+}
+DUET_INLINE __m256i dpwssd(__m256i sum, __m256i a, __m256i b) {
+  return _mm256_dpwssd_epi32(sum, a, b);
+}
+#else
+constexpr bool kVnni = false;
+// Sums of 4 products u * s, in 32 bits; pairs of them must fit 16 bits.
+DUET_INLINE __m256i dpbusd(__m256i sum, __m256i u, __m256i s) {
+  const __m256i pairs = _mm256_maddubs_epi16(u, s);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+DUET_INLINE __m256i dpwssd(__m256i sum, __m256i a, __m256i b) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+#endif
+
+// Products u * s in lanes that fit 16 bits, for dpwssd with a factor: sums of 4 in 32 bits with
+// VNNI (the factor's upper half must be 0), else sums of 2 in 16 bits (the factor in both halves).
+DUET_INLINE __m256i multiply_bytes(__m256i u, __m256i s) {
+  return kVnni ? dpbusd(__m256i{}, u, s) : _mm256_maddubs_epi16(u, s);
+}
+DUET_INLINE __m256i add_multiplied(__m256i sum, __m256i u, __m256i s) {
+  return kVnni ? dpbusd(sum, u, s) : _mm256_add_epi16(sum, _mm256_maddubs_epi16(u, s));
+}
+// How many of them, for quants up to `largest`, add up to no more than 16 bits (at most 8).
+constexpr int steps_in_16_bits(int largest) {
+  int steps = 8;
+  while (steps * (kVnni ? 4 : 2) * 127 * largest > 32767) steps /= 2;
+  return steps;
+}
+
 constexpr size_t kPanelRows = 32, kVectors = kPanelRows / 8;  // rows as vectors of 8
 // Tokens that share one unpacking of the weights: their activations stay in the L2 cache.
 constexpr size_t kPanelTokens = 128;
@@ -209,9 +252,10 @@ DUET_INLINE void matmul_panels(const MatmulArgs& a) {
 template <size_t R, size_t T>
 using TileSums = __m256i[R][T];
 
-// pairs = sum over kSteps dwords of w (128 bytes apart) and x of the products, added in 16 bits.
+// parts = products of kSteps dwords of w (128 bytes apart) and x, added as multiply_bytes has them.
 template <int kSteps, size_t R, size_t T>
-DUET_INLINE void dot_pairs(const uint8_t* w, const int8_t* const x[T], TileSums<R, T>& pairs) {
+DUET_INLINE void multiply_columns(const uint8_t* w, const int8_t* const x[T],
+                                  TileSums<R, T>& parts) {
 #pragma GCC unroll 8
   for (int k = 0; k < kSteps; ++k) {
     __m256i q[R];
@@ -221,10 +265,9 @@ DUET_INLINE void dot_pairs(const uint8_t* w, const int8_t* const x[T], TileSums<
     for (size_t t = 0; t < T; ++t) {
       const __m256i v = splat32(x[t] + 4 * k);
 #pragma GCC unroll 4
-      for (size_t r = 0; r < R; ++r) {
-        const __m256i product = _mm256_maddubs_epi16(q[r], v);
-        pairs[r][t] = k == 0 ? product : in_order(_mm256_add_epi16(pairs[r][t], product));
-      }
+      for (size_t r = 0; r < R; ++r)
+        parts[r][t] = k == 0 ? multiply_bytes(q[r], v)
+                             : in_order(add_multiplied(parts[r][t], q[r], v));
     }
   }
 }
@@ -243,7 +286,7 @@ DUET_INLINE void add_wide(const uint8_t* w, const WideAct* x, size_t at, size_t 
       const __m256i v = splat32(x[t].q + at + 2 * k);
 #pragma GCC unroll 4
       for (size_t r = 0; r < R; ++r)
-        sum[r][t] = in_order(_mm256_add_epi32(sum[r][t], _mm256_madd_epi16(q[r], v)));
+        sum[r][t] = in_order(dpwssd(sum[r][t], q[r], v));
     }
   }
 }

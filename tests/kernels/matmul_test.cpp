@@ -131,6 +131,10 @@ void check_against_double(const KernelTable& table) {
 }
 TEST_CASE("matmul within bounds: scalar") { with_isa("scalar", check_against_double); }
 TEST_CASE("matmul within bounds: avx2") { with_isa("avx2", check_against_double); }
+TEST_CASE("matmul within bounds: avxvnni") { with_isa("avxvnni", check_against_double); }
+TEST_CASE("matmul within bounds: avx512vnni256") {
+  with_isa("avx512vnni256", check_against_double);
+}
 TEST_CASE("matmul within bounds: avx512") { with_isa("avx512", check_against_double); }
 
 void check_long_rows(const KernelTable& table) {
@@ -143,6 +147,12 @@ void check_long_rows(const KernelTable& table) {
 }
 TEST_CASE("matmul of 14336 columns within bounds: scalar") { with_isa("scalar", check_long_rows); }
 TEST_CASE("matmul of 14336 columns within bounds: avx2") { with_isa("avx2", check_long_rows); }
+TEST_CASE("matmul of 14336 columns within bounds: avxvnni") {
+  with_isa("avxvnni", check_long_rows);
+}
+TEST_CASE("matmul of 14336 columns within bounds: avx512vnni256") {
+  with_isa("avx512vnni256", check_long_rows);
+}
 TEST_CASE("matmul of 14336 columns within bounds: avx512") { with_isa("avx512", check_long_rows); }
 
 // Scales 1 and 1/2, activations -1, 0, 1 and one 127 per block: every partial sum is exact in
@@ -174,6 +184,10 @@ void check_exact(const KernelTable& table) {
 }
 TEST_CASE("matmul of exact inputs is bit-equal: scalar") { with_isa("scalar", check_exact); }
 TEST_CASE("matmul of exact inputs is bit-equal: avx2") { with_isa("avx2", check_exact); }
+TEST_CASE("matmul of exact inputs is bit-equal: avxvnni") { with_isa("avxvnni", check_exact); }
+TEST_CASE("matmul of exact inputs is bit-equal: avx512vnni256") {
+  with_isa("avx512vnni256", check_exact);
+}
 TEST_CASE("matmul of exact inputs is bit-equal: avx512") { with_isa("avx512", check_exact); }
 
 // Quantized weights: one result, whatever the instruction set.
@@ -196,6 +210,12 @@ TEST_CASE("matmul of quantized weights equals scalar to the bit: scalar") {
 }
 TEST_CASE("matmul of quantized weights equals scalar to the bit: avx2") {
   with_isa("avx2", check_bits_of_scalar);
+}
+TEST_CASE("matmul of quantized weights equals scalar to the bit: avxvnni") {
+  with_isa("avxvnni", check_bits_of_scalar);
+}
+TEST_CASE("matmul of quantized weights equals scalar to the bit: avx512vnni256") {
+  with_isa("avx512vnni256", check_bits_of_scalar);
 }
 
 TEST_CASE("matmul of quantized weights equals scalar to the bit: avx512") {
@@ -238,6 +258,12 @@ TEST_CASE("matmul bits do not depend on the batch: scalar") {
 TEST_CASE("matmul bits do not depend on the batch: avx2") {
   with_isa("avx2", check_batch_invariance);
 }
+TEST_CASE("matmul bits do not depend on the batch: avxvnni") {
+  with_isa("avxvnni", check_batch_invariance);
+}
+TEST_CASE("matmul bits do not depend on the batch: avx512vnni256") {
+  with_isa("avx512vnni256", check_batch_invariance);
+}
 TEST_CASE("matmul bits do not depend on the batch: avx512") {
   with_isa("avx512", check_batch_invariance);
 }
@@ -261,6 +287,10 @@ void check_page_ends(const KernelTable& table) {
 }
 TEST_CASE("matmul stays inside its buffers: scalar") { with_isa("scalar", check_page_ends); }
 TEST_CASE("matmul stays inside its buffers: avx2") { with_isa("avx2", check_page_ends); }
+TEST_CASE("matmul stays inside its buffers: avxvnni") { with_isa("avxvnni", check_page_ends); }
+TEST_CASE("matmul stays inside its buffers: avx512vnni256") {
+  with_isa("avx512vnni256", check_page_ends);
+}
 TEST_CASE("matmul stays inside its buffers: avx512") { with_isa("avx512", check_page_ends); }
 
 void check_misaligned(const KernelTable& table) {
@@ -294,6 +324,12 @@ TEST_CASE("matmul reads weights at any 2-byte alignment: scalar") {
 TEST_CASE("matmul reads weights at any 2-byte alignment: avx2") {
   with_isa("avx2", check_misaligned);
 }
+TEST_CASE("matmul reads weights at any 2-byte alignment: avxvnni") {
+  with_isa("avxvnni", check_misaligned);
+}
+TEST_CASE("matmul reads weights at any 2-byte alignment: avx512vnni256") {
+  with_isa("avx512vnni256", check_misaligned);
+}
 TEST_CASE("matmul reads weights at any 2-byte alignment: avx512") {
   with_isa("avx512", check_misaligned);
 }
@@ -325,6 +361,8 @@ void check_strides(const KernelTable& table) {
 }
 TEST_CASE("matmul honours strides: scalar") { with_isa("scalar", check_strides); }
 TEST_CASE("matmul honours strides: avx2") { with_isa("avx2", check_strides); }
+TEST_CASE("matmul honours strides: avxvnni") { with_isa("avxvnni", check_strides); }
+TEST_CASE("matmul honours strides: avx512vnni256") { with_isa("avx512vnni256", check_strides); }
 TEST_CASE("matmul honours strides: avx512") { with_isa("avx512", check_strides); }
 
 // Damaged weights: scales of any bits. Rows stay independent, a NaN scale shows in the result.
@@ -352,6 +390,10 @@ void check_random_bytes(const KernelTable& table) {
 }
 TEST_CASE("matmul survives damaged weights: scalar") { with_isa("scalar", check_random_bytes); }
 TEST_CASE("matmul survives damaged weights: avx2") { with_isa("avx2", check_random_bytes); }
+TEST_CASE("matmul survives damaged weights: avxvnni") { with_isa("avxvnni", check_random_bytes); }
+TEST_CASE("matmul survives damaged weights: avx512vnni256") {
+  with_isa("avx512vnni256", check_random_bytes);
+}
 TEST_CASE("matmul survives damaged weights: avx512") { with_isa("avx512", check_random_bytes); }
 
 void check_nan_activation(const KernelTable& table) {
@@ -375,6 +417,12 @@ TEST_CASE("a NaN activation shows in its token only: scalar") {
 }
 TEST_CASE("a NaN activation shows in its token only: avx2") {
   with_isa("avx2", check_nan_activation);
+}
+TEST_CASE("a NaN activation shows in its token only: avxvnni") {
+  with_isa("avxvnni", check_nan_activation);
+}
+TEST_CASE("a NaN activation shows in its token only: avx512vnni256") {
+  with_isa("avx512vnni256", check_nan_activation);
 }
 TEST_CASE("a NaN activation shows in its token only: avx512") {
   with_isa("avx512", check_nan_activation);
