@@ -235,13 +235,13 @@ struct Panel32 {
 #pragma GCC unroll 4
     for (size_t t = 0; t < T; ++t) at[t] = x[t][b].qs;
     if constexpr (kVnni) {
-      multiply_columns<8, R, T>(w, at, sum);  // all eight in 32 bits
+      multiply_columns<true, 8, R, T>(w, at, sum);  // all eight in 32 bits
     } else {
       constexpr int kSteps = steps_in_16_bits(Bytes::kLargest);
 #pragma GCC unroll 4
       for (size_t k = 0; k < 8; k += kSteps) {
         TileSums<R, T> parts;
-        multiply_columns<kSteps, R, T>(w + 128 * k, at, parts);
+        multiply_columns<false, kSteps, R, T>(w + 128 * k, at, parts);
 #pragma GCC unroll 4
         for (size_t t = 0; t < T; ++t) {
           at[t] += 4 * kSteps;

@@ -72,6 +72,8 @@ template <>
 constexpr int kLargest<BlockQ5_K> = 31;
 template <>
 constexpr int kLargest<BlockQ6_K> = 63;
+template <class Block>
+constexpr bool kQuads = has_quads(kLargest<Block>) && !kSignedQuants<Block>;
 
 // ---- scales ------------------------------------------------------------------------------------
 // The first 16 bytes of a Q4_K or Q5_K block (d, dmin, 12 bytes) -> 8 scales, 8 minimums.
@@ -101,6 +103,7 @@ struct DecodeSums {
 
 // 16 scales: even groups in the lower half, odd groups in the upper, so that one shuffle splats a
 // pair of neighbours over their halves of 32 elements, as factors for multiply_bytes.
+template <bool kLowHalf>
 struct SplatPairs {
   __m256i even_odd;
 
@@ -111,7 +114,7 @@ struct SplatPairs {
   }
   DUET_INLINE __m256i of(int i) const {
     const int both = 0x01000100 + 0x02020202 * i, low = (both & 0xffff) - 0x7f800000;
-    return _mm256_shuffle_epi8(even_odd, _mm256_set1_epi32(kVnni ? low : both));
+    return _mm256_shuffle_epi8(even_odd, _mm256_set1_epi32(kLowHalf ? low : both));
   }
 };
 
@@ -128,12 +131,12 @@ struct SplatEach {
 
 template <class Block>
 struct SplatOf {
-  using type = SplatPairs;
+  using type = SplatPairs<kQuads<Block>>;
 };
 template <class Block>
   requires(kGroup<Block> == 32)
 struct SplatOf<Block> {
-  using type = SplatEach<kVnni && !kSignedQuants<Block>>;
+  using type = SplatEach<kQuads<Block>>;
 };
 
 template <class Block>
@@ -171,7 +174,7 @@ DUET_INLINE void decode_block(const Block& b, const BlockAct256& x, size_t at,
     const __m256i q = quants(b, i), v = load256(x.qs + 32 * i);
     const __m256i parts = kSignedQuants<Block>
                               ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(v, q))
-                              : multiply_bytes(q, v);
+                              : multiply_bytes<kQuads<Block>>(q, v);
     dot = dpwssd(dot, parts, factors.of(i));
   }
   sums.dot[at] = dot;
@@ -209,11 +212,13 @@ void decode_rows(const MatmulArgs& a) noexcept {
 
 // ---- several tokens ------------------------------------------------------------------------------
 // The lower or upper int16 of every dword as a factor for multiply_bytes.
+template <bool kLowHalf>
 DUET_INLINE __m256i factor_low(__m256i v) {
-  return _mm256_blend_epi16(kVnni ? __m256i{} : _mm256_slli_epi32(v, 16), v, 0x55);
+  return _mm256_blend_epi16(kLowHalf ? __m256i{} : _mm256_slli_epi32(v, 16), v, 0x55);
 }
+template <bool kLowHalf>
 DUET_INLINE __m256i factor_high(__m256i v) {
-  return _mm256_blend_epi16(_mm256_srli_epi32(v, 16), kVnni ? __m256i{} : v, 0xaa);
+  return _mm256_blend_epi16(_mm256_srli_epi32(v, 16), kLowHalf ? __m256i{} : v, 0xaa);
 }
 
 // 32 rows x one super-block, unpacked.
@@ -312,8 +317,8 @@ struct KPanel {
     }
     transpose8(t);
     for (size_t i = 0; i < kGroups / 2; ++i) {
-      scale[2 * i][v] = factor_low(t[i]);
-      scale[2 * i + 1][v] = factor_high(t[i]);
+      scale[2 * i][v] = factor_low<kQuads<Block>>(t[i]);
+      scale[2 * i + 1][v] = factor_high<kQuads<Block>>(t[i]);
     }
     if constexpr (kHasMinimum<Block> && !kSixBitPairs<Block>) transpose8(min);
     for (size_t i = 0; i < kPairs; ++i) {
@@ -338,7 +343,7 @@ struct KPanel {
 #pragma GCC unroll 4
         for (size_t t = 0; t < T; ++t) at[t] = x[t]->qs + column;
         TileSums<R, T> parts;
-        multiply_columns<kSteps, R, T>(q + 32 * (column + v), at, parts);
+        multiply_columns<kQuads<Block>, kSteps, R, T>(q + 32 * (column + v), at, parts);
 #pragma GCC unroll 4
         for (size_t r = 0; r < R; ++r) {
 #pragma GCC unroll 4

@@ -36,18 +36,24 @@ DUET_INLINE __m256i dpwssd(__m256i sum, __m256i a, __m256i b) {
 }
 #endif
 
-// Products u * s in lanes that fit 16 bits, for dpwssd with a factor: sums of 4 in 32 bits with
-// VNNI (the factor's upper half must be 0), else sums of 2 in 16 bits (the factor in both halves).
+// Products of quants up to `largest` and bytes, to be added in 16 bits and then multiplied by a
+// factor with dpwssd: sums of 4 in dwords ("quads", the factor's upper half must be 0) or sums of 2
+// in 16 bits (the factor in both halves). vpdpbusd saves additions, but large quants leave 16 bits
+// sooner by quads, and dpwssd competes for the same units.
+constexpr bool has_quads(int largest) { return kVnni && largest <= 15; }
+
+template <bool kQuads>
 DUET_INLINE __m256i multiply_bytes(__m256i u, __m256i s) {
-  return kVnni ? dpbusd(__m256i{}, u, s) : _mm256_maddubs_epi16(u, s);
+  return kQuads ? dpbusd(__m256i{}, u, s) : _mm256_maddubs_epi16(u, s);
 }
+template <bool kQuads>
 DUET_INLINE __m256i add_multiplied(__m256i sum, __m256i u, __m256i s) {
-  return kVnni ? dpbusd(sum, u, s) : _mm256_add_epi16(sum, _mm256_maddubs_epi16(u, s));
+  return kQuads ? dpbusd(sum, u, s) : _mm256_add_epi16(sum, _mm256_maddubs_epi16(u, s));
 }
-// How many of them, for quants up to `largest`, add up to no more than 16 bits (at most 8).
+// How many of them add up to no more than 16 bits (at most 8).
 constexpr int steps_in_16_bits(int largest) {
   int steps = 8;
-  while (steps * (kVnni ? 4 : 2) * 127 * largest > 32767) steps /= 2;
+  while (steps * (has_quads(largest) ? 4 : 2) * 127 * largest > 32767) steps /= 2;
   return steps;
 }
 
@@ -253,7 +259,7 @@ template <size_t R, size_t T>
 using TileSums = __m256i[R][T];
 
 // parts = products of kSteps dwords of w (128 bytes apart) and x, added as multiply_bytes has them.
-template <int kSteps, size_t R, size_t T>
+template <bool kQuads, int kSteps, size_t R, size_t T>
 DUET_INLINE void multiply_columns(const uint8_t* w, const int8_t* const x[T],
                                   TileSums<R, T>& parts) {
 #pragma GCC unroll 8
@@ -266,8 +272,8 @@ DUET_INLINE void multiply_columns(const uint8_t* w, const int8_t* const x[T],
       const __m256i v = splat32(x[t] + 4 * k);
 #pragma GCC unroll 4
       for (size_t r = 0; r < R; ++r)
-        parts[r][t] = k == 0 ? multiply_bytes(q[r], v)
-                             : in_order(add_multiplied(parts[r][t], q[r], v));
+        parts[r][t] = k == 0 ? multiply_bytes<kQuads>(q[r], v)
+                             : in_order(add_multiplied<kQuads>(parts[r][t], q[r], v));
     }
   }
 }
