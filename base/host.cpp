@@ -1,90 +1,18 @@
 #include "base/host.h"
 
-#include <sched.h>
-
 #include <algorithm>
-#include <cctype>
-#include <cerrno>
-#include <charconv>
-#include <fstream>
-#include <set>
 #include <sstream>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
+#include "base/system_file.h"
+
 namespace duet {
 namespace {
 
 namespace fs = std::filesystem;
-
-// Contents of a small system file; empty when it cannot be read.
-std::string slurp(const fs::path& path) {
-  std::ifstream in(path);
-  std::ostringstream out;
-  if (in) out << in.rdbuf();
-  return out.str();
-}
-
-std::optional<int64_t> parse_int(std::string_view text) {
-  while (!text.empty() && std::isspace(static_cast<unsigned char>(text.front())))
-    text.remove_prefix(1);
-  int64_t value = 0;
-  const auto [end, code] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (code != std::errc{} || end == text.data()) return std::nullopt;
-  return value;
-}
-
-std::optional<int64_t> read_int(const fs::path& path) { return parse_int(slurp(path)); }
-
-// ---- cores -----------------------------------------------------------------------------------
-
-// CPUs that this process may run on. The mask grows until the kernel's fits.
-std::vector<int> affinity_cpus() {
-  std::vector<int> out;
-  for (size_t n = 1024; n <= size_t{1} << 20; n *= 2) {
-    cpu_set_t* set = CPU_ALLOC(n);
-    const size_t bytes = CPU_ALLOC_SIZE(n);
-    const bool ok = sched_getaffinity(0, bytes, set) == 0;
-    const bool too_small = !ok && errno == EINVAL;
-    for (size_t cpu = 0; ok && cpu < n; ++cpu)
-      if (CPU_ISSET_S(cpu, bytes, set)) out.push_back(static_cast<int>(cpu));
-    CPU_FREE(set);
-    if (!too_small) break;
-  }
-  return out;
-}
-
-// All CPUs of a file tree (tests) or of a system that has no affinity masks.
-std::vector<int> listed_cpus(const fs::path& folder) {
-  std::vector<int> out;
-  std::error_code ec;
-  for (const auto& entry : fs::directory_iterator(folder, ec)) {
-    const std::string name = entry.path().filename().string();
-    const auto digits = std::string_view(name).substr(std::min<size_t>(3, name.size()));
-    if (!name.starts_with("cpu") || digits.empty() ||
-        !std::all_of(digits.begin(), digits.end(), ::isdigit))
-      continue;
-    if (const auto cpu = parse_int(digits)) out.push_back(static_cast<int>(*cpu));
-  }
-  return out;
-}
-
-int count_physical(const std::vector<int>& cpus, const fs::path& folder) {
-  std::set<std::pair<int64_t, int64_t>> cores;
-  int n_unknown = 0;
-  for (const int cpu : cpus) {
-    const fs::path topology = folder / ("cpu" + std::to_string(cpu)) / "topology";
-    const auto package = read_int(topology / "physical_package_id"),
-               core = read_int(topology / "core_id");
-    if (package && core)
-      cores.emplace(*package, *core);
-    else
-      ++n_unknown;  // no topology known: each CPU counts as a core
-  }
-  return static_cast<int>(cores.size()) + n_unknown;
-}
 
 // ---- cgroups ---------------------------------------------------------------------------------
 
@@ -125,7 +53,7 @@ bool lists(std::string_view comma_list, std::string_view item) {
 // Lines of /proc/self/cgroup are "id:controllers:path"; v2 has the single id 0 and no controllers.
 // A hybrid system has both: the controller is then where v1 lists it.
 GroupPath find_group(const fs::path& root, const char* controller) {
-  std::istringstream lines(slurp(root / "proc/self/cgroup"));
+  std::istringstream lines(read_system_file(root / "proc/self/cgroup"));
   const fs::path mounts = root / "sys/fs/cgroup";
   GroupPath v2;
   for (std::string line; std::getline(lines, line);) {
@@ -151,13 +79,13 @@ GroupPath find_group(const fs::path& root, const char* controller) {
 std::optional<double> quota_of(const GroupPath& group, const fs::path& folder) {
   std::optional<int64_t> quota, period;
   if (group.version == 2) {
-    const std::string text = slurp(folder / "cpu.max");
+    const std::string text = read_system_file(folder / "cpu.max");
     const size_t space = text.find(' ');
-    quota = parse_int(text);  // "max" is no number
-    if (space != std::string::npos) period = parse_int(std::string_view(text).substr(space));
+    quota = parse_system_number(text);  // "max" is no number
+    if (space != std::string::npos) period = parse_system_number(std::string_view(text).substr(space));
   } else {
-    quota = read_int(folder / "cpu.cfs_quota_us");  // -1: none
-    period = read_int(folder / "cpu.cfs_period_us");
+    quota = read_system_number(folder / "cpu.cfs_quota_us");  // -1: none
+    period = read_system_number(folder / "cpu.cfs_period_us");
   }
   if (!quota || !period || *quota <= 0 || *period <= 0) return std::nullopt;
   return static_cast<double>(*quota) / static_cast<double>(*period);
@@ -169,7 +97,7 @@ std::optional<uint64_t> limit_of(const GroupPath& group, const fs::path& folder)
   const auto names = group.version == 2 ? std::vector{"memory.max", "memory.high"}
                                         : std::vector{"memory.limit_in_bytes"};
   for (const char* name : names) {
-    const auto value = read_int(folder / name);
+    const auto value = read_system_number(folder / name);
     if (!value || *value < 0 || *value >= int64_t{1} << 60) continue;
     least = std::min(least.value_or(UINT64_MAX), static_cast<uint64_t>(*value));
   }
@@ -180,25 +108,23 @@ std::optional<uint64_t> limit_of(const GroupPath& group, const fs::path& folder)
 uint64_t meminfo(const std::string& text, const std::string& field) {
   const size_t at = text.find(field + ":");
   if (at == std::string::npos) return 0;
-  const auto kib = parse_int(std::string_view(text).substr(at + field.size() + 1));
+  const auto kib = parse_system_number(std::string_view(text).substr(at + field.size() + 1));
   return kib && *kib > 0 ? static_cast<uint64_t>(*kib) * 1024 : 0;
 }
 
 }  // namespace
 
 int HostCores::usable() const {
-  if (!cgroup_quota || *cgroup_quota >= physical) return std::max(physical, 1);
+  if (!cgroup_quota || *cgroup_quota >= performance) return std::max(performance, 1);
   return std::max(static_cast<int>(*cgroup_quota), 1);
 }
 
 HostCores read_host_cores(const fs::path& root) {
-  const fs::path folder = root / "sys/devices/system/cpu";
-  // The mask is this process's own: it says nothing about another file tree.
-  std::vector<int> cpus = root == "/" ? affinity_cpus() : listed_cpus(folder);
-  if (cpus.empty()) cpus = {0};
   HostCores out;
-  out.logical = static_cast<int>(cpus.size());
-  out.physical = count_physical(cpus, folder);
+  out.topology = read_topology(root);
+  out.logical = static_cast<int>(out.topology.cpus.size());
+  out.physical = out.topology.n_cores();
+  out.performance = out.topology.n_performance_cores();
   const GroupPath group = find_group(root, "cpu");
   for (const fs::path& level : group.folders) {
     const auto quota = quota_of(group, level);
@@ -209,7 +135,7 @@ HostCores read_host_cores(const fs::path& root) {
 
 HostMemory read_host_memory(const fs::path& root) {
   HostMemory out;
-  const std::string text = slurp(root / "proc/meminfo");
+  const std::string text = read_system_file(root / "proc/meminfo");
   out.total_bytes = meminfo(text, "MemTotal");
   out.available_bytes = meminfo(text, "MemAvailable");
   const GroupPath group = find_group(root, "memory");
@@ -219,7 +145,7 @@ HostMemory read_host_memory(const fs::path& root) {
     if (!limit || *limit >= out.cgroup_limit_bytes.value_or(UINT64_MAX)) continue;
     out.cgroup_limit_bytes = limit;
     const auto used =
-        read_int(level / (group.version == 2 ? "memory.current" : "memory.usage_in_bytes"));
+        read_system_number(level / (group.version == 2 ? "memory.current" : "memory.usage_in_bytes"));
     out.cgroup_used_bytes =
         used && *used >= 0 ? std::optional(static_cast<uint64_t>(*used)) : std::nullopt;
   }

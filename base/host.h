@@ -6,13 +6,17 @@
 #include <filesystem>
 #include <optional>
 
+#include "base/topology.h"
+
 namespace duet {
 
 struct HostCores {
   int logical = 1;                    // CPUs in the affinity mask of this process
   int physical = 1;                   // distinct cores among them (SMT siblings counted once)
+  int performance = 1;                // those of the faster kind; where all are alike, all
   std::optional<double> cgroup_quota; // CPUs granted by cpu.max / cfs_quota, least of all ancestors
-  // Default number of compute threads: physical cores, not above the quota (rounded down, >= 1).
+  Topology topology;                  // of the CPUs counted above
+  // Default number of compute threads: performance cores, not above the quota (rounded down, >= 1).
   int usable() const;
 };
 

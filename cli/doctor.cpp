@@ -21,6 +21,8 @@ namespace {
 struct DoctorOptions {
   std::string path = ".", isa;
   int n_threads = 0;
+  PinMode pin = PinMode::automatic;
+  NumaMode numa = NumaMode::automatic;
   bool json = false;
 };
 
@@ -34,6 +36,7 @@ struct Report {
   HostCores cores;
   HostMemory memory;
   int n_threads = 1;
+  Placement placement;           // of the threads
   double memory_rate = 0;        // bytes per second
   std::optional<DiskRate> disk;  // absent: could not be measured
   std::vector<Warning> warnings;
@@ -55,6 +58,7 @@ void examine_processor(Report& r, const DoctorOptions& options) {
   r.isa = select_kernels(options.isa).isa;
   r.cores = read_host_cores();
   r.n_threads = options.n_threads > 0 ? options.n_threads : r.cores.usable();
+  r.placement = place_threads(r.cores.topology, r.n_threads, options.pin, options.numa);
   if (r.usable.size() == 1)
     r.warnings.push_back(
         {"no SIMD instruction set is usable: generation will be many times slower",
@@ -125,6 +129,10 @@ Json to_json(const Report& r, const std::string& path) {
           {"cores",
            {{"logical", r.cores.logical},
             {"physical", r.cores.physical},
+            {"performance", r.cores.performance},
+            {"nodes", r.cores.topology.nodes()},
+            {"pinned", r.placement.cpus},
+            {"interleave", r.placement.interleave},
             {"cgroup_quota", or_null(r.cores.cgroup_quota)},
             {"threads", r.n_threads}}},
           {"memory",
@@ -142,6 +150,20 @@ Json to_json(const Report& r, const std::string& path) {
 std::string join(const std::vector<std::string>& names) {
   std::string text;
   for (const std::string& name : names) text += (text.empty() ? "" : " ") + name;
+  return text;
+}
+
+std::string numbers(const std::vector<int>& values) {
+  std::string text;
+  for (const int value : values) text += (text.empty() ? "" : ",") + std::to_string(value);
+  return text;
+}
+
+// "2; not pinned" or "2; pinned to 0 1 2,3; memory interleaved over nodes 0,1"
+std::string threads_text(const Report& r) {
+  std::string text = concat(r.n_threads, "; ", r.placement.cpus.empty() ? "not pinned" : "pinned to");
+  for (const CpuSet& set : r.placement.cpus) text += " " + numbers(set);
+  if (!r.placement.interleave.empty()) text += "; memory interleaved over nodes " + numbers(r.placement.interleave);
   return text;
 }
 
@@ -168,10 +190,11 @@ void print_report(const Report& r, const std::string& path) {
   print(concat("kernels:       ", r.isa, " (usable: ", join(r.usable),
                "; compiled: ", join(r.compiled), ")\n"));
   print(concat(
-      "cores:         ", r.cores.physical, " physical, ", r.cores.logical, " logical, ",
+      "cores:         ", r.cores.physical, " physical (", r.cores.performance, " performance), ",
+      r.cores.logical, " logical, ", r.cores.topology.nodes().size(), " memory nodes, ",
       r.cores.cgroup_quota ? concat("cgroup quota ", *r.cores.cgroup_quota) : "no cgroup quota",
       "\n"));
-  print(concat("threads:       ", r.n_threads, "\n"));
+  print(concat("threads:       ", threads_text(r), "\n"));
   print(concat("memory:        ", memory_text(r.memory), "\n"));
   print(concat("memory reads:  ", rate(r.memory_rate), "\n"));
   print(concat("disk reads:    ", r.disk ? rate(r.disk->bytes_per_second) : "not measured",
@@ -201,6 +224,7 @@ void add_doctor(CLI::App& app) {
       ->capture_default_str();
   command.add_option("--isa", options->isa, "Force an instruction set, as for run");
   add_threads_option(command, options->n_threads);
+  add_placement_options(command, options->pin, options->numa);
   command.add_flag("--json", options->json, "One JSON document");
   add_environment(command);
   command.callback([options] { run_doctor(*options); });

@@ -16,6 +16,7 @@ void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx
       ->check(CLI::Range(1u, 1u << 24).description(""))
       ->type_name("N");
   add_threads_option(command, options.n_threads);
+  add_placement_options(command, options.pin, options.numa);
   command.add_option("-b,--batch", options.n_batch, "Tokens evaluated at once in prefill")
       ->check(CLI::Range(1u, 1u << 16).description(""))
       ->type_name("N")
@@ -42,7 +43,11 @@ void require_model_file(const std::filesystem::path& path) {
 Engine open_engine(const ModelOptions& options) {
   require_model_file(options.path);
   return Engine::open(options.path,
-                      {.n_threads = options.n_threads, .isa = options.isa, .notice = notices()});
+                      {.n_threads = options.n_threads,
+                       .isa = options.isa,
+                       .notice = notices(),
+                       .pin = options.pin,
+                       .numa = options.numa});
 }
 
 Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx) {

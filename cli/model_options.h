@@ -20,9 +20,11 @@ struct ModelOptions {
   uint32_t n_batch = 512;
   KvType kv_type = KvType::f16;
   std::string isa;  // "": best usable
+  PinMode pin = PinMode::automatic;
+  NumaMode numa = NumaMode::automatic;
 };
 
-// Declares MODEL, --ctx, --threads, --batch, --kv-type and --isa. options.kv_type and the text
+// Declares MODEL, --ctx, --threads, --pin, --numa, --batch, --kv-type and --isa. options.kv_type and the text
 // `ctx_default` are the command's defaults as help shows them.
 void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default);
 // Error(io) with the next step when `path` is a folder.

@@ -64,9 +64,29 @@ std::string read_all(int fd, const std::string& name) {
 void add_threads_option(CLI::App& command, int& n_threads) {
   command
       .add_option("-t,--threads", n_threads,
-                  "Compute threads [default: physical cores allowed by cpuset and cgroup]")
+                  "Compute threads [default: performance cores allowed by cpuset and cgroup]")
       ->check(CLI::Range(1, 1024).description(""))
       ->type_name("N");
+}
+
+void add_placement_options(CLI::App& command, PinMode& pin, NumaMode& numa) {
+  const auto set_pin = [&pin](const std::string& name) {
+    pin = name == "on" ? PinMode::on : name == "off" ? PinMode::off : PinMode::automatic;
+  };
+  command
+      .add_option_function<std::string>(
+          "--pin", set_pin, "Bind threads: on: one CPU each; auto: to performance cores, and to memory nodes, where kinds differ")
+      ->check(CLI::IsMember({"auto", "on", "off"}))
+      ->type_name("MODE")
+      ->default_str("auto");
+  const auto set_numa = [&numa](const std::string& name) {
+    numa = name == "interleave" ? NumaMode::interleave : name == "off" ? NumaMode::off : NumaMode::automatic;
+  };
+  command
+      .add_option_function<std::string>("--numa", set_numa, "Spread memory over nodes; auto: where there are several")
+      ->check(CLI::IsMember({"auto", "interleave", "off"}))
+      ->type_name("MODE")
+      ->default_str("auto");
 }
 
 void add_environment(CLI::App& command) {

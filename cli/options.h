@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "base/topology.h"
+
 namespace CLI {
 class App;
 }
@@ -13,6 +15,9 @@ namespace duet::cli {
 
 // --threads. 0, when it is not given, means HostCores::usable().
 void add_threads_option(CLI::App& command, int& n_threads);
+
+// --pin and --numa.
+void add_placement_options(CLI::App& command, PinMode& pin, NumaMode& numa);
 
 // Lets the variable DUET_<FLAG> (DUET_KV_TYPE for --kv-type) stand for every flag of the command
 // that has a long name, help excepted: flag > environment > default. A value that does not fit is

@@ -8,11 +8,11 @@
 namespace duet {
 namespace {
 
-// Weight bytes of one piece of a product: small enough that a piece stays in the L2 cache while
-// all tokens pass, large enough that handing pieces out costs nothing.
-constexpr size_t kChunkBytes = size_t{128} << 10;
-// Kernels work on tiles of rows; pieces are whole multiples.
-constexpr size_t kRowTile = 16;
+// Weight bytes of one piece of a product. For one token: as long as a thread reads in 10 us, so that
+// handing pieces out costs nothing. For many: what stays in the L2 cache while all of them pass.
+constexpr size_t kDecodeChunkBytes = size_t{128} << 10, kPrefillChunkBytes = size_t{256} << 10;
+// Kernels work on groups of up to 16 rows for one token, on panels of 32 rows for several.
+constexpr size_t kRowGroup = 16, kRowPanel = 32;
 
 // Float weights with many tokens go to a library product, which wants larger pieces: as many rows
 // as a panel of converted weights holds, up to the point where more no longer helps.
@@ -22,28 +22,39 @@ bool is_gemm(const Weight& w, size_t n_tokens) {
 
 size_t chunk_rows(const Weight& w, size_t n_tokens) {
   if (is_gemm(w, n_tokens)) return std::clamp<size_t>(kPanelFloats / w.cols, 1, 256);
-  const size_t rows = kChunkBytes / std::max<size_t>(w.row_bytes, 1) / kRowTile * kRowTile;
-  return std::max(rows, kRowTile);
+  const size_t bytes = n_tokens == 1 ? kDecodeChunkBytes : kPrefillChunkBytes;
+  const size_t tile = n_tokens == 1 ? kRowGroup : kRowPanel;
+  return std::max(bytes / std::max<size_t>(w.row_bytes, 1) / tile * tile, tile);
 }
 
 // Bytes of a quantized row; 0 where the width has no such form (then no weight needs it).
-size_t act_stride(ActFormat format, size_t cols, size_t block) {
-  return cols % block == 0 ? act_row_bytes(format, cols) : 0;
+size_t act_stride(ActFormats formats, ActFormat format, size_t cols, size_t block) {
+  return (formats & act_bit(format)) && cols % block == 0 ? act_row_bytes(format, cols) : 0;
 }
 
 }  // namespace
 
-Activations::Activations(size_t max_rows, size_t cols)
+Activations::Activations(size_t max_rows, size_t cols, ActFormats formats)
     : cols_(cols),
-      act32_stride_(act_stride(ActFormat::act32, cols, 32)),
-      act256_stride_(act_stride(ActFormat::act256, cols, 256)),
-      floats_(max_rows * cols),
+      act32_stride_(act_stride(formats, ActFormat::act32, cols, 32)),
+      act256_stride_(act_stride(formats, ActFormat::act256, cols, 256)),
+      floats_(formats & act_bit(ActFormat::f32) ? max_rows * cols : 0),
       act32_(max_rows * act32_stride_),
       act256_(max_rows * act256_stride_) {}
 
 void Activations::quantize(const KernelTable& kernels, size_t i, ActFormats formats) {
   if (formats & act_bit(ActFormat::act32)) kernels.quantize_act32(row(i), act32_.data() + i * act32_stride_, cols_);
   if (formats & act_bit(ActFormat::act256)) kernels.quantize_act256(row(i), act256_.data() + i * act256_stride_, cols_);
+}
+
+void Activations::set_part(const KernelTable& kernels, size_t i, size_t first, const float* values, size_t n,
+                           ActFormat format) {
+  auto* row_data = const_cast<std::byte*>(data(format, i));
+  switch (format) {
+    case ActFormat::act32: return kernels.quantize_act32(values, row_data + act_row_bytes(format, first), n);
+    case ActFormat::act256: return kernels.quantize_act256(values, row_data + act_row_bytes(format, first), n);
+    case ActFormat::f32: std::memcpy(row_data + first * sizeof(float), values, n * sizeof(float));
+  }
 }
 
 void Activations::copy_row(size_t i, const Activations& other, size_t from, ActFormats formats) {
@@ -80,39 +91,47 @@ void normalize(const Compute& compute, const float* x, size_t n, const std::vect
   });
 }
 
+void multiply(const Compute& compute, const Product& p, std::span<float> panel) {
+  const Format& format = *p.w->format;
+  const MatmulArgs args{.w = p.w->data + p.first_row * p.w->row_bytes, .w_stride = p.w->row_bytes,
+                        .n_rows = p.n_rows, .cols = p.w->cols, .x = p.x->data(format.act, p.first_token),
+                        .x_stride = p.x->stride(format.act), .n_tokens = p.n_tokens, .y = p.y, .y_stride = p.y_stride};
+  if (is_gemm(*p.w, p.n_tokens) && try_gemm(*compute.kernels, format.dtype, args, 1, panel)) return;
+  compute.kernels->matmul[static_cast<size_t>(format.dtype)](args);
+}
+
 void MatmulQueue::add(const Weight& w, const Activations& x, size_t first_row, size_t n_tokens, float* y,
                       size_t y_stride) {
-  const ActFormat act = w.format->act;
-  const MatmulArgs args{.w = w.data, .w_stride = w.row_bytes, .n_rows = w.rows, .cols = w.cols,
-                        .x = x.data(act, first_row), .x_stride = x.stride(act), .n_tokens = n_tokens,
-                        .y = y, .y_stride = y_stride};
-  const size_t rows = chunk_rows(w, n_tokens);
-  jobs_.push_back({&w, args, rows, n_chunks_});
-  n_chunks_ += (w.rows + rows - 1) / rows;
+  for (size_t t = 0; t < n_tokens; t += kTokenBlock) {
+    const size_t n = std::min(kTokenBlock, n_tokens - t), rows = chunk_rows(w, n), n_chunks = (w.rows + rows - 1) / rows;
+    jobs_.push_back({{&w, 0, w.rows, &x, first_row + t, n, y + t * y_stride, y_stride}, rows, n_chunks, n_chunks_});
+    n_chunks_ += n_chunks;
+  }
   n_bytes_ += uint64_t{w.rows} * w.row_bytes * n_tokens;
 }
 
+// Products of equal shape (those of the experts) take turns, so that a thread's share is the same
+// rows of each of them, whichever experts they are.
 void MatmulQueue::run(const Compute& compute) {
-  parallel_tasks(compute.threads_for(n_bytes_), n_chunks_,
-                 [&](size_t worker, size_t chunk) { run_chunk(compute, worker, chunk); });
+  const size_t n_jobs = jobs_.size();
+  const bool alike = std::all_of(jobs_.begin(), jobs_.end(), [&](const Job& job) { return job.n_chunks == jobs_[0].n_chunks; });
+  parallel_shares(compute.threads_for(n_bytes_), n_chunks_, [&](size_t worker, size_t chunk) {
+    if (alike) return run_chunk(compute, worker, jobs_[chunk % n_jobs], chunk / n_jobs);
+    size_t i = n_jobs - 1;  // a handful of jobs: the last one that begins at or before the chunk
+    while (jobs_[i].first_chunk > chunk) --i;
+    run_chunk(compute, worker, jobs_[i], chunk - jobs_[i].first_chunk);
+  });
   jobs_.clear();
   n_chunks_ = 0;
   n_bytes_ = 0;
 }
 
-void MatmulQueue::run_chunk(const Compute& compute, size_t worker, size_t chunk) const {
-  size_t i = jobs_.size() - 1;  // a handful of jobs: the last one that begins at or before the chunk
-  while (jobs_[i].first_chunk > chunk) --i;
-  const Job& job = jobs_[i];
-  const size_t first = (chunk - job.first_chunk) * job.rows_per_chunk;
-  MatmulArgs args = job.args;
-  args.w += first * args.w_stride;
-  args.y += first;
-  args.n_rows = std::min(job.rows_per_chunk, args.n_rows - first);
-  const DType dtype = job.w->format->dtype;
-  const bool done = is_gemm(*job.w, args.n_tokens) &&
-                    try_gemm(*compute.kernels, dtype, args, 1, {compute.panel(worker), kPanelFloats});
-  if (!done) compute.kernels->matmul[static_cast<size_t>(dtype)](args);
+void MatmulQueue::run_chunk(const Compute& compute, size_t worker, const Job& job, size_t chunk) const {
+  Product part = job.all;
+  part.first_row = chunk * job.rows_per_chunk;
+  part.n_rows = std::min(job.rows_per_chunk, part.n_rows - part.first_row);
+  part.y += part.first_row;
+  multiply(compute, part, {compute.panel(worker), kPanelFloats});
 }
 
 }  // namespace duet

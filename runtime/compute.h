@@ -2,7 +2,6 @@
 // forms, and matrix products split over threads by rows.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -46,40 +45,40 @@ inline constexpr size_t kPanelFloats = size_t{1} << 20;
 struct Compute {
   const KernelTable* kernels = nullptr;
   int n_threads = 1;
-  float* panels = nullptr;  // [n_threads, kPanelFloats] of scratch, for weights or keys in float
+  float* panels = nullptr;  // [n_threads, kPanelFloats] of scratch for the task at hand
+  const Placement* placement = nullptr;  // of the threads; null: anywhere
 
+  // Runs body() with the threads at hand: every entry to the forward pass goes through here.
+  template <class Body>
+  void team(const Body& body) const {
+    static const Placement kAnywhere;
+    run_team(n_threads, placement != nullptr ? *placement : kAnywhere, body);
+  }
   float* panel(size_t worker) const { return panels + worker * kPanelFloats; }
   // Threads for work that touches about so many bytes: waking others costs as long as one core
   // takes to read 64 KiB.
   int threads_for(uint64_t n_bytes) const { return n_bytes < (uint64_t{64} << 10) ? 1 : n_threads; }
 };
 
-// Calls body(worker, task) for every task in [0, n_tasks); a worker in [0, n_threads) is one thread
-// at a time, so that scratch can be kept per worker.
-template <class Body>
-void parallel_tasks(int n_threads, size_t n_tasks, const Body& body) {
-  std::atomic<size_t> next{0};
-  parallel_for(n_threads, static_cast<size_t>(n_threads), 1, [&](size_t begin, size_t end) {
-    for (size_t worker = begin; worker < end; ++worker)
-      for (size_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n_tasks;) body(worker, task);
-  });
-}
-
 // A set of ActFormats, as bits.
 using ActFormats = unsigned;
 inline ActFormats act_bit(ActFormat format) { return 1u << static_cast<unsigned>(format); }
 inline ActFormats act_bit(const Weight& weight) { return act_bit(weight.format->act); }
+inline constexpr ActFormats kAllActFormats = 7;
 
 // Input of matrix products: up to max_rows rows of `cols` floats, and the same rows in the formats
 // that integer dot products read. A row is quantized once and serves all matrices fed by it.
 class Activations {
  public:
-  Activations(size_t max_rows, size_t cols);
+  // Only these formats can be used; quantize() reads floats, set_part() does not.
+  Activations(size_t max_rows, size_t cols, ActFormats formats = kAllActFormats);
 
   float* row(size_t i) { return floats_.data() + i * cols_; }
   size_t cols() const { return cols_; }
   // Makes the quantized forms of row i.
   void quantize(const KernelTable& kernels, size_t i, ActFormats formats);
+  // Columns [first, first + n) of row i in one format, from n floats; both multiples of its block.
+  void set_part(const KernelTable& kernels, size_t i, size_t first, const float* values, size_t n, ActFormat format);
   // Copies row `from` of another of the same width, in these formats only.
   void copy_row(size_t i, const Activations& other, size_t from, ActFormats formats);
   const std::byte* data(ActFormat format, size_t i) const;
@@ -96,7 +95,22 @@ class Activations {
 void normalize(const Compute& compute, const float* x, size_t n, const std::vector<float>& weight, float eps,
                Activations& acts, ActFormats formats);
 
-// Matrix products collected and then run in one parallel region. The pieces do not depend on the
+// Rows [first, first + n) of a weight times tokens.
+struct Product {
+  const Weight* w;
+  size_t first_row, n_rows;
+  const Activations* x;
+  size_t first_token, n_tokens;
+  float* y;         // y[t * y_stride + r] for row first_row + r
+  size_t y_stride;
+};
+// On the calling thread; `panel` is scratch of any size.
+void multiply(const Compute& compute, const Product& product, std::span<float> panel);
+
+// Tokens that pass over a piece of weights at once: their activations stay in the caches.
+inline constexpr size_t kTokenBlock = 512;
+
+// Matrix products collected and then run in one parallel loop. The pieces do not depend on the
 // number of threads, so neither do the results.
 class MatmulQueue {
  public:
@@ -107,11 +121,10 @@ class MatmulQueue {
 
  private:
   struct Job {
-    const Weight* w;
-    MatmulArgs args;         // of all rows
-    size_t rows_per_chunk, first_chunk;
+    Product all;
+    size_t rows_per_chunk, n_chunks, first_chunk;
   };
-  void run_chunk(const Compute& compute, size_t worker, size_t chunk) const;
+  void run_chunk(const Compute& compute, size_t worker, const Job& job, size_t chunk) const;
 
   std::vector<Job> jobs_;
   size_t n_chunks_ = 0;

@@ -7,7 +7,7 @@ namespace duet {
 Decoder::Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch)
     : model_(&model),
       panels_(static_cast<size_t>(compute.n_threads) * kPanelFloats),
-      compute_{compute.kernels, compute.n_threads, panels_.data()},
+      compute_{compute.kernels, compute.n_threads, panels_.data(), compute.placement},
       n_batch_(n_batch),
       n_embd_(model.hparams().n_embd),
       residual_(n_batch * n_embd_),
@@ -23,16 +23,19 @@ uint64_t Decoder::bytes_needed(const HParams& hparams, int n_threads, size_t n_c
 void Decoder::embed(std::span<const Token> tokens) {
   const Weight& table = model_->token_embd();
   const auto decode = compute_.kernels->decode_row[static_cast<size_t>(table.format->dtype)];
-  for (size_t t = 0; t < tokens.size(); ++t)
-    decode(table.data + static_cast<size_t>(tokens[t]) * table.row_bytes, residual_.data() + t * n_embd_, n_embd_);
+  parallel_for(compute_.n_threads, tokens.size(), 64, [&](size_t begin, size_t end) {
+    for (size_t t = begin; t < end; ++t)
+      decode(table.data + static_cast<size_t>(tokens[t]) * table.row_bytes, residual_.data() + t * n_embd_, n_embd_);
+  });
 }
 
 void Decoder::forward(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel) {
   DUET_ASSERT(!tokens.empty() && tokens.size() <= n_batch_ && first + tokens.size() <= kv.n_ctx());
   n_ = tokens.size();
-  // Library products run inside our own regions, on one thread each: the same pieces whatever the
-  // number of threads.
-  set_library_threads(1);
+  compute_.team([&] { evaluate(tokens, first, kv, cancel); });
+}
+
+void Decoder::evaluate(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel) {
   const std::span<const float> hidden{residual_.data(), n_ * n_embd_};
   embed(tokens);
   attention_.begin(first, n_);
@@ -49,10 +52,12 @@ void Decoder::forward(std::span<const Token> tokens, size_t first, KvCache& kv, 
 void Decoder::logits(size_t row, size_t n_rows, float* out) {
   DUET_ASSERT(row + n_rows <= n_);
   const Weight& output = model_->output();
-  normalize(compute_, residual_.data() + row * n_embd_, n_rows, model_->output_norm(), model_->hparams().rms_eps,
-            input_, act_bit(output));
-  queue_.add(output, input_, 0, n_rows, out, output.rows);
-  queue_.run(compute_);
+  compute_.team([&] {
+    normalize(compute_, residual_.data() + row * n_embd_, n_rows, model_->output_norm(), model_->hparams().rms_eps,
+              input_, act_bit(output));
+    queue_.add(output, input_, 0, n_rows, out, output.rows);
+    queue_.run(compute_);
+  });
 }
 
 }  // namespace duet

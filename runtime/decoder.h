@@ -30,6 +30,11 @@ class Decoder {
   // Evaluates 1..n_batch valid tokens at positions [first, first + n) and stores their keys and
   // values; positions before `first` must be in the cache. Error(cancelled) between layers.
   void forward(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel = nullptr);
+  // Each call is one team of threads (base/parallel.h); inside with_team() they share one.
+  template <class Body>
+  void with_team(const Body& body) const {
+    compute_.team(body);
+  }
   // Logits of rows [row, row + n_rows) of the last forward() -> out [n_rows, n_vocab].
   void logits(size_t row, size_t n_rows, float* out);
 
@@ -39,6 +44,7 @@ class Decoder {
   static uint64_t bytes_needed(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch);
 
  private:
+  void evaluate(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel);
   void embed(std::span<const Token> tokens);
 
   const Model* model_;

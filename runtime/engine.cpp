@@ -18,6 +18,25 @@ std::exception_ptr try_load(const Load& load) {
   return nullptr;
 }
 
+Placement place(const HostCores& cores, int n_threads, const EngineOptions& options, const NoticeFn& notice) {
+  Placement out = place_threads(cores.topology, n_threads, options.pin, options.numa);
+  if (options.pin == PinMode::on && out.cpus.empty())
+    notice(concat(n_threads, " threads on ", cores.logical, " CPUs: threads are not pinned"));
+  if (out.interleave.empty()) return out;
+  const bool asked = options.numa == NumaMode::interleave;
+  if (!asked && has_memory_policy()) {  // numactl's: leave it
+    out.interleave.clear();
+  } else if (set_interleave(out.interleave)) {
+    set_interleave({});  // possible; teams do it for their threads
+  } else if (asked) {
+    fail(ErrorKind::unsupported, "numa: the system refuses to interleave memory (a container may need the capability SYS_NICE); use off");
+  } else {
+    out.interleave.clear();
+    notice("several memory nodes, but the system refuses to interleave memory: give the container the capability SYS_NICE, or use numactl --interleave=all");
+  }
+  return out;
+}
+
 }  // namespace
 
 // Only maps: weights are read when they are first used. No madvise: eager population would read a
@@ -30,7 +49,10 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
   const HParams hparams = read_hparams(file, notice);
   auto state = std::make_shared<State>(Model::bind(file, hparams));
   state->notice = notice;
-  state->compute = {&kernels, options.n_threads > 0 ? options.n_threads : read_host_cores().usable()};
+  const HostCores cores = read_host_cores();
+  const int n_threads = options.n_threads > 0 ? options.n_threads : cores.usable();
+  state->placement = place(cores, n_threads, options, notice);
+  state->compute = {.kernels = &kernels, .n_threads = n_threads, .placement = &state->placement};
   state->tokenizer_error = try_load([&] { state->tokenizer = Tokenizer::load(file, notice); });
   state->template_error = try_load([&] { state->chat_template = ChatTemplate::of_model(file, notice); });
   state->info = {.hparams = hparams,

@@ -17,6 +17,7 @@
 #include <span>
 #include <string>
 
+#include "base/topology.h"
 #include "formats/schema.h"
 #include "runtime/chat_template.h"
 #include "runtime/sampler.h"
@@ -28,6 +29,10 @@ struct EngineOptions {
   int n_threads = 0;    // compute threads; 0: HostCores::usable()
   std::string isa;      // "scalar", "avx2", "avx512"; "": best usable; unusable: Error(unsupported)
   NoticeFn notice;      // one-line remarks; may be null
+  // Where compute threads stay and memory goes (base/topology.h). Interleaving that the system
+  // refuses: Error(unsupported) when asked for, else a notice.
+  PinMode pin = PinMode::automatic;
+  NumaMode numa = NumaMode::automatic;
 };
 
 enum class KvType { f16, f32 };

@@ -14,7 +14,8 @@ struct Engine::State {
   explicit State(Model m) : model(std::move(m)) {}
 
   Model model;
-  Compute compute{};
+  Placement placement;
+  Compute compute{};  // placement points to the above
   ModelInfo info;
   NoticeFn notice;
   std::optional<Tokenizer> tokenizer;

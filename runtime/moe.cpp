@@ -9,6 +9,27 @@ namespace {
 size_t expert_count(const HParams& hparams) { return std::max<size_t>(hparams.n_expert, 1); }
 size_t used_count(const HParams& hparams) { return hparams.n_expert > 0 ? hparams.n_expert_used : 1; }
 
+// Rows of gate and up that one task makes: a block of the widest activation format.
+constexpr size_t kHiddenRows = 256;
+// Tasks wanted, where there are tokens to split: enough for 128 threads. A fixed number, so that
+// pieces do not depend on the number of threads.
+constexpr size_t kMinTasks = 256;
+constexpr size_t kMinTokenBlock = 64;
+
+size_t div_up(size_t n, size_t by) { return (n + by - 1) / by; }
+
+// Formats in which the weights that `of` names are multiplied, in any layer.
+template <class Of>
+ActFormats formats_of(const Model& model, const Of& of) {
+  ActFormats formats = 0;
+  for (const Layer& layer : model.layers())
+    for (const Expert& expert : layer.experts) formats |= of(expert);
+  return formats;
+}
+
+ActFormats input_formats(const Expert& expert) { return act_bit(expert.gate) | act_bit(expert.up); }
+ActFormats hidden_formats(const Expert& expert) { return act_bit(expert.down); }
+
 }  // namespace
 
 Moe::Moe(const Model& model, const Compute& compute, size_t n_batch)
@@ -26,15 +47,15 @@ Moe::Moe(const Model& model, const Compute& compute, size_t n_batch)
       slot_token_(n_batch * n_used_),
       cursor_(n_expert_),
       logits_(n_batch * n_expert_),
-      gate_(n_batch * n_used_ * n_ff_),
-      up_(n_batch * n_used_ * n_ff_),
       out_(n_batch * n_used_ * n_embd_),
-      gathered_(n_expert_ > 1 ? n_batch * n_used_ : 0, n_embd_),
-      hidden_(n_batch * n_used_, n_ff_),
-      queue_(2 * n_expert_) {}
+      gathered_(n_expert_ > 1 ? n_batch * n_used_ : 0, n_embd_, formats_of(model, input_formats)),
+      hidden_(n_batch * n_used_, n_ff_, formats_of(model, hidden_formats)),
+      queue_(n_expert_ + n_batch * n_used_ / kTokenBlock) {
+  blocks_.reserve(n_expert_ + n_batch * n_used_ / kMinTokenBlock);
+}
 
 uint64_t Moe::bytes_needed(const HParams& hparams, size_t n_batch) {
-  const uint64_t per_row = uint64_t{3} * hparams.n_ff + uint64_t{2} * hparams.n_embd;
+  const uint64_t per_row = hparams.n_ff + uint64_t{2} * hparams.n_embd;
   return sizeof(float) * n_batch * used_count(hparams) * per_row;
 }
 
@@ -42,13 +63,12 @@ void Moe::forward(size_t layer_index, size_t n, Activations& input, float* resid
   const Layer& layer = model_->layers()[layer_index];
   n_ = n;
   ActFormats formats = act_bit(ActFormat::f32);
-  for (const Expert& expert : layer.experts) formats |= act_bit(expert.gate) | act_bit(expert.up);
+  for (const Expert& expert : layer.experts) formats |= input_formats(expert);
   normalize(compute_, residual, n, layer.ffn_norm, model_->hparams().rms_eps, input, formats);
   route(layer, input);
   group();
   if (gathers()) gather(layer, input);
-  gate_up(layer, gathers() ? gathered_ : input);
-  activate(layer);
+  make_hidden(layer, gathers() ? gathered_ : input);
   down(layer);
   combine(residual);
 }
@@ -106,30 +126,53 @@ void Moe::gather(const Layer& layer, const Activations& input) {
   parallel_for(compute_.n_threads, n_rows(), 32, [&](size_t begin, size_t end) {
     for (size_t slot = begin; slot < end; ++slot) {
       const Expert& expert = layer.experts[static_cast<size_t>(slot_expert_[slot])];
-      gathered_.copy_row(slot, input, static_cast<size_t>(slot_token_[slot]), act_bit(expert.gate) | act_bit(expert.up));
+      gathered_.copy_row(slot, input, static_cast<size_t>(slot_token_[slot]), input_formats(expert));
     }
   });
 }
 
-void Moe::gate_up(const Layer& layer, const Activations& input) {
-  for (size_t e = 0; e < n_expert_; ++e) {
-    const size_t first = first_slot_[e], count = first_slot_[e + 1] - first;
-    if (count == 0) continue;
-    const size_t input_row = gathers() ? first : 0;
-    queue_.add(layer.experts[e].gate, input, input_row, count, gate_.data() + first * n_ff_, n_ff_);
-    queue_.add(layer.experts[e].up, input, input_row, count, up_.data() + first * n_ff_, n_ff_);
+// Blocks of tokens of one expert: few passes over its weights, yet tasks for all threads when most
+// tokens choose the same.
+void Moe::split_tokens() {
+  const size_t row_blocks = div_up(n_ff_, kHiddenRows);
+  for (size_t size = kTokenBlock;; size /= 2) {
+    blocks_.clear();
+    for (size_t e = 0; e < n_expert_; ++e)
+      for (size_t slot = first_slot_[e]; slot < first_slot_[e + 1]; slot += size)
+        blocks_.push_back({e, slot, std::min(size, first_slot_[e + 1] - slot)});
+    if (size <= kMinTokenBlock || blocks_.size() * row_blocks >= kMinTasks) return;
   }
-  queue_.run(compute_);
 }
 
-void Moe::activate(const Layer& layer) {
-  const int n_threads = compute_.threads_for(uint64_t{n_rows()} * n_ff_ * 3 * sizeof(float));
-  parallel_for(n_threads, n_rows(), n_ == 1 ? 1 : 4, [&](size_t begin, size_t end) {
-    for (size_t slot = begin; slot < end; ++slot) {
-      compute_.kernels->silu_mul(gate_.data() + slot * n_ff_, up_.data() + slot * n_ff_, hidden_.row(slot), n_ff_);
-      hidden_.quantize(*compute_.kernels, slot, act_bit(layer.experts[static_cast<size_t>(slot_expert_[slot])].down));
-    }
+// hidden = silu(gate x) * (up x) for all (token, expert) pairs. Tasks that follow each other take
+// the same rows of different experts, so that a thread's share of rows is that of every expert.
+void Moe::make_hidden(const Layer& layer, const Activations& input) {
+  split_tokens();
+  const Weight& gate = layer.experts[0].gate;
+  const int n_threads = compute_.threads_for(2 * uint64_t{n_rows()} * gate.rows * gate.row_bytes);
+  parallel_shares(n_threads, blocks_.size() * div_up(n_ff_, kHiddenRows), [&](size_t worker, size_t task) {
+    make_hidden_block(layer, input, worker, blocks_[task % blocks_.size()], task / blocks_.size() * kHiddenRows);
   });
+}
+
+// Columns [first_row, first_row + 256) of the hidden rows of a block of tokens, straight to the
+// form in which the down projection reads them: the products never leave the worker's cache.
+void Moe::make_hidden_block(const Layer& layer, const Activations& input, size_t worker, const TokenBlock& block, size_t first_row) {
+  const Expert& expert = layer.experts[block.expert];
+  const size_t n_rows = std::min(kHiddenRows, n_ff_ - first_row), n_floats = block.n * kHiddenRows;
+  float* gate = compute_.panel(worker);  // [block.n, kHiddenRows], as up
+  float* up = gate + n_floats;
+  const std::span<float> rest{up + n_floats, kPanelFloats - 2 * n_floats};
+  Product product{&expert.gate, first_row, n_rows, &input, n_ == 1 ? 0 : block.first_slot, block.n, gate, kHiddenRows};
+  multiply(compute_, product, rest);
+  product.w = &expert.up;
+  product.y = up;
+  multiply(compute_, product, rest);
+  for (size_t t = 0; t < block.n; ++t) {
+    float* values = gate + t * kHiddenRows;
+    compute_.kernels->silu_mul(values, up + t * kHiddenRows, values, n_rows);
+    hidden_.set_part(*compute_.kernels, block.first_slot + t, first_row, values, n_rows, expert.down.format->act);
+  }
 }
 
 void Moe::down(const Layer& layer) {

@@ -28,12 +28,16 @@ class Moe {
   static uint64_t bytes_needed(const HParams& hparams, size_t n_batch);
 
  private:
+  struct TokenBlock {
+    size_t expert, first_slot, n;
+  };
   void route(const Layer& layer, Activations& input);
   void choose(const float* logits, int32_t* chosen, float* weights) const;
   void group();
   void gather(const Layer& layer, const Activations& input);
-  void gate_up(const Layer& layer, const Activations& input);
-  void activate(const Layer& layer);
+  void make_hidden(const Layer& layer, const Activations& input);
+  void split_tokens();
+  void make_hidden_block(const Layer& layer, const Activations& input, size_t worker, const TokenBlock& block, size_t first_row);
   void down(const Layer& layer);
   void combine(float* residual) const;
   size_t n_rows() const { return n_ * n_used_; }
@@ -51,8 +55,8 @@ class Moe {
   std::vector<int32_t> slot_expert_, slot_token_;  // [n_batch * n_used]
   std::vector<size_t> cursor_;      // [n_expert]
   AlignedArray<float> logits_;      // [n_batch, n_expert]
-  AlignedArray<float> gate_, up_;   // [n_batch * n_used, n_ff]
   AlignedArray<float> out_;         // [n_batch * n_used, n_embd]
+  std::vector<TokenBlock> blocks_;
   Activations gathered_;            // [n_batch * n_used, n_embd]
   Activations hidden_;              // [n_batch * n_used, n_ff]
   MatmulQueue queue_;

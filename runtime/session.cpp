@@ -92,14 +92,15 @@ void Session::State::evaluate(std::span<const Token> added, const Progress& prog
   logits_valid = false;
   for (size_t done = 0; done < added.size();) {
     const auto batch = added.subspan(done, std::min(decoder.n_batch(), added.size() - done));
-    decoder.forward(batch, tokens.size(), kv, cancel);
+    const bool last = done + batch.size() == added.size();
+    decoder.with_team([&] {
+      decoder.forward(batch, tokens.size(), kv, cancel);
+      if (last) decoder.logits(batch.size() - 1, 1, logits.data());
+    });
     const size_t unwanted = std::clamp<size_t>(skip, done, done + batch.size()) - done;
     tokens.insert(tokens.end(), batch.begin(), batch.end());
     done += batch.size();
-    if (done == added.size()) {
-      decoder.logits(batch.size() - 1, 1, logits.data());
-      logits_valid = true;
-    }
+    logits_valid = last;
     if (sink) deliver(unwanted, batch.size() - unwanted, sink);
     if (progress) progress(done, added.size());
   }

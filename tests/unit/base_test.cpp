@@ -1,10 +1,9 @@
-// bytes, error, json, units, mapped_file, parallel, zstd_frame, cpu_features.
+// bytes, error, json, units, mapped_file, zstd_frame, cpu_features.
 #include <doctest/doctest.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -14,7 +13,6 @@
 #include "base/cpu_features.h"
 #include "base/json.h"
 #include "base/mapped_file.h"
-#include "base/parallel.h"
 #include "base/units.h"
 #include "base/zstd_frame.h"
 #include "tests/support/errors.h"
@@ -247,37 +245,6 @@ TEST_CASE("output_file: a read-only folder") {
   REQUIRE(::chmod(folder.path().c_str(), 0555) == 0);
   check_thrown(thrown_by([&] { OutputFile out(folder / "out", 0); }), kIo,
                "cannot write: Permission denied");
-}
-
-TEST_CASE("parallel: chunks cover the range once and keep to the grain") {
-  for (const int n_threads : {1, 2, 5})
-    for (const size_t n : {0u, 1u, 7u, 64u, 1000u})
-      for (const size_t grain : {size_t{0}, size_t{1}, size_t{3}, size_t{64}, SIZE_MAX}) {
-        std::vector<std::atomic<int>> visits(n);
-        std::atomic<size_t> largest{0};
-        parallel_for(n_threads, n, grain, [&](size_t begin, size_t end) {
-          for (size_t i = begin; i < end; ++i) ++visits[i];
-          for (size_t seen = largest;
-               end - begin > seen && !largest.compare_exchange_weak(seen, end - begin);) {
-          }
-        });
-        CHECK(std::all_of(visits.begin(), visits.end(), [](const auto& v) { return v == 1; }));
-        CHECK(largest <= std::max<size_t>(grain, 1));
-      }
-}
-
-TEST_CASE("parallel: the first exception comes out and stops the rest") {
-  for (const int n_threads : {1, 3}) {
-    std::atomic<int> n_calls{0};
-    const auto run = [&] {
-      parallel_for(n_threads, 1000, 1, [&](size_t, size_t) {
-        ++n_calls;
-        fail(kIo, "chunk failed");
-      });
-    };
-    check_thrown(thrown_by(run), kIo, "chunk failed");
-    CHECK(n_calls <= n_threads);
-  }
 }
 
 TEST_CASE("zstd_frame: round trip, damage, bombs") {
