@@ -1,6 +1,8 @@
 // AVX-512 VNNI kernels of the formats with blocks of 32 (Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 IQ4_NL) times
 // act32. Quants carry an offset that makes them unsigned, which vpdpbusd wants; the sum of the
 // activations takes it out again.
+#include <cstddef>
+
 #include "runtime/kernels/x86_avx512_panel.h"
 
 namespace duet {
@@ -14,26 +16,10 @@ struct Halves {
   __m512i first, last;
 };
 
-DUET_INLINE __m512i four_lanes(const void* a, const void* b, const void* c, const void* d) {
-  __m512i v = _mm512_castsi128_si512(load128(a));
-  v = _mm512_inserti32x4(v, load128(b), 1);
-  v = _mm512_inserti32x4(v, load128(c), 2);
-  return _mm512_inserti32x4(v, load128(d), 3);
-}
-
-// 16 + 16 bytes -> 64 values 0..15: per block low nibbles, then high nibbles.
-DUET_INLINE __m512i nibble_pair(const uint8_t* a, const uint8_t* b) {
-  const __m512i twice = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(load128(a)), 0xff00,
-                                                    load128(b));
-  const __m256i shift = _mm256_set_m128i(_mm_set1_epi16(4), __m128i{});
-  const __m512i v = _mm512_srlv_epi16(twice, _mm512_broadcast_i64x4(shift));
-  return _mm512_and_si512(v, _mm512_set1_epi8(15));
-}
 template <class Block>
 DUET_INLINE Halves nibble_halves(const Block* const* b) {
   const __m512i v = four_lanes(b[0]->qs, b[1]->qs, b[2]->qs, b[3]->qs);
-  const __m512i low = _mm512_set1_epi8(15);
-  return {_mm512_and_si512(v, low), _mm512_and_si512(_mm512_srli_epi16(v, 4), low)};
+  return {masked(v, 15), high_nibbles(v)};
 }
 
 DUET_INLINE uint32_t word_at(const uint8_t* p) {
@@ -44,9 +30,6 @@ DUET_INLINE uint32_t word_at(const uint8_t* p) {
 DUET_INLINE __m512i add_16(__m512i q, uint64_t where) {
   return _mm512_mask_add_epi8(q, where, q, _mm512_set1_epi8(16));
 }
-DUET_INLINE __m512i fifth_pair(const uint8_t* a, const uint8_t* b) {
-  return add_16(__m512i{}, word_at(a) | static_cast<uint64_t>(word_at(b)) << 32);
-}
 template <class Block>
 DUET_INLINE Halves fifth_halves(Halves q, const Block* const* b) {
   const uint64_t w01 = word_at(b[0]->qh) | static_cast<uint64_t>(word_at(b[1]->qh)) << 32;
@@ -56,24 +39,44 @@ DUET_INLINE Halves fifth_halves(Halves q, const Block* const* b) {
           add_16(q.last, pack(w01 >> 16) | pack(w23 >> 16) << 32)};
 }
 
+// store(column, quad): 16 columns of 16 rows, of the block that starts `at` bytes behind them.
 template <class B, int kShift>
 struct Nibbles {
   using Block = B;
   static constexpr int kOffsetShift = kShift;
-  static DUET_INLINE __m512i pair(const Block& a, const Block& b) {
-    return nibble_pair(a.qs, b.qs);
-  }
   static DUET_INLINE Halves halves(const Block* const* b) { return nibble_halves(b); }
+  template <class Store>
+  static DUET_INLINE void columns(const std::byte* const* rows, size_t at, Store store) {
+    const Quad q = load_quad(rows, at + offsetof(Block, qs));
+    store(0, q.map([](__m512i v) { return masked(v, 15); }).transposed());
+    store(16, q.map(high_nibbles).transposed());
+  }
 };
+
 template <class B, int kShift>
 struct FiveBits {
   using Block = B;
   static constexpr int kOffsetShift = kShift;
-  static DUET_INLINE __m512i pair(const Block& a, const Block& b) {
-    return _mm512_or_si512(nibble_pair(a.qs, b.qs), fifth_pair(a.qh, b.qh));
-  }
   static DUET_INLINE Halves halves(const Block* const* b) {
     return fifth_halves(nibble_halves(b), b);
+  }
+  template <class Store>
+  static DUET_INLINE void columns(const std::byte* const* rows, size_t at, Store store) {
+    const __m512i bits = load_quad(rows, at + offsetof(Block, qh)).transposed().v[0];
+    Nibbles<B, kShift>::columns(rows, at, [&](size_t column, Quad words) {
+      for (size_t j = 0; j < 4; ++j) {
+        const __m512i four = _mm512_srli_epi32(bits, static_cast<unsigned>(column + 4 * j));
+        words.v[j] = _mm512_or_si512(words.v[j], fifth_bytes(four));
+      }
+      store(column, words);
+    });
+  }
+  // The lower four bits of each word as bytes of 0 or 16.
+  static DUET_INLINE __m512i fifth_bytes(__m512i bits) {
+    const __m512i table = _mm512_setr_epi32(
+        0, 0x10, 0x1000, 0x1010, 0x100000, 0x100010, 0x101000, 0x101010, 0x10000000, 0x10000010,
+        0x10001000, 0x10001010, 0x10100000, 0x10100010, 0x10101000, 0x10101010);
+    return _mm512_permutexvar_epi32(bits, table);  // uses four bits of the index
   }
 };
 using Q4_0 = Nibbles<BlockQ4_0, 3>;
@@ -87,12 +90,16 @@ struct Q8_0 {
   static DUET_INLINE __m512i above(__m512i v) {
     return _mm512_xor_si512(v, _mm512_set1_epi8(-128));
   }
-  static DUET_INLINE __m512i pair(const Block& a, const Block& b) {
-    return above(_mm512_inserti64x4(_mm512_castsi256_si512(load256(a.qs)), load256(b.qs), 1));
-  }
   static DUET_INLINE Halves halves(const Block* const* b) {
     return {above(four_lanes(b[0]->qs, b[1]->qs, b[2]->qs, b[3]->qs)),
             above(four_lanes(b[0]->qs + 16, b[1]->qs + 16, b[2]->qs + 16, b[3]->qs + 16))};
+  }
+  template <class Store>
+  static DUET_INLINE void columns(const std::byte* const* rows, size_t at, Store store) {
+    for (size_t column = 0; column < 32; column += 16) {
+      const Quad q = load_quad(rows, at + offsetof(Block, qs) + column);
+      store(column, q.map(above).transposed());
+    }
   }
 };
 
@@ -103,12 +110,14 @@ struct IQ4_NL {
     const __m128i table = _mm_xor_si128(load128(kIq4Levels), _mm_set1_epi8(-128));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), q);
   }
-  static DUET_INLINE __m512i pair(const Block& a, const Block& b) {
-    return levels(nibble_pair(a.qs, b.qs));
-  }
   static DUET_INLINE Halves halves(const Block* const* b) {
     const Halves q = nibble_halves(b);
     return {levels(q.first), levels(q.last)};
+  }
+  template <class Store>
+  static DUET_INLINE void columns(const std::byte* const* rows, size_t at, Store store) {
+    Nibbles<Block, 7>::columns(
+        rows, at, [&](size_t column, const Quad& words) { store(column, words.map(levels)); });
   }
 };
 
@@ -117,32 +126,26 @@ struct Panel32 {
   using Block = typename F::Block;
   static constexpr bool kHasMinimum = F::kOffsetShift == 0;
   static constexpr size_t kStepBytes = 8 * sizeof(BlockAct32);
+  static constexpr size_t kMinimumAt = 2;  // m follows d
 
   // ---- prefill -----------------------------------------------------------------------------------
   static void unpack(const PanelRowsAt& rows, size_t step, size_t n_cols, Panel& panel) {
     const size_t n_blocks = n_cols / 32;
     for (size_t half = 0; half < 2; ++half) {
-      for (size_t i = 0; i < n_blocks; i += 2) {
-        __m512i v[16];
-#pragma GCC unroll 16
-        for (size_t r = 0; r < 16; ++r) {
-          const auto* block =
-              reinterpret_cast<const Block*>(rows.row[16 * half + r]) + 8 * step + i;
-          v[r] = F::pair(block[0], block[i + 1 < n_blocks ? 1 : 0]);
-        }
-        transpose16(v);
-#pragma GCC unroll 16
-        for (size_t j = 0; j < 16; ++j) _mm512_store_si512(panel.q[8 * i + j] + 64 * half, v[j]);
-      }
-    }
-    for (size_t r = 0; r < kPanelRows; ++r) {
-      const auto* block = reinterpret_cast<const Block*>(rows.row[r]) + 8 * step;
+      const std::byte* row[16];
+      for (size_t r = 0; r < 16; ++r) row[r] = rows.row[16 * half + r] + step * 8 * sizeof(Block);
       for (size_t b = 0; b < n_blocks; ++b) {
-        panel.d[b][r] = half_at(&block[b].d);
-        if constexpr (kHasMinimum) panel.m[b][r] = half_at(&block[b].m);
+        const size_t at = b * sizeof(Block);
+        F::columns(row, at, [&](size_t column, const Quad& words) {
+          store_words(panel, half, 32 * b + column, words);
+        });
+        store_halves(panel.d[b], half, row, at + offsetof(Block, d));
+        if constexpr (kHasMinimum) store_halves(panel.m[b], half, row, at + kMinimumAt);
       }
-      for (size_t i = 0; i < 8 * sizeof(Block); i += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(block + 8) + i, _MM_HINT_T0);
+      for (size_t r = 0; r < 16; ++r) {
+        for (size_t i = 0; i < 8 * sizeof(Block); i += 64)
+          _mm_prefetch(reinterpret_cast<const char*>(row[r] + 8 * sizeof(Block) + i), _MM_HINT_T0);
+      }
     }
   }
 

@@ -3,6 +3,7 @@
 // vpdpbusd multiplies unsigned quants by activations and adds four; vpdpwssd multiplies such sums,
 // where they fit 16 bits, by the scale of their group and accumulates, else vpmulld does. Quants
 // carry an offset that makes them unsigned; the sums of activations take it out again.
+#include <cstddef>
 #include <type_traits>
 
 #include "runtime/kernels/x86_avx512_panel.h"
@@ -19,56 +20,6 @@ DUET_INLINE __m512i shift_halves(__m512i v, int low, int high) {
   const __m256i l = _mm256_set1_epi16(static_cast<int16_t>(low)),
                 h = _mm256_set1_epi16(static_cast<int16_t>(high));
   return _mm512_srlv_epi16(v, _mm512_inserti64x4(_mm512_castsi256_si512(l), h, 1));
-}
-
-DUET_INLINE __m512i masked(__m512i v, int mask) {
-  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask)));
-}
-
-// Adds `value` where bit 2 i (lower half) or 2 i + 1 (upper half) of the 32 bytes is set.
-DUET_INLINE __m512i add_high_bit(__m512i q, const uint8_t* bits, int i, int value) {
-  const __m256i low = _mm256_set1_epi8(static_cast<char>(1 << (2 * i)));
-  const __m256i high = _mm256_set1_epi8(static_cast<char>(2 << (2 * i)));
-  const __m512i select = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-  const __mmask64 set = _mm512_test_epi8_mask(both_halves(bits), select);
-  return _mm512_mask_add_epi8(q, set, q, _mm512_set1_epi8(static_cast<char>(value)));
-}
-
-// quants(block, i): elements 64 i .. 64 i + 63, unsigned, above their value by the format's offset.
-DUET_INLINE __m512i two_bits(const uint8_t* qs, int i) {
-  const int shift = 4 * (i % 2);
-  return masked(shift_halves(both_halves(qs + 32 * (i / 2)), shift, shift + 2), 3);
-}
-
-DUET_INLINE __m512i four_bits(const uint8_t* qs, int i) {
-  return masked(shift_halves(both_halves(qs + 32 * i), 0, 4), 15);
-}
-
-DUET_INLINE __m512i quants(const BlockQ2_K& b, int i) { return two_bits(b.qs, i); }
-DUET_INLINE __m512i quants(const BlockQ3_K& b, int i) {
-  return add_high_bit(two_bits(b.qs, i), b.hmask, i, 4);
-}
-DUET_INLINE __m512i quants(const BlockQ4_K& b, int i) { return four_bits(b.qs, i); }
-DUET_INLINE __m512i quants(const BlockQ5_K& b, int i) {
-  return add_high_bit(four_bits(b.qs, i), b.qh, i, 16);
-}
-
-DUET_INLINE __m512i quants(const BlockQ6_K& b, int i) {
-  const __m512i v = _mm512_loadu_si512(b.ql + 64 * (i / 2));
-  const __m512i low = masked(i % 2 == 1 ? _mm512_srli_epi16(v, 4) : v, 15);
-  const int shift = 4 * (i % 2);
-  const __m512i high = masked(shift_halves(both_halves(b.qh + 32 * (i / 2)), shift, shift + 2), 3);
-  return _mm512_or_si512(low, _mm512_slli_epi16(high, 4));
-}
-
-DUET_INLINE __m512i quants(const BlockIQ4_XS& b, int i) {
-  // 16 bytes per 32 elements: low nibbles are the first 16, high nibbles the last.
-  const __m512i v = both_halves(b.qs + 32 * i);
-  const __m512i twice = _mm512_shuffle_i64x2(v, v, 0x50);
-  const __m512i shifts = _mm512_broadcast_i64x4(_mm256_set_m128i(_mm_set1_epi16(4), __m128i{}));
-  const __m512i levels = _mm512_broadcast_i32x4(load128(kIq4Levels));
-  const __m512i value = _mm512_shuffle_epi8(levels, masked(_mm512_srlv_epi16(twice, shifts), 15));
-  return _mm512_xor_si512(value, _mm512_set1_epi8(-128));  // + 128
 }
 
 template <>
@@ -100,17 +51,20 @@ constexpr int kTop<BlockQ6_K> = 63;
 template <>
 constexpr int kTop<BlockIQ4_XS> = 241;
 
+template <class Block>
+constexpr size_t kMinimumAt = 0;
+template <>
+constexpr size_t kMinimumAt<BlockQ2_K> = offsetof(BlockQ2_K, dmin);
+template <>
+constexpr size_t kMinimumAt<BlockQ4_K> = offsetof(BlockQ4_K, dmin);
+template <>
+constexpr size_t kMinimumAt<BlockQ5_K> = offsetof(BlockQ5_K, dmin);
+
 constexpr bool fits16(int top, int n) { return top * 127 * n < 32768; }
 
 // ---- scales of four rows, a 128-bit lane each ----------------------------------------------------
 // scale_lanes: 16 bytes per row. Q4_K, Q5_K: 8 scales, 8 minimums; Q2_K: as stored; Q3_K, Q6_K: 16
 // signed scales; IQ4_XS: 8 scales of 16 bits.
-DUET_INLINE __m512i four_lanes(const void* a, const void* b, const void* c, const void* d) {
-  __m512i v = _mm512_castsi128_si512(load128(a));
-  v = _mm512_inserti32x4(v, load128(b), 1);
-  v = _mm512_inserti32x4(v, load128(c), 2);
-  return _mm512_inserti32x4(v, load128(d), 3);
-}
 DUET_INLINE __m512i every_lane(int a, int b, int c, int d) {
   return _mm512_broadcast_i32x4(_mm_setr_epi32(a, b, c, d));
 }
@@ -354,6 +308,106 @@ DUET_INLINE __m512i row_dot(const BlockIQ4_XS& block, __m256i scales, const __m5
 }
 
 // ---- prefill -----------------------------------------------------------------------------------
+// unpack_columns(block, rows, store): quants of 16 rows, 16 columns with each store(column, quad).
+// Bits moved left by `left` (right if negative), then masked.
+DUET_INLINE Quad shifted_bits(const Quad& q, int left, int mask) {
+  return q.map([&](__m512i v) {
+    return masked(left >= 0 ? _mm512_slli_epi16(v, left) : _mm512_srli_epi16(v, -left), mask);
+  });
+}
+DUET_INLINE Quad either(const Quad& a, const Quad& b) {
+  return a.zip(b, [](__m512i u, __m512i v) { return _mm512_or_si512(u, v); });
+}
+
+template <class Store>
+DUET_INLINE void unpack_columns(const BlockQ2_K*, const std::byte* const* rows, Store store) {
+#pragma GCC unroll 4
+  for (size_t i = 0; i < 4; ++i) {
+    const Quad q = load_quad(rows, offsetof(BlockQ2_K, qs) + 16 * i);
+    for (int s = 0; s < 4; ++s)
+      store(128 * (i / 2) + 32 * static_cast<size_t>(s) + 16 * (i % 2), shifted_bits(q, -2 * s, 3));
+  }
+}
+
+template <class Store>
+DUET_INLINE void unpack_columns(const BlockQ3_K*, const std::byte* const* rows, Store store) {
+#pragma GCC unroll 4
+  for (size_t i = 0; i < 4; ++i) {
+    const Quad q = load_quad(rows, offsetof(BlockQ3_K, qs) + 16 * i);
+    const Quad high = load_quad(rows, offsetof(BlockQ3_K, hmask) + 16 * (i % 2));
+    for (int s = 0; s < 4; ++s) {
+      const int bit = 4 * static_cast<int>(i / 2) + s;
+      store(128 * (i / 2) + 32 * static_cast<size_t>(s) + 16 * (i % 2),
+            either(shifted_bits(q, -2 * s, 3), shifted_bits(high, 2 - bit, 4)));
+    }
+  }
+}
+
+template <class Store>
+DUET_INLINE void unpack_columns(const BlockQ4_K*, const std::byte* const* rows, Store store) {
+#pragma GCC unroll 8
+  for (size_t i = 0; i < 8; ++i) {
+    const Quad q = load_quad(rows, offsetof(BlockQ4_K, qs) + 16 * i);
+    const size_t column = 64 * (i / 2) + 16 * (i % 2);
+    store(column, shifted_bits(q, 0, 15));
+    store(column + 32, shifted_bits(q, -4, 15));
+  }
+}
+
+template <class Store>
+DUET_INLINE void unpack_columns(const BlockQ5_K*, const std::byte* const* rows, Store store) {
+#pragma GCC unroll 8
+  for (size_t i = 0; i < 8; ++i) {
+    const Quad q = load_quad(rows, offsetof(BlockQ5_K, qs) + 16 * i);
+    const Quad high = load_quad(rows, offsetof(BlockQ5_K, qh) + 16 * (i % 2));
+    const size_t column = 64 * (i / 2) + 16 * (i % 2);
+    const int bit = 2 * static_cast<int>(i / 2);
+    store(column, either(shifted_bits(q, 0, 15), shifted_bits(high, 4 - bit, 16)));
+    store(column + 32, either(shifted_bits(q, -4, 15), shifted_bits(high, 3 - bit, 16)));
+  }
+}
+
+template <class Store>
+DUET_INLINE void unpack_columns(const BlockQ6_K*, const std::byte* const* rows, Store store) {
+#pragma GCC unroll 8
+  for (size_t i = 0; i < 8; ++i) {
+    const size_t part = i / 4, j = i % 4;  // 16 of the 64 columns of a nibble
+    const Quad q = load_quad(rows, offsetof(BlockQ6_K, ql) + 16 * i);
+    const Quad high = load_quad(rows, offsetof(BlockQ6_K, qh) + 32 * part + 16 * (j % 2));
+    const int bit = 2 * static_cast<int>(j / 2);
+    store(128 * part + 16 * j, either(shifted_bits(q, 0, 15), shifted_bits(high, 4 - bit, 0x30)));
+    store(128 * part + 64 + 16 * j,
+          either(shifted_bits(q, -4, 15), shifted_bits(high, -bit, 0x30)));
+  }
+}
+
+template <class Store>
+DUET_INLINE void unpack_columns(const BlockIQ4_XS*, const std::byte* const* rows, Store store) {
+  const __m128i levels = _mm_xor_si128(load128(kIq4Levels), _mm_set1_epi8(-128));
+  const __m512i table = _mm512_broadcast_i32x4(levels);
+  const auto look_up = [&](__m512i v) { return _mm512_shuffle_epi8(table, v); };
+#pragma GCC unroll 8
+  for (size_t i = 0; i < 8; ++i) {
+    const Quad q = load_quad(rows, offsetof(BlockIQ4_XS, qs) + 16 * i);
+    store(32 * i, shifted_bits(q, 0, 15).map(look_up));
+    store(32 * i + 16, shifted_bits(q, -4, 15).map(look_up));
+  }
+}
+
+// Bytes 2 i and 2 i + 1 of each word as 16-bit lanes.
+template <bool kSigned>
+DUET_INLINE __m512i byte_pair(__m512i v, int i) {
+  const auto first = static_cast<char>(2 * i), second = static_cast<char>(2 * i + 1);
+  // In word k of a lane: bytes 4 k + first and 4 k + second, each below or above a zero (-1).
+  const __m128i word = kSigned ? _mm_setr_epi8(-1, first, -1, second, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+                               : _mm_setr_epi8(first, -1, second, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m512i at = _mm512_or_si512(
+      _mm512_broadcastd_epi32(word),
+      every_lane(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+  const __m512i pair = _mm512_shuffle_epi8(v, at);
+  return kSigned ? _mm512_srai_epi16(pair, 8) : pair;
+}
+
 template <class Block>
 struct KPanel {
   static constexpr size_t kStepBytes = sizeof(BlockAct256);
@@ -361,80 +415,68 @@ struct KPanel {
   // Columns between multiplications by a scale: as many as share it and fit.
   static constexpr int kRun = kWide ? kGroup<Block> : 16;
   static constexpr int kPairs = 128 / kGroup<Block>;
+  static constexpr bool kBytes = !std::is_same_v<Block, BlockIQ4_XS>;  // scale_lanes of bytes
 
   static void unpack(const PanelRowsAt& rows, size_t step, size_t, Panel& panel) {
     for (size_t half = 0; half < 2; ++half) {
-      const Block* block[16];
-      for (size_t r = 0; r < 16; ++r)
-        block[r] = reinterpret_cast<const Block*>(rows.row[16 * half + r]) + step;
-      unpack_quants(block, half, panel);
-      unpack_scales(block, half, panel);
+      const std::byte* row[16];
+      for (size_t r = 0; r < 16; ++r) row[r] = rows.row[16 * half + r] + step * sizeof(Block);
+      unpack_columns(static_cast<const Block*>(nullptr), row,
+                     [&](size_t column, const Quad& q) {
+                       store_words(panel, half, column, q.transposed());
+                     });
+      unpack_scales(row, half, panel);
+      store_halves(panel.d[0], half, row, offsetof(Block, d));
+      if constexpr (kHasMinimum<Block>) store_halves(panel.m[0], half, row, kMinimumAt<Block>);
       for (size_t r = 0; r < 16; ++r) {
-        _mm_prefetch(reinterpret_cast<const char*>(block[r] + 1), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(block[r] + 1) + 64, _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(block[r] + 2) - 1, _MM_HINT_T0);
+        for (size_t i = 0; i < sizeof(Block); i += 64)
+          _mm_prefetch(reinterpret_cast<const char*>(row[r] + sizeof(Block) + i), _MM_HINT_T0);
       }
     }
   }
 
-  static DUET_INLINE void unpack_quants(const Block* const* block, size_t half, Panel& panel) {
+  static DUET_INLINE void unpack_scales(const std::byte* const* row, size_t half, Panel& panel) {
+    Quad lanes;
 #pragma GCC unroll 4
     for (size_t i = 0; i < 4; ++i) {
-      __m512i v[16];
-#pragma GCC unroll 16
-      for (size_t r = 0; r < 16; ++r) v[r] = quants(*block[r], static_cast<int>(i));
-      transpose16(v);
-#pragma GCC unroll 16
-      for (size_t j = 0; j < 16; ++j) _mm512_store_si512(panel.q[16 * i + j] + 64 * half, v[j]);
+      const Block* four[4];
+      for (size_t l = 0; l < 4; ++l) four[l] = reinterpret_cast<const Block*>(row[4 * l + i]);
+      lanes.v[i] = scale_lanes(four);
     }
-  }
-
-  // Lanes are rows: v[0..7] pairs of scales, v[8..15] pairs of minimums, of two groups of 16.
-  static DUET_INLINE void unpack_scales(const Block* const* block, size_t half, Panel& panel) {
-    __m512i v[16];
-#pragma GCC unroll 16
-    for (size_t r = 0; r < 16; ++r) {
-      const KScales s = load_scales(*block[r]);
-      v[r] = kHasMinimum<Block>
-                 ? _mm512_inserti64x4(_mm512_castsi256_si512(s.scale), s.min, 1)
-                 : _mm512_castsi256_si512(s.scale);
-      panel.d[0][16 * half + r] = _cvtsh_ss(block[r]->d);
-      if constexpr (kHasMinimum<Block>)
-        panel.m[0][16 * half + r] = _cvtsh_ss(block[r]->dmin);
-    }
-    transpose16(v);
+    const Quad words = lanes.transposed();
     const auto store = [half](int32_t* to, __m512i value) {
       _mm512_store_si512(to + 16 * half, value);
     };
-#pragma GCC unroll 8
-    for (int p = 0; p < 8; ++p) {
-      if constexpr (kGroup<Block> == 16) {
-        store(panel.scale[2 * p], factor(v[p]));
-        store(panel.scale[2 * p + 1],
-              kWide ? _mm512_srai_epi32(v[p], 16) : _mm512_srli_epi32(v[p], 16));
-      } else {
-        store(panel.scale[p], factor(v[p]));
-      }
-    }
+    constexpr int kScales = 256 / kGroup<Block>;
+#pragma GCC unroll 16
+    for (int g = 0; g < kScales; ++g) store(panel.scale[g], scale_of(words, g));
 #pragma GCC unroll 8
     for (int p = 0; p < kPairs; ++p) {
       if constexpr (kOffsetShift<Block> != 0) {
-        const __m512i offset = _mm512_slli_epi16(group_pair(v, p), kOffsetShift<Block>);
+        const __m512i pair = kBytes ? byte_pair<true>(words.v[p / 2], p % 2) : words.v[p];
+        const __m512i offset = _mm512_slli_epi16(pair, kOffsetShift<Block>);
         store(panel.offset[p], _mm512_sub_epi16(__m512i{}, offset));
       }
-      if constexpr (kHasMinimum<Block>) store(panel.min[p], group_pair(v + 8, p));
+      if constexpr (kHasMinimum<Block>) {
+        // Q2_K: the upper nibbles; Q4_K, Q5_K: the upper eight bytes.
+        const __m512i v = kGroup<Block> == 16 ? high_nibbles(words.v[p / 2]) : words.v[2 + p / 2];
+        store(panel.min[p], byte_pair<false>(v, p % 2));
+      }
     }
   }
 
-  // The scale in the lower 16 bits: alone for vpdpwssd, with its sign for vpmulld.
-  static DUET_INLINE __m512i factor(__m512i pair) {
-    if constexpr (kWide) return _mm512_srai_epi32(_mm512_slli_epi32(pair, 16), 16);
-    return _mm512_and_si512(pair, _mm512_set1_epi32(0xffff));
-  }
-  // Values of groups 2 p and 2 p + 1; groups of 32 have theirs twice.
-  static DUET_INLINE __m512i group_pair(const __m512i* v, int p) {
-    if constexpr (kGroup<Block> == 16) return v[p];
-    return _mm512_mask_blend_epi16(0xaaaaaaaau, v[2 * p], v[2 * p + 1]);
+  // Scale g of the rows: in the lower 16 bits for vpdpwssd, with its sign for vpmulld.
+  static DUET_INLINE __m512i scale_of(const Quad& words, int g) {
+    constexpr int kPerWord = kBytes ? 4 : 2, kBits = 32 / kPerWord;
+    const __m512i word = words.v[g / kPerWord];
+    const auto at = static_cast<unsigned>(kBits * (g % kPerWord));
+    constexpr auto kAbove = static_cast<unsigned>(32 - kBits);
+    if constexpr (std::is_same_v<Block, BlockQ2_K>)
+      return _mm512_and_si512(_mm512_srli_epi32(word, at), _mm512_set1_epi32(15));
+    if constexpr (kGroup<Block> == 32 && kBytes)
+      return _mm512_and_si512(_mm512_srli_epi32(word, at), _mm512_set1_epi32(255));
+    const __m512i scale = _mm512_srai_epi32(_mm512_slli_epi32(word, kAbove - at), kAbove);
+    return kWide ? scale : _mm512_and_si512(scale, _mm512_set1_epi32(0xffff));
   }
 
   template <size_t T>

@@ -16,7 +16,7 @@ constexpr size_t kPanelRows = 32, kPanelCols = 256;
 // Tokens that share an unpacked panel: their sums (32 KiB) stay in the L2 cache.
 constexpr size_t kPanelTokens = 256;
 
-struct Panel {
+struct alignas(64) Panel {
   alignas(64) uint8_t q[kPanelCols / 4][kPanelRows * 4];  // [column / 4][row][column % 4]
   alignas(64) int32_t scale[16][kPanelRows];    // of each group of columns, for the integer part
   alignas(64) int32_t offset[8][kPanelRows];    // pairs of int16: -scale * offset of two groups
@@ -30,10 +30,47 @@ DUET_INLINE __m512i broadcast4(const void* p) {
   __builtin_memcpy(&v, p, 4);
   return _mm512_set1_epi32(v);
 }
-DUET_INLINE float half_at(const void* p) {
-  uint16_t bits;
-  __builtin_memcpy(&bits, p, 2);
-  return _cvtsh_ss(bits);
+DUET_INLINE __m512i four_lanes(const void* a, const void* b, const void* c, const void* d) {
+  __m512i v = _mm512_castsi128_si512(load128(a));
+  v = _mm512_inserti32x4(v, load128(b), 1);
+  v = _mm512_inserti32x4(v, load128(c), 2);
+  return _mm512_inserti32x4(v, load128(d), 3);
+}
+DUET_INLINE __m512i masked(__m512i v, int mask) {
+  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask)));
+}
+DUET_INLINE __m512i high_nibbles(__m512i v) { return masked(_mm512_srli_epi16(v, 4), 15); }
+
+// ---- 16 rows of a panel --------------------------------------------------------------------------
+// Sixteen bytes of 16 rows: lane l of register i is row 4 l + i.
+struct Quad {
+  __m512i v[4];
+
+  template <class Each>
+  DUET_INLINE Quad map(Each each) const {
+    return {{each(v[0]), each(v[1]), each(v[2]), each(v[3])}};
+  }
+  template <class Each>
+  DUET_INLINE Quad zip(const Quad& other, Each each) const {
+    return {{each(v[0], other.v[0]), each(v[1], other.v[1]), each(v[2], other.v[2]),
+             each(v[3], other.v[3])}};
+  }
+  // Register j: 32-bit word j of the rows in order.
+  DUET_INLINE Quad transposed() const {
+    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+    const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+    return {{_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+             _mm512_unpackhi_epi64(b, d)}};
+  }
+};
+
+// The bytes at `offset` behind 16 pointers.
+DUET_INLINE Quad load_quad(const std::byte* const* row, size_t offset) {
+  const auto at = [&](size_t i) {
+    return four_lanes(row[i] + offset, row[4 + i] + offset, row[8 + i] + offset,
+                      row[12 + i] + offset);
+  };
+  return {{at(0), at(1), at(2), at(3)}};
 }
 
 // v[j] lane i <- v[i] lane j, for 16 x 16 lanes of 32 bits.
@@ -65,6 +102,20 @@ DUET_INLINE void transpose16(__m512i (&v)[16]) {
     v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
     v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
+}
+
+// Quants of columns `column` .. column + 15 of half the rows, one word of four columns a register.
+DUET_INLINE void store_words(Panel& panel, size_t half, size_t column, const Quad& words) {
+#pragma GCC unroll 4
+  for (size_t j = 0; j < 4; ++j)
+    _mm512_store_si512(panel.q[column / 4 + j] + 64 * half, words.v[j]);
+}
+
+// to[16 * half + r] = the half-precision float at `offset` behind pointer r.
+DUET_INLINE void store_halves(float* to, size_t half, const std::byte* const* row, size_t offset) {
+  alignas(32) uint16_t bits[16];
+  for (size_t r = 0; r < 16; ++r) __builtin_memcpy(&bits[r], row[r] + offset, 2);
+  _mm512_store_ps(to + 16 * half, _mm512_cvtph_ps(load256(bits)));
 }
 
 // Rows of a panel; those beyond the last repeat it and are not stored.
