@@ -6,13 +6,6 @@
 namespace duet {
 namespace {
 
-// 16 bytes -> 32 values 0..15; the copy to both halves is part of the load.
-DUET_INLINE __m256i nibbles32(const uint8_t* qs) {
-  const __m256i both = _mm256_broadcastsi128_si256(load128(qs));
-  const __m256i moved = _mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
-  return _mm256_and_si256(moved, _mm256_set1_epi8(15));
-}
-
 // quants(): 32 values, unsigned with kOffsetShift (value = quant - 2^kOffsetShift unless 0), or
 // signed where kWide. kLargest: the largest unsigned quant.
 struct BytesQ4_0 {
@@ -74,7 +67,7 @@ constexpr bool kHasM = requires(Block b) {
   b.m;
 };
 
-// ---- one token -----------------------------------------------------------------------------------
+// ---- one token ----------------------------------------------------------------------------------
 // Scales and sums of eight blocks of activations.
 struct EightActs {
   alignas(32) float d[8];
@@ -172,7 +165,7 @@ void decode_rows32(const MatmulArgs& a) noexcept {
   rows.store(y);
 }
 
-// ---- several tokens ------------------------------------------------------------------------------
+// ---- several tokens -----------------------------------------------------------------------------
 template <class Bytes>
 struct Panel32 {
   using Block = typename Bytes::Block;

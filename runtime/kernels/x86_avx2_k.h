@@ -45,7 +45,7 @@ DUET_INLINE __m256i quants(const BlockQ6_K& b, int i) {
 
 DUET_INLINE __m256i quants(const BlockIQ4_XS& b, int i) {
   const __m256i levels = _mm256_broadcastsi128_si256(load128(kIq4Levels));
-  return _mm256_shuffle_epi8(levels, nibbles(b.qs + 16 * i));
+  return _mm256_shuffle_epi8(levels, nibbles32(b.qs + 16 * i));
 }
 
 template <class Block>
@@ -75,7 +75,7 @@ constexpr int kLargest<BlockQ6_K> = 63;
 template <class Block>
 constexpr bool kQuads = has_quads(kLargest<Block>) && !kSignedQuants<Block>;
 
-// ---- scales ------------------------------------------------------------------------------------
+// ---- scales -------------------------------------------------------------------------------------
 // The first 16 bytes of a Q4_K or Q5_K block (d, dmin, 12 bytes) -> 8 scales, 8 minimums.
 DUET_INLINE __m128i scales_and_mins(__m128i head) {
   const __m128i base = _mm_srlv_epi32(_mm_shuffle_epi32(head, 0xed), _mm_setr_epi32(0, 0, 0, 4));
@@ -92,7 +92,7 @@ constexpr bool kSixBitPairs<BlockQ4_K> = true;
 template <>
 constexpr bool kSixBitPairs<BlockQ5_K> = true;
 
-// ---- one token -----------------------------------------------------------------------------------
+// ---- one token ----------------------------------------------------------------------------------
 // Eight rows, super-block after super-block: their sums reduce together into one lane per row, and
 // the chains of floats of eight rows are one chain of vectors.
 struct DecodeSums {
@@ -101,81 +101,55 @@ struct DecodeSums {
   alignas(16) uint16_t d[8], dmin[8];  // half precision, as stored
 };
 
-// 16 scales: even groups in the lower half, odd groups in the upper, so that one shuffle splats a
-// pair of neighbours over their halves of 32 elements, as factors for multiply_bytes.
+// Scales as int16, of which one shuffle makes the factors of 32 elements (for multiply_bytes): the
+// even of 16 in the lower half and the odd in the upper, or all of 8 in both halves.
+DUET_INLINE __m256i even_odd(__m256i scale) {
+  const __m256i split = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+  return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(scale, split), 0xd8);
+}
+
 template <bool kLowHalf>
-struct SplatPairs {
-  __m256i even_odd;
+DUET_INLINE __m256i factor_of(__m256i scales, int i) {
+  const int both = 0x01000100 + 0x02020202 * i, low = (both & 0xffff) - 0x7f800000;
+  return _mm256_shuffle_epi8(scales, _mm256_set1_epi32(kLowHalf ? low : both));
+}
 
-  DUET_INLINE void set(__m256i scale) {
-    const __m256i split = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-    even_odd = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(scale, split), 0xd8);
-  }
-  DUET_INLINE __m256i of(int i) const {
-    const int both = 0x01000100 + 0x02020202 * i, low = (both & 0xffff) - 0x7f800000;
-    return _mm256_shuffle_epi8(even_odd, _mm256_set1_epi32(kLowHalf ? low : both));
-  }
-};
-
-// 8 scales, each twice: through memory, where splatting is a load and costs no shuffle.
-template <bool kLowHalf>
-struct SplatEach {
-  alignas(32) int32_t factor[8];
-
-  DUET_INLINE void set(__m256i scale) {
-    store256(factor, kLowHalf ? _mm256_and_si256(scale, _mm256_set1_epi32(0xffff)) : scale);
-  }
-  DUET_INLINE __m256i of(int i) const { return splat32(factor + i); }
-};
-
+// Scales for factor_of; *dot and *mins start with what does not depend on the quants.
 template <class Block>
-struct SplatOf {
-  using type = SplatPairs<kQuads<Block>>;
-};
-template <class Block>
-  requires(kGroup<Block> == 32)
-struct SplatOf<Block> {
-  using type = SplatEach<kQuads<Block>>;
-};
-
-template <class Block>
-DUET_INLINE void scales_of(const Block& b, const BlockAct256& x, __m256i* scale, __m256i* dot,
-                           __m128i* mins) {
+DUET_INLINE __m256i scales_of(const Block& b, const BlockAct256& x, __m256i* dot, __m128i* mins) {
   *dot = __m256i{};
-  *mins = __m128i{};
   if constexpr (kSixBitPairs<Block>) {
     const __m128i packed = scales_and_mins(load128(&b));
-    *scale = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(packed, packed));
     *mins = _mm_madd_epi16(_mm_unpackhi_epi8(packed, __m128i{}), load128(x.bsums32));
-    return;
-  }
-  const KScales s = load_scales(b);
-  *scale = s.scale;
-  if constexpr (kHasMinimum<Block>) {
-    const __m256i all = _mm256_madd_epi16(s.min, load256(x.bsums));
-    *mins = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-  }
-  if constexpr (kOffsetShift<Block> > 0) {
-    const __m256i offset = _mm256_slli_epi16(s.scale, kOffsetShift<Block>);
-    *dot = _mm256_sub_epi32(*dot, _mm256_madd_epi16(offset, load256(x.bsums)));
+    return _mm256_broadcastsi128_si256(_mm_unpacklo_epi8(packed, __m128i{}));
+  } else if constexpr (kGroup<Block> == 32) {
+    return _mm256_broadcastsi128_si256(load_scales8(b));
+  } else {
+    const KScales s = load_scales(b);
+    if constexpr (kHasMinimum<Block>) {
+      const __m256i all = _mm256_madd_epi16(s.min, load256(x.bsums));
+      *mins = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    } else {
+      const __m256i offset = _mm256_slli_epi16(s.scale, kOffsetShift<Block>);
+      *dot = _mm256_sub_epi32(*dot, _mm256_madd_epi16(offset, load256(x.bsums)));
+    }
+    return even_odd(s.scale);
   }
 }
 
 template <class Block>
 DUET_INLINE void decode_block(const Block& b, const BlockAct256& x, size_t at,
                              DecodeSums& sums) {
-  __m256i scale, dot;
-  scales_of(b, x, &scale, &dot, &sums.mins[at]);
-  typename SplatOf<Block>::type factors;
-  factors.set(scale);
+  __m256i dot;
+  const __m256i scales = scales_of(b, x, &dot, &sums.mins[at]);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     const __m256i q = quants(b, i), v = load256(x.qs + 32 * i);
     const __m256i parts = kSignedQuants<Block>
                               ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(v, q))
                               : multiply_bytes<kQuads<Block>>(q, v);
-    dot = dpwssd(dot, parts, factors.of(i));
+    dot = dpwssd(dot, parts, factor_of<kQuads<Block>>(scales, i));
   }
   sums.dot[at] = dot;
   sums.d[at] = b.d;
@@ -210,7 +184,7 @@ void decode_rows(const MatmulArgs& a) noexcept {
   rows.store(y);
 }
 
-// ---- several tokens ------------------------------------------------------------------------------
+// ---- several tokens -----------------------------------------------------------------------------
 // The lower or upper int16 of every dword as a factor for multiply_bytes.
 template <bool kLowHalf>
 DUET_INLINE __m256i factor_low(__m256i v) {

@@ -63,6 +63,13 @@ constexpr size_t kPanelTokens = 128;
 
 DUET_INLINE void store256(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
+// 16 bytes -> 32 values 0..15; the copy to both halves is part of the load.
+DUET_INLINE __m256i nibbles32(const uint8_t* qs) {
+  const __m256i both = _mm256_broadcastsi128_si256(load128(qs));
+  const __m256i moved = _mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+  return _mm256_and_si256(moved, _mm256_set1_epi8(15));
+}
+
 // Eight rows of eight dwords -> eight vectors: dword i of every row.
 DUET_INLINE void transpose8(__m256i v[8]) {
   __m256i pair[8], quad[8];
@@ -154,7 +161,7 @@ struct Ahead {
   }
 };
 
-// ---- one token: eight rows at a time -------------------------------------------------------------
+// ---- one token: eight rows at a time ------------------------------------------------------------
 // The first eight rows of a problem; past the last one that row again, not stored.
 struct RowsOf8 {
   const MatmulArgs& a;
@@ -178,7 +185,7 @@ DUET_INLINE void for_eight_rows(const MatmulArgs& a, MatmulFn run) {
   }
 }
 
-// ---- several tokens: panels ----------------------------------------------------------------------
+// ---- several tokens: panels ---------------------------------------------------------------------
 // Sums of a panel, [token][row]: the float chains between blocks.
 struct PanelSums {
   alignas(64) float v[kPanelTokens][kPanelRows];
@@ -254,7 +261,7 @@ DUET_INLINE void matmul_panels(const MatmulArgs& a) {
   }
 }
 
-// ---- tiles: R vectors of 8 rows x T tokens -------------------------------------------------------
+// ---- tiles: R vectors of 8 rows x T tokens ------------------------------------------------------
 template <size_t R, size_t T>
 using TileSums = __m256i[R][T];
 

@@ -63,7 +63,8 @@ DUET_INLINE KScales load_scales(const BlockQ6_K& b) {
   return {_mm256_cvtepi8_epi16(load128(b.scales)), __m256i{}};
 }
 
-DUET_INLINE KScales load_scales(const BlockIQ4_XS& b) {
+// Eight scales, each for 32 elements.
+DUET_INLINE __m128i load_scales8(const BlockIQ4_XS& b) {
   int32_t packed;
   __builtin_memcpy(&packed, b.scales_l, 4);
   const __m128i bytes = _mm_cvtsi32_si128(packed), low4 = _mm_set1_epi8(15);
@@ -74,7 +75,11 @@ DUET_INLINE KScales load_scales(const BlockIQ4_XS& b) {
       _mm_setr_epi16(1 << 14, 1 << 12, 1 << 10, 1 << 8, 1 << 6, 1 << 4, 1 << 2, 1);
   const __m128i top = _mm_mullo_epi16(_mm_set1_epi16(static_cast<int16_t>(b.scales_h)), to_top);
   const __m128i high = _mm_slli_epi16(_mm_srli_epi16(top, 14), 4);
-  const __m128i v = _mm_sub_epi16(_mm_or_si128(low, high), _mm_set1_epi16(32));
+  return _mm_sub_epi16(_mm_or_si128(low, high), _mm_set1_epi16(32));
+}
+
+DUET_INLINE KScales load_scales(const BlockIQ4_XS& b) {
+  const __m128i v = load_scales8(b);
   return {_mm256_set_m128i(_mm_unpackhi_epi16(v, v), _mm_unpacklo_epi16(v, v)), __m256i{}};
 }
 
