@@ -89,7 +89,7 @@ struct KernelTable {
   void (*rope)(float* x, const float* cs, size_t n_rot) noexcept;
   void (*softmax)(float* x, size_t n) noexcept;  // in place; n >= 1
   void (*silu_mul)(const float* gate, const float* up, float* y,
-                   size_t n) noexcept;                                       // silu(gate) * up
+                   size_t n) noexcept;                                       // silu(gate) * up; y may be gate
   void (*add)(float* y, const float* x, size_t n) noexcept;                  // y += x
   void (*add_scaled)(float* y, const float* x, float s, size_t n) noexcept;  // y += s * x
   void (*f32_to_f16)(const float* x, uint16_t* y, size_t n) noexcept;

@@ -1,5 +1,5 @@
-// Matrix products of float32 by oneDNN, for prefill. It runs on the calling thread's OpenMP team
-// (set_library_threads), so call from outside parallel_for. Results depend on the batch (oneDNN
+// Matrix products of float32 by oneDNN, for prefill. It runs on one thread inside teams, else on as
+// many as set_library_threads() said on the calling thread. Results depend on the batch (oneDNN
 // picks its blocking by size); activations stay float32.
 #pragma once
 

@@ -213,6 +213,23 @@ TEST_CASE("doctor reports processor, cores, memory and disk") {
         std::string::npos);
 }
 
+TEST_CASE("threads are placed as asked, with the same text") {
+  const Json cores = document({"doctor", "--json", "-t", "1", "--pin", "on", "--numa", "off"})["cores"];
+  CHECK(cores["performance"].get<int>() >= 1);
+  CHECK(cores["performance"] <= cores["physical"]);
+  CHECK(cores["nodes"].size() >= 1);
+  CHECK(cores["pinned"].size() == 1);
+  CHECK(cores["pinned"][0].size() == 1);
+  CHECK(cores["interleave"].empty());
+  const auto text = [](const std::vector<std::string>& more) {
+    std::vector<std::string> args = {"run", kModel, "-p", "The", "-n", "8", "--temp", "0"};
+    args.insert(args.end(), more.begin(), more.end());
+    return output(args);
+  };
+  const std::string one = text({"-t", "1"});
+  for (const std::string pin : {"auto", "on", "off"}) CHECK(text({"-t", "2", "--pin", pin, "--numa", "off"}) == one);
+}
+
 TEST_CASE("a vocabulary is enough to tokenize") {
   const TempFolder folder;
   const std::string file = (folder / "vocab.gguf").string();

@@ -211,6 +211,8 @@ TEST_CASE("wrong options are usage errors that name the option") {
   wrong({"run", model}, "no prompt");
   wrong({"run", model, "-p", "a", "--frob"}, "--frob");
   wrong({"run", model, "-p", "a", "--threads", "0"}, "--threads");
+  wrong({"run", model, "-p", "a", "--pin", "sometimes"}, "--pin");
+  wrong({"run", model, "-p", "a", "--numa", "yes"}, "--numa");
   wrong({"run", model, "-p", "a", "--threads", "two"}, "--threads");
   wrong({"run", model, "-p", "a", "--ctx", "-1"}, "--ctx");
   wrong({"run", model, "-p", "a", "--kv-type", "q4"}, "--kv-type");
