@@ -159,7 +159,7 @@ TEST_CASE("environment variables stand for flags, and flags win") {
 }
 
 TEST_CASE("every instruction set gives text, by flag and by variable") {
-  for (const char* isa : {"scalar", "avx2", "avx512"}) {
+  for (const char* isa : {"scalar", "avx2", "avx512", "neon"}) {
     const ProcessResult result =
         run({"-p", "The", "-n", "4"}, {.environment = {{"DUET_ISA", isa}}});
     CAPTURE(isa);

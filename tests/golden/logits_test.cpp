@@ -21,7 +21,7 @@ namespace {
 
 constexpr double kTolerance = 2e-3;    // of a logit
 constexpr double kTieMargin = 1e-3;    // a lead below this may flip with the order of summation
-constexpr const char* kTestedIsas[] = {"scalar", "avx2", "avx512"};
+constexpr const char* kTestedIsas[] = {"scalar", "avx2", "avx512", "neon"};
 
 std::filesystem::path data_path(const char* name) { return std::filesystem::path(DUET_SOURCE_DIR "/tests/golden/data") / name; }
 std::filesystem::path model_path(const char* type) { return std::filesystem::path(DUET_TEST_DIR) / (std::string("demo-") + type + ".gguf"); }
@@ -155,6 +155,14 @@ TEST_CASE("512-token windows score as transformers', avx2, batch 512") { check_w
 TEST_CASE("512-token windows score as transformers', avx512, batch 512") { check_windows("avx512", 512, 2); }
 TEST_CASE("512-token windows score as transformers', avx2, batch 1") { check_windows("avx2", 1, 1); }
 TEST_CASE("512-token windows score as transformers', avx512, batch 1") { check_windows("avx512", 1, 1); }
+
+#if defined(__aarch64__)
+TEST_CASE("F32 logits equal transformers', neon") { check_logits("f32", "neon"); }
+TEST_CASE("BF16 logits equal transformers', neon") { check_logits("bf16", "neon"); }
+TEST_CASE("greedy continuations equal transformers', neon") { check_greedy("bf16", "neon"); }
+TEST_CASE("512-token windows score as transformers', neon, batch 512") { check_windows("neon", 512, 2); }
+TEST_CASE("512-token windows score as transformers', neon, batch 1") { check_windows("neon", 1, 1); }
+#endif
 
 TEST_CASE("perplexity of the golden text is within 0.1 % of transformers'") {
   const Json golden = read_data("perplexity.json");
