@@ -7,6 +7,12 @@
 #include "cli/options.h"
 
 namespace duet::cli {
+namespace {
+
+constexpr std::pair<KvType, const char*> kKvTypes[] = {
+    {KvType::f16, "f16"}, {KvType::f32, "f32"}, {KvType::q8_0, "q8_0"}};
+
+}  // namespace
 
 void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default) {
   command.add_option("MODEL", options.path, "GGUF file")->required();
@@ -22,13 +28,20 @@ void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx
       ->type_name("N")
       ->capture_default_str();
   const auto set_kv_type = [&options](const std::string& name) {
-    options.kv_type = name == "f32" ? KvType::f32 : KvType::f16;
+    for (const auto& [type, type_name] : kKvTypes)
+      if (name == type_name) options.kv_type = type;
   };
+  std::vector<std::string> names;
+  std::string default_name;
+  for (const auto& [type, name] : kKvTypes) {
+    names.emplace_back(name);
+    if (type == options.kv_type) default_name = name;
+  }
   command
       .add_option_function<std::string>("--kv-type", set_kv_type, "Type of cached keys and values")
-      ->check(CLI::IsMember({"f16", "f32"}))
+      ->check(CLI::IsMember(names))
       ->type_name("TYPE")
-      ->default_str(options.kv_type == KvType::f16 ? "f16" : "f32");
+      ->default_str(default_name);
   command.add_option("--isa", options.isa,
                      "Force an instruction set: scalar, avx2, avx512, neon [default: best usable]");
 }

@@ -3,44 +3,52 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-
-#include "runtime/kernels/onednn_gemm.h"
+#include <limits>
 
 namespace duet {
 namespace {
 
-// Query rows (tokens x heads of a group) that share one pass over the keys. Reading and converting
-// keys is paid once per pass (products of 32, 64, 128 rows: 39, 45, 49 GMAC/s on Zen 4); scores of
-// a 32k context stay at 8 MiB per thread.
-constexpr size_t kTileRows = 64;
+// Query rows (tokens x heads of a group) that share one pass over the keys and their conversion to
+// float; with a head of 128 elements they and a segment take 0.4 MiB of the L2 cache.
+constexpr size_t kTileRows = 96;
 
-// Keys or values converted to float at once: with a head of 128 elements 256 KiB.
-constexpr size_t kPanelKeys = 512;
+// Positions of a span: what one task of a long decode step reads, 1 MiB of keys and values in half
+// precision.
+constexpr size_t kSpan = 2048;
+static_assert(kSpan % kKvSegment == 0);
 
-constexpr size_t kGemmMinRows = 16;
+// Chunks of up to so many tokens share out spans, not only heads, among the threads.
+constexpr size_t kSplitTokens = 8;
 
-struct FloatRows {
-  const float* data;
-  size_t stride;  // floats from row to row
-};
+constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-// n keys or values from position `first` as floats: in place, or converted into `panel`.
-FloatRows float_rows(const KernelTable& kernels, KvView view, size_t first, size_t n, size_t head_dim, float* panel) {
-  const std::byte* base = view.base + first * view.stride;
-  if (!view.f16) return {reinterpret_cast<const float*>(base), view.stride / sizeof(float)};
-  for (size_t j = 0; j < n; ++j)
-    kernels.f16_to_f32(reinterpret_cast<const uint16_t*>(base + j * view.stride), panel + j * head_dim, head_dim);
-  return {panel, head_dim};
+size_t group_of(const HParams& hparams) { return hparams.n_head / hparams.n_head_kv; }
+
+size_t max_tile_tokens(const HParams& hparams) { return std::max<size_t>(kTileRows / group_of(hparams), 1); }
+
+// Of one worker: the kernel's, results so far, results of a span.
+size_t scratch_floats(const HParams& hparams) {
+  const size_t rows = max_tile_tokens(hparams) * group_of(hparams);
+  return attention_scratch_floats(rows, hparams.head_dim) + 2 * rows * attention_row_floats(hparams.head_dim);
 }
 
-size_t tile_tokens(const HParams& hparams) {
-  return std::max<size_t>(kTileRows / (hparams.n_head / hparams.n_head_kv), 1);
+size_t partial_floats(const HParams& hparams, size_t n_ctx, size_t n_batch) {
+  const size_t n_spans = (n_ctx + kSpan - 1) / kSpan, n_tokens = std::min(n_batch, kSplitTokens);
+  return n_spans < 2 ? 0 : n_spans * n_tokens * hparams.n_head * attention_row_floats(hparams.head_dim);
 }
 
-// Of one worker: gathered queries, mixed values, scores.
-size_t scratch_floats(const HParams& hparams, size_t n_ctx) {
-  const size_t rows = tile_tokens(hparams) * (hparams.n_head / hparams.n_head_kv);
-  return (rows * (2 * hparams.head_dim + n_ctx) + 15) / 16 * 16;
+// Adds a row of a later span to the row so far; both as KernelTable::attention leaves them.
+void merge_row(float* row, const float* later, size_t dims) {
+  if (later[dims] == kNone) return;
+  if (row[dims] == kNone) {
+    std::memcpy(row, later, (dims + 2) * sizeof(float));
+    return;
+  }
+  const float max = std::max(row[dims], later[dims]);
+  const float a = std::exp(row[dims] - max), b = std::exp(later[dims] - max);
+  for (size_t i = 0; i < dims; ++i) row[i] = row[i] * a + later[i] * b;
+  row[dims] = max;
+  row[dims + 1] = row[dims + 1] * a + later[dims + 1] * b;
 }
 
 // Radians per position of each pair, in single precision steps as the reference takes them.
@@ -60,14 +68,15 @@ std::vector<float> rotation_speeds(const HParams& hparams, const std::vector<flo
 Attention::Attention(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch)
     : model_(&model),
       compute_(compute),
-      n_ctx_(n_ctx),
       head_dim_(model.hparams().head_dim),
       n_head_(model.hparams().n_head),
       n_head_kv_(model.hparams().n_head_kv),
       n_rot_(model.hparams().n_rot),
       window_(model.hparams().sliding_window),
-      tile_tokens_(tile_tokens(model.hparams())),
-      scratch_floats_(scratch_floats(model.hparams(), n_ctx)),
+      group_(group_of(model.hparams())),
+      row_floats_(attention_row_floats(head_dim_)),
+      max_tile_tokens_(max_tile_tokens(model.hparams())),
+      scratch_floats_(scratch_floats(model.hparams())),
       speeds_(rotation_speeds(model.hparams(), model.rope_factors())),
       cos_sin_(n_batch * n_rot_),
       q_(n_batch * n_head_ * head_dim_),
@@ -75,12 +84,14 @@ Attention::Attention(const Model& model, const Compute& compute, size_t n_ctx, s
       v_(n_batch * n_head_kv_ * head_dim_),
       projected_(n_batch * model.hparams().n_embd),
       scratch_(static_cast<size_t>(compute.n_threads) * scratch_floats_),
+      partials_(partial_floats(model.hparams(), n_ctx, n_batch)),
       out_(n_batch, n_head_ * head_dim_) {}
 
 uint64_t Attention::bytes_needed(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch) {
   const uint64_t per_token = uint64_t{3} * hparams.n_head * hparams.head_dim +
                              uint64_t{2} * hparams.n_head_kv * hparams.head_dim + hparams.n_embd + hparams.n_rot;
-  return sizeof(float) * (n_batch * per_token + static_cast<uint64_t>(n_threads) * scratch_floats(hparams, n_ctx));
+  return sizeof(float) * (n_batch * per_token + static_cast<uint64_t>(n_threads) * scratch_floats(hparams) +
+                          partial_floats(hparams, n_ctx, n_batch));
 }
 
 void Attention::begin(size_t first, size_t n) {
@@ -89,9 +100,10 @@ void Attention::begin(size_t first, size_t n) {
   for (size_t t = 0; t < n; ++t) {
     float* cs = cos_sin_.data() + t * n_rot_;
     for (size_t i = 0; i < speeds_.size(); ++i) {
-      const float angle = static_cast<float>(first + t) * speeds_[i];
-      cs[2 * i] = static_cast<float>(std::cos(double{angle}));
-      cs[2 * i + 1] = static_cast<float>(std::sin(double{angle}));
+      // In double: a float near 2^16 radians is off by up to 0.004.
+      const double angle = static_cast<double>(first + t) * double{speeds_[i]};
+      cs[2 * i] = static_cast<float>(std::cos(angle));
+      cs[2 * i + 1] = static_cast<float>(std::sin(angle));
     }
   }
 }
@@ -116,7 +128,7 @@ void Attention::forward(size_t layer_index, KvCache& kv, Activations& input, flo
 
 void Attention::rotate_and_store(size_t layer_index, KvCache& kv) {
   const KernelTable& kernels = *compute_.kernels;
-  parallel_for(compute_.n_threads, n_, 8, [&](size_t begin, size_t end) {
+  parallel_for(compute_.n_threads, n_, kKvBlock, [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) {
       const float* cs = cos_sin_.data() + t * n_rot_;
       float* q = q_.data() + t * n_head_ * head_dim_;
@@ -129,81 +141,95 @@ void Attention::rotate_and_store(size_t layer_index, KvCache& kv) {
 }
 
 void Attention::attend(size_t layer_index, const KvCache& kv) {
-  const size_t n_tiles = (n_ + tile_tokens_ - 1) / tile_tokens_;
-  // Later queries see more keys: handing out the longest tasks first evens the load.
   const uint64_t n_bytes = uint64_t{n_} * (first_ + n_) * n_head_ * head_dim_ * sizeof(float);
-  parallel_tasks(compute_.threads_for(n_bytes), n_tiles * n_head_kv_, [&](size_t worker, size_t task) {
-    attend_tile(layer_index, kv, worker, task % n_head_kv_, n_tiles - 1 - task / n_head_kv_);
-  });
+  const int n_threads = compute_.threads_for(n_bytes);
+  const Spans spans = spans_seen(0, n_);
+  if (n_threads > 1 && n_ <= kSplitTokens && spans.end - spans.begin > 1) {
+    attend_split(layer_index, kv, spans, n_threads);
+  } else {
+    // A few tasks per thread, where that does not make every tile small.
+    const size_t fair = n_ * n_head_kv_ / (4 * static_cast<size_t>(n_threads));
+    const size_t tile_tokens = std::clamp<size_t>(fair, 1, max_tile_tokens_);
+    const size_t n_tiles = (n_ + tile_tokens - 1) / tile_tokens;
+    // Later queries see more keys: handing out the longest tasks first evens the load.
+    parallel_tasks(n_threads, n_tiles * n_head_kv_, [&](size_t worker, size_t task) {
+      const size_t t = (n_tiles - 1 - task / n_head_kv_) * tile_tokens, head_kv = task % n_head_kv_;
+      attend_whole(kv.view(layer_index, head_kv), worker, {head_kv, t, std::min(n_, t + tile_tokens)});
+    });
+  }
   const ActFormats formats = act_bit(model_->layers()[layer_index].attn_output);
   parallel_for(compute_.n_threads, n_, 8, [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) out_.quantize(*compute_.kernels, t, formats);
   });
 }
 
-void Attention::attend_tile(size_t layer_index, const KvCache& kv, size_t worker, size_t head_kv, size_t tile) {
-  const size_t group = n_head_ / n_head_kv_, group_floats = group * head_dim_;
-  const size_t t_begin = tile * tile_tokens_, t_end = std::min(n_, t_begin + tile_tokens_);
-  const size_t n_rows = (t_end - t_begin) * group;
-  const size_t key_begin = first_visible(first_ + t_begin), n_keys = first_ + t_end - key_begin;
-  float* queries = scratch_.data() + worker * scratch_floats_;  // [n_rows, head_dim], token by token
-  float* mixed = queries + n_rows * head_dim_;    // [n_rows, head_dim]
-  float* scores = mixed + n_rows * head_dim_;     // [n_rows, n_keys]
-  const auto heads_of = [&](float* rows, size_t t) { return rows + (t * n_head_ + head_kv * group) * head_dim_; };
-
-  for (size_t t = t_begin; t < t_end; ++t)
-    std::memcpy(queries + (t - t_begin) * group_floats, heads_of(q_.data(), t), group_floats * sizeof(float));
-  score(queries, n_rows, kv.keys(layer_index, head_kv, key_begin), n_keys, scores, compute_.panel(worker));
-  for (size_t row = 0; row < n_rows; ++row)
-    mask_and_softmax(scores + row * n_keys, n_keys, key_begin, first_ + t_begin + row / group);
-  mix(scores, n_rows, kv.values(layer_index, head_kv, key_begin), n_keys, mixed, compute_.panel(worker));
-  for (size_t t = t_begin; t < t_end; ++t)
-    std::memcpy(heads_of(out_.row(0), t), mixed + (t - t_begin) * group_floats, group_floats * sizeof(float));
+// All spans of a tile, one after the other.
+void Attention::attend_whole(const KvView& kv, size_t worker, const Tile& tile) {
+  const size_t n_rows = (tile.t_end - tile.t_begin) * group_;
+  float* scratch = scratch_.data() + worker * scratch_floats_;
+  float* rows = scratch + attention_scratch_floats(n_rows, head_dim_);
+  float* later = rows + n_rows * row_floats_;
+  const Spans spans = spans_seen(tile.t_begin, tile.t_end);
+  for (size_t span = spans.begin; span < spans.end; ++span) {
+    attend_span(kv, tile, span, scratch, span == spans.begin ? rows : later);
+    for (size_t i = 0; span > spans.begin && i < n_rows; ++i)
+      merge_row(rows + i * row_floats_, later + i * row_floats_, row_floats_ - 16);
+  }
+  for (size_t i = 0; i < n_rows; ++i)
+    finish_row(rows + i * row_floats_, tile.t_begin + i / group_, tile.head_kv * group_ + i % group_);
 }
 
-// The library product wins once converted keys serve many rows. The scalar table, the reference,
-// stays free of libraries.
-bool Attention::use_gemm(size_t n_rows) const {
-  return n_rows >= kGemmMinRows && compute_.kernels->needs != 0 && (kPanelKeys + n_rows) * head_dim_ <= kPanelFloats;
+// The chunk as one tile per KV head and span, for different threads; then the same merges.
+void Attention::attend_split(size_t layer_index, const KvCache& kv, Spans spans, int n_threads) {
+  const size_t n_tiles = (n_ + max_tile_tokens_ - 1) / max_tile_tokens_, n_spans = spans.end - spans.begin;
+  parallel_tasks(n_threads, n_head_kv_ * n_tiles * n_spans, [&](size_t worker, size_t task) {
+    const size_t span = spans.begin + task % n_spans, t = task / n_spans % n_tiles * max_tile_tokens_;
+    const size_t head_kv = task / n_spans / n_tiles;
+    attend_span(kv.view(layer_index, head_kv), {head_kv, t, std::min(n_, t + max_tile_tokens_)}, span,
+                scratch_.data() + worker * scratch_floats_, partial(span - spans.begin, head_kv, t));
+  });
+  parallel_for(n_threads, n_ * n_head_, group_, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const size_t token = i / n_head_, head = i % n_head_, offset = head % group_ * row_floats_;
+      float* row = partial(0, head / group_, token) + offset;
+      for (size_t span = 1; span < n_spans; ++span)
+        merge_row(row, partial(span, head / group_, token) + offset, row_floats_ - 16);
+      finish_row(row, token, head);
+    }
+  });
 }
 
-// scores [n_rows, n_keys] = queries keys^T / sqrt(head_dim)
-void Attention::score(const float* queries, size_t n_rows, KvView keys, size_t n_keys, float* scores, float* panel) const {
-  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim_));
-  if (!use_gemm(n_rows)) {
-    compute_.kernels->attn_scores(queries, n_rows, head_dim_, keys, n_keys, scale, scores, n_keys);
-    return;
-  }
-  for (size_t j = 0; j < n_keys; j += kPanelKeys) {
-    const size_t n = std::min(kPanelKeys, n_keys - j);
-    const FloatRows rows = float_rows(*compute_.kernels, keys, j, n, head_dim_, panel);
-    sgemm({.m = n_rows, .n = n, .k = head_dim_, .a = queries, .lda = head_dim_, .b = rows.data, .ldb = rows.stride,
-           .b_transposed = true, .c = scores + j, .ldc = n_keys, .alpha = scale});
-  }
+void Attention::attend_span(const KvView& kv, const Tile& tile, size_t span, float* scratch, float* out) const {
+  compute_.kernels->attention({.kv = kv,
+                               .q = q_.data() + (tile.t_begin * n_head_ + tile.head_kv * group_) * head_dim_,
+                               .q_stride = n_head_ * head_dim_,
+                               .n_tokens = tile.t_end - tile.t_begin,
+                               .group = group_,
+                               .head_dim = head_dim_,
+                               .first = first_ + tile.t_begin,
+                               .window = window_,
+                               .key_begin = span * kSpan,
+                               .key_end = (span + 1) * kSpan,
+                               .scale = 1.0f / std::sqrt(static_cast<float>(head_dim_)),
+                               .scratch = scratch,
+                               .out = out});
 }
 
-// mixed [n_rows, head_dim] = scores values
-void Attention::mix(const float* scores, size_t n_rows, KvView values, size_t n_keys, float* mixed, float* panel) const {
-  if (!use_gemm(n_rows)) {
-    compute_.kernels->attn_mix(scores, n_keys, n_rows, head_dim_, values, n_keys, mixed);
-    return;
-  }
-  float* part = panel + kPanelKeys * head_dim_;
-  for (size_t j = 0; j < n_keys; j += kPanelKeys) {
-    const size_t n = std::min(kPanelKeys, n_keys - j);
-    const FloatRows rows = float_rows(*compute_.kernels, values, j, n, head_dim_, panel);
-    sgemm({.m = n_rows, .n = head_dim_, .k = n, .a = scores + j, .lda = n_keys, .b = rows.data, .ldb = rows.stride,
-           .b_transposed = false, .c = j == 0 ? mixed : part, .ldc = head_dim_});
-    if (j > 0) compute_.kernels->add(mixed, part, n_rows * head_dim_);
-  }
+void Attention::finish_row(const float* row, size_t token, size_t head) {
+  const float inverse = 1.0f / row[row_floats_ - 16 + 1];
+  float* out = out_.row(token) + head * head_dim_;
+  for (size_t i = 0; i < head_dim_; ++i) out[i] = row[i] * inverse;
 }
 
-// Scores of the query at `pos` against keys key_begin...; those it must not see become weight 0.
-void Attention::mask_and_softmax(float* scores, size_t n_keys, size_t key_begin, size_t pos) const {
-  const size_t begin = first_visible(pos) - key_begin, end = pos + 1 - key_begin;
-  std::fill(scores, scores + begin, 0.0f);
-  std::fill(scores + end, scores + n_keys, 0.0f);
-  compute_.kernels->softmax(scores + begin, end - begin);
+// Spans in which tokens [t_begin, t_end) see keys.
+Attention::Spans Attention::spans_seen(size_t t_begin, size_t t_end) const {
+  const size_t pos = first_ + t_begin;
+  const size_t first_key = window_ > 0 && pos + 1 > window_ ? pos + 1 - window_ : 0;
+  return {first_key / kSpan, (first_ + t_end - 1) / kSpan + 1};
+}
+
+float* Attention::partial(size_t span, size_t head_kv, size_t token) const {
+  return partials_.data() + (((span * n_head_kv_ + head_kv) * n_) + token) * group_ * row_floats_;
 }
 
 }  // namespace duet

@@ -35,7 +35,8 @@ struct EngineOptions {
   NumaMode numa = NumaMode::automatic;
 };
 
-enum class KvType { f16, f32 };
+// q8_0: 8-bit integers with a scale per 32 elements; head sizes that are multiples of 32 only.
+enum class KvType { f16, f32, q8_0 };
 
 struct SessionOptions {
   uint32_t n_ctx = 0;       // positions; 0: min(model's, 4096); more than the model's is allowed with a notice

@@ -3,44 +3,115 @@
 #include <cstring>
 
 #include "base/bytes.h"
+#include "quant/f16.h"
 
 namespace duet {
 namespace {
 
-size_t elem_bytes(KvType type) { return type == KvType::f16 ? sizeof(uint16_t) : sizeof(float); }
+constexpr size_t kMaxHeadDim = 1024;  // formats/schema.cpp refuses larger ones
+
+DType dtype_of(KvType type) {
+  if (type == KvType::f32) return DType::F32;
+  return type == KvType::f16 ? DType::F16 : DType::Q8_0;
+}
+
+size_t segments(size_t n_ctx) { return n_ctx / kKvSegment + (n_ctx % kKvSegment != 0); }
+
+// One element of 16 keys after the other: `lane` is the key's place among them.
+template <class T>
+void scatter(const T* from, size_t n, std::byte* to, size_t lane) {
+  for (size_t i = 0; i < n; ++i) std::memcpy(to + (i * kKvBlock + lane) * sizeof(T), from + i, sizeof(T));
+}
 
 }  // namespace
 
+KvCache::Sizes KvCache::sizes(const HParams& hparams, KvType type) {
+  const size_t dim = hparams.head_dim, padded = (dim + 15) / 16 * 16;
+  if (type == KvType::f32) return {4 * kKvBlock * dim, 4 * padded};
+  if (type == KvType::f16) return {2 * kKvBlock * dim, 2 * padded};
+  if (dim % 32 != 0)
+    fail(ErrorKind::unsupported, "keys and values in q8_0 need a head size that is a multiple of 32, this model's is ", dim,
+         "; use f16");
+  return {kKvBlock * sizeof(BlockQ8_0) * (dim / 32), sizeof(BlockQ8_0) * (dim / 32)};
+}
+
 uint64_t KvCache::bytes_needed(const HParams& hparams, size_t n_ctx, KvType type) {
-  uint64_t n = 2 * elem_bytes(type);
-  for (const uint64_t factor : {uint64_t{hparams.n_layer}, uint64_t{n_ctx}, uint64_t{hparams.n_head_kv}, uint64_t{hparams.head_dim}})
+  const Sizes bytes = sizes(hparams, type);
+  uint64_t n = bytes.key_block / kKvBlock + bytes.value_row;
+  for (const uint64_t factor : {uint64_t{hparams.n_layer}, uint64_t{segments(n_ctx)}, uint64_t{kKvSegment}, uint64_t{hparams.n_head_kv}})
     if (!checked_mul(n, factor, n)) fail(ErrorKind::memory, "a context of ", n_ctx, " positions does not fit any memory");
   return n;
 }
 
 KvCache::KvCache(const HParams& hparams, size_t n_ctx, KvType type)
     : n_ctx_(n_ctx),
+      n_segments_(segments(n_ctx)),
       head_dim_(hparams.head_dim),
-      width_(size_t{hparams.n_head_kv} * hparams.head_dim),
-      elem_bytes_(elem_bytes(type)),
-      keys_(bytes_needed(hparams, n_ctx, type) / 2),
-      values_(bytes_needed(hparams, n_ctx, type) / 2) {}
-
-void KvCache::store(const KernelTable& kernels, size_t layer, size_t pos, const float* k, const float* v) {
-  const size_t offset = (layer * n_ctx_ + pos) * width_ * elem_bytes_;
-  if (elem_bytes_ == sizeof(float)) {
-    std::memcpy(keys_.data() + offset, k, width_ * sizeof(float));
-    std::memcpy(values_.data() + offset, v, width_ * sizeof(float));
-    return;
-  }
-  kernels.f32_to_f16(k, reinterpret_cast<uint16_t*>(keys_.data() + offset), width_);
-  kernels.f32_to_f16(v, reinterpret_cast<uint16_t*>(values_.data() + offset), width_);
+      n_head_kv_(hparams.n_head_kv),
+      type_(dtype_of(type)),
+      sizes_(sizes(hparams, type)) {
+  const uint64_t all = bytes_needed(hparams, n_ctx, type);
+  const uint64_t values = all / (sizes_.key_block / kKvBlock + sizes_.value_row) * sizes_.value_row;
+  keys_ = AlignedArray<std::byte>(all - values);
+  values_ = AlignedArray<std::byte>(values);
 }
 
-KvView KvCache::view(const AlignedArray<std::byte>& data, size_t layer, size_t head, size_t pos) const {
-  const size_t stride = width_ * elem_bytes_;
-  return {data.data() + (layer * n_ctx_ + pos) * stride + head * head_dim_ * elem_bytes_, stride,
-          elem_bytes_ == sizeof(uint16_t)};
+KvView KvCache::view(size_t layer, size_t head) const {
+  const size_t key_bytes = kKvSegment / kKvBlock * sizes_.key_block, value_bytes = kKvSegment * sizes_.value_row;
+  const size_t first = layer * n_segments_ * n_head_kv_ + head;
+  return {.keys = keys_.data() + first * key_bytes,
+          .values = values_.data() + first * value_bytes,
+          .key_segment_bytes = n_head_kv_ * key_bytes,
+          .value_segment_bytes = n_head_kv_ * value_bytes,
+          .key_block_bytes = sizes_.key_block,
+          .value_row_bytes = sizes_.value_row,
+          .type = type_};
+}
+
+void KvCache::store(const KernelTable& kernels, size_t layer, size_t pos, const float* k, const float* v) {
+  DUET_ASSERT(head_dim_ <= kMaxHeadDim);
+  const size_t segment = pos / kKvSegment, in_segment = pos % kKvSegment;
+  for (size_t head = 0; head < n_head_kv_; ++head) {
+    const size_t unit = (layer * n_segments_ + segment) * n_head_kv_ + head;
+    std::byte* block = keys_.data() + (unit * kKvSegment + in_segment) / kKvBlock * sizes_.key_block;
+    store_key(kernels, block, pos % kKvBlock, k + head * head_dim_);
+    store_value(kernels, values_.data() + (unit * kKvSegment + in_segment) * sizes_.value_row, v + head * head_dim_);
+  }
+}
+
+void KvCache::store_key(const KernelTable& kernels, std::byte* block, size_t lane, const float* k) const {
+  if (type_ == DType::F32) return scatter(k, head_dim_, block, lane);
+  if (type_ == DType::F16) {
+    uint16_t halves[kMaxHeadDim];
+    kernels.f32_to_f16(k, halves, head_dim_);
+    return scatter(halves, head_dim_, block, lane);
+  }
+  BlockAct32 quantized[kMaxHeadDim / 32];
+  kernels.quantize_act32(k, quantized, head_dim_);
+  for (size_t g = 0; g < head_dim_ / 32; ++g, block += kKvBlock * sizeof(BlockQ8_0)) {
+    const uint16_t d = f32_to_f16(quantized[g].d);
+    scatter(&d, 1, block, lane);
+    scatter(quantized[g].qs, 32, block + kKvBlock * sizeof d, lane);
+  }
+}
+
+void KvCache::store_value(const KernelTable& kernels, std::byte* row, const float* v) const {
+  if (type_ == DType::Q8_0) {
+    BlockAct32 quantized[kMaxHeadDim / 32];
+    kernels.quantize_act32(v, quantized, head_dim_);
+    for (size_t g = 0; g < head_dim_ / 32; ++g) {
+      BlockQ8_0 block{.d = f32_to_f16(quantized[g].d), .qs = {}};
+      std::memcpy(block.qs, quantized[g].qs, sizeof block.qs);
+      std::memcpy(row + g * sizeof block, &block, sizeof block);
+    }
+    return;
+  }
+  const size_t n_bytes = head_dim_ * (type_ == DType::F32 ? sizeof(float) : sizeof(uint16_t));
+  if (type_ == DType::F32)
+    std::memcpy(row, v, n_bytes);
+  else
+    kernels.f32_to_f16(v, reinterpret_cast<uint16_t*>(row), head_dim_);
+  std::memset(row + n_bytes, 0, sizes_.value_row - n_bytes);
 }
 
 }  // namespace duet

@@ -1,4 +1,5 @@
-// Keys and values of the tokens of one session: [n_layer][n_ctx][n_head_kv * head_dim] each.
+// Keys and values of the tokens of one session, laid out for KernelTable::attention:
+// [n_layer][segment of kKvSegment positions][n_head_kv], keys and values apart.
 #pragma once
 
 #include <cstddef>
@@ -8,26 +9,35 @@
 
 namespace duet {
 
-// All memory is reserved on construction, physical pages follow as positions are written.
+// All memory is reserved on construction, in whole segments; physical pages follow as positions are
+// written.
 class KvCache {
  public:
+  // Error(unsupported) for q8_0 and a head size that is no multiple of 32.
   KvCache(const HParams& hparams, size_t n_ctx, KvType type);
 
-  // Writes keys and values [n_head_kv * head_dim] of one position.
+  // Writes keys and values [n_head_kv * head_dim] of one position. Different positions may be
+  // written at the same time.
   void store(const KernelTable& kernels, size_t layer, size_t pos, const float* k, const float* v);
-  // Keys, values of one KV head from position `first` on.
-  KvView keys(size_t layer, size_t head, size_t first) const { return view(keys_, layer, head, first); }
-  KvView values(size_t layer, size_t head, size_t first) const { return view(values_, layer, head, first); }
+  KvView view(size_t layer, size_t head) const;
 
   size_t n_ctx() const { return n_ctx_; }
   size_t size_bytes() const { return keys_.size_bytes() + values_.size_bytes(); }
-  // Bytes of a cache of this size, without making one.
+  // Bytes of a cache of this size, without making one. Error as the constructor.
   static uint64_t bytes_needed(const HParams& hparams, size_t n_ctx, KvType type);
 
  private:
-  KvView view(const AlignedArray<std::byte>& data, size_t layer, size_t head, size_t pos) const;
+  // Bytes of a block of keys and a row of values of one head.
+  struct Sizes {
+    size_t key_block, value_row;
+  };
+  static Sizes sizes(const HParams& hparams, KvType type);
+  void store_key(const KernelTable& kernels, std::byte* block, size_t lane, const float* k) const;
+  void store_value(const KernelTable& kernels, std::byte* row, const float* v) const;
 
-  size_t n_ctx_, head_dim_, width_, elem_bytes_;  // width: elements of a position
+  size_t n_ctx_, n_segments_, head_dim_, n_head_kv_;
+  DType type_;
+  Sizes sizes_;
   AlignedArray<std::byte> keys_, values_;
 };
 

@@ -23,6 +23,12 @@ uint32_t context_length(const HParams& hparams, uint32_t asked, const NoticeFn& 
   return asked;
 }
 
+const char* smaller_kv_types(const HParams& hparams, KvType type) {
+  const bool q8 = hparams.head_dim % 32 == 0;
+  if (type == KvType::f32) return q8 ? " or keys and values in f16 or q8_0" : " or keys and values in f16";
+  return type == KvType::f16 && q8 ? " or keys and values in q8_0" : "";
+}
+
 // Refuses what clearly cannot fit. The page cache that holds the weights counts as available, so a
 // model larger than memory is no obstacle.
 void check_memory(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch, KvType type) {
@@ -34,7 +40,7 @@ void check_memory(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_
   if (available == 0 || (kv <= available && scratch <= available - kv)) return;
   fail(ErrorKind::memory, "a context of ", n_ctx, " positions needs ", kv, " bytes (", format_size(kv),
        ") of KV cache and ", format_size(scratch), " of working memory, ", available, " bytes (", format_size(available),
-       ") are available; use a smaller context", type == KvType::f32 ? " or f16 keys and values" : "",
+       ") are available; use a smaller context", smaller_kv_types(hparams, type),
        scratch > kv ? " or a smaller batch" : "");
 }
 

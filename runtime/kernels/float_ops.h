@@ -190,96 +190,6 @@ struct FloatOps {
     decode_row<F16>(x, y, n);
   }
 
-  // ---- attention --------------------------------------------------------------------------------
-  // H query heads against one key: they share its conversion to float.
-  template <class Type, size_t H>
-  static DUET_INLINE void score_heads(const float* q, size_t head_dim, const std::byte* key,
-                                      float scale, float* out, size_t out_stride) {
-    Batch acc[H];
-    for (Batch& sum : acc) sum = Batch(0.0f);
-    size_t i = 0;
-    for (; i + kWidth <= head_dim; i += kWidth) {
-      const Batch k = Type::at(key + i * Type::kBytes);
-#pragma GCC unroll 4
-      for (size_t h = 0; h < H; ++h) acc[h] = xsimd::fma(k, load(q + h * head_dim + i), acc[h]);
-    }
-    if (const size_t rest = head_dim - i; rest > 0) {
-      const Batch k = part_at<Type>(key + i * Type::kBytes, rest);
-      for (size_t h = 0; h < H; ++h)
-        acc[h] = xsimd::fma(k, load_part(q + h * head_dim + i, rest), acc[h]);
-    }
-    for (size_t h = 0; h < H; ++h) out[h * out_stride] = scale * Isa::lane_sum(acc[h]);
-  }
-
-  template <class Type>
-  static DUET_INLINE void scores(const float* q, size_t n_q, size_t head_dim, KvView keys,
-                                 size_t n_keys, float scale, float* out, size_t out_stride) {
-    for (size_t j = 0; j < n_keys; ++j) {
-      const std::byte* key = keys.base + j * keys.stride;
-      size_t h = 0;
-      for (; h + 4 <= n_q; h += 4)
-        score_heads<Type, 4>(q + h * head_dim, head_dim, key, scale, out + h * out_stride + j,
-                             out_stride);
-      for (; h < n_q; ++h)
-        score_heads<Type, 1>(q + h * head_dim, head_dim, key, scale, out + h * out_stride + j,
-                             out_stride);
-    }
-  }
-
-  static void attn_scores(const float* q, size_t n_q, size_t head_dim, KvView keys, size_t n_keys,
-                          float scale, float* out, size_t out_stride) noexcept {
-    if (keys.f16)
-      scores<F16>(q, n_q, head_dim, keys, n_keys, scale, out, out_stride);
-    else
-      scores<F32>(q, n_q, head_dim, keys, n_keys, scale, out, out_stride);
-  }
-
-  // Positions whose values stay in the L1 cache while each batch of the head passes over them.
-  static constexpr size_t kMixChunk = 32;
-
-  // Adds positions [0, n_keys) to m <= kWidth elements of H heads at out.
-  template <class Type, size_t H>
-  static DUET_INLINE void mix_batch(const float* p, size_t p_stride, size_t head_dim, KvView values,
-                                    size_t n_keys, float* out, size_t m) {
-    Batch acc[H];
-    for (size_t h = 0; h < H; ++h) acc[h] = load_n(out + h * head_dim, m);
-    for (size_t j = 0; j < n_keys; ++j) {
-      const std::byte* value = values.base + j * values.stride;
-      const Batch v = m == kWidth ? Type::at(value) : part_at<Type>(value, m);
-#pragma GCC unroll 4
-      for (size_t h = 0; h < H; ++h) acc[h] = xsimd::fma(Batch(p[h * p_stride + j]), v, acc[h]);
-    }
-    for (size_t h = 0; h < H; ++h) store_n(out + h * head_dim, acc[h], m);
-  }
-
-  template <class Type>
-  static DUET_INLINE void mix(const float* p, size_t p_stride, size_t n_q, size_t head_dim,
-                              KvView values, size_t n_keys, float* out) {
-    for (size_t i = 0; i < n_q * head_dim; ++i) out[i] = 0.0f;
-    for (size_t j = 0; j < n_keys; j += kMixChunk) {
-      const size_t n = n_keys - j < kMixChunk ? n_keys - j : kMixChunk;
-      for_batches(head_dim, [&](size_t i, size_t m) {
-        const KvView part{values.base + j * values.stride + i * Type::kBytes, values.stride,
-                          values.f16};
-        size_t h = 0;
-        for (; h + 4 <= n_q; h += 4)
-          mix_batch<Type, 4>(p + h * p_stride + j, p_stride, head_dim, part, n,
-                             out + h * head_dim + i, m);
-        for (; h < n_q; ++h)
-          mix_batch<Type, 1>(p + h * p_stride + j, p_stride, head_dim, part, n,
-                             out + h * head_dim + i, m);
-      });
-    }
-  }
-
-  static void attn_mix(const float* p, size_t p_stride, size_t n_q, size_t head_dim, KvView values,
-                       size_t n_keys, float* out) noexcept {
-    if (values.f16)
-      mix<F16>(p, p_stride, n_q, head_dim, values, n_keys, out);
-    else
-      mix<F32>(p, p_stride, n_q, head_dim, values, n_keys, out);
-  }
-
   static void add_to(KernelTable& table) {
     table.matmul[static_cast<size_t>(DType::F32)] = matmul_tiled<Matmul<F32>>;
     table.matmul[static_cast<size_t>(DType::F16)] = matmul_tiled<Matmul<F16>>;
@@ -294,8 +204,6 @@ struct FloatOps {
     table.add_scaled = add_scaled;
     table.f32_to_f16 = f32_to_f16;
     table.f16_to_f32 = f16_to_f32;
-    table.attn_scores = attn_scores;
-    table.attn_mix = attn_mix;
   }
 };
 

@@ -47,12 +47,44 @@ struct MatmulArgs {
 };
 using MatmulFn = void (*)(const MatmulArgs&) noexcept;
 
-// Cached keys or values of one KV head: element (j, i) at base + j * stride bytes + i elements.
+// ---- attention --------------------------------------------------------------------------------
+// Keys and values of one KV head of a layer, cut into segments of kKvSegment positions.
+//
+// Keys of a segment: blocks of kKvBlock positions, element i of key j of a block (j = pos % 16) at
+//   F32, F16   [i][j]                                     64, 32 bytes per i
+//   Q8_0       groups of 32 elements: half-precision scales [j], then int8 [i % 32][j]
+// Values of a segment: a row per position, head_dim elements and zeros up to a multiple of 16;
+// Q8_0: blocks of BlockQ8_0. Q8_0 only where head_dim is a multiple of 32.
+// Positions that were never written may hold anything.
+inline constexpr size_t kKvBlock = 16, kKvSegment = 256;
 struct KvView {
-  const std::byte* base;
-  size_t stride;  // bytes from position to position
-  bool f16;       // IEEE half, else float
+  const std::byte *keys, *values;  // of segment 0
+  size_t key_segment_bytes, value_segment_bytes;  // from segment to segment
+  size_t key_block_bytes, value_row_bytes;
+  DType type;  // F32, F16, Q8_0
 };
+
+// Queries of n_tokens consecutive tokens in the `group` query heads that share a KV head, against
+// the keys at positions [key_begin, key_end). Token t is at position first + t and sees the keys
+// not after it and, with a window, less than `window` before it. Rows: token by token, head by head.
+struct AttentionArgs {
+  KvView kv;
+  const float* q;  // query (t, h) at q + t * q_stride + h * head_dim
+  size_t q_stride, n_tokens, group, head_dim;
+  size_t first, window;  // window 0: none
+  size_t key_begin, key_end;  // key_begin a multiple of kKvSegment
+  float scale;
+  float* scratch;  // attention_scratch_floats()
+  float* out;      // [n_rows, attention_row_floats()]
+};
+// Floats of a row of results: sum of weight * value [head_dim, padded to 16], then the largest score
+// max (-infinity: the row sees none of the keys, the rest is not set), then the sum of the weights
+// exp(score - max).
+inline size_t attention_row_floats(size_t head_dim) { return (head_dim + 15) / 16 * 16 + 16; }
+inline size_t attention_scratch_floats(size_t n_rows, size_t head_dim) {
+  const size_t dims = (head_dim + 15) / 16 * 16;
+  return (n_rows * (2 * dims + kKvSegment + 2) + dims * kKvSegment + 15) / 16 * 16;
+}
 
 // What the processor can do at most with this table's instructions, for measurements. The first two
 // work on registers (scalar: the first-level cache) only, in steps of some nanoseconds, and return
@@ -95,12 +127,11 @@ struct KernelTable {
   void (*f32_to_f16)(const float* x, uint16_t* y, size_t n) noexcept;
   void (*f16_to_f32)(const uint16_t* x, float* y, size_t n) noexcept;
 
-  // out[h * out_stride + j] = scale * dot(q + h * head_dim, key j), h in [0, n_q), j in [0, n_keys)
-  void (*attn_scores)(const float* q, size_t n_q, size_t head_dim, KvView keys, size_t n_keys,
-                      float scale, float* out, size_t out_stride) noexcept;
-  // out[h * head_dim + i] = sum over j of p[h * p_stride + j] * value(j, i)
-  void (*attn_mix)(const float* p, size_t p_stride, size_t n_q, size_t head_dim, KvView values,
-                   size_t n_keys, float* out) noexcept;
+  // A row has the same bits whatever shares the call: its segments are evaluated one by one (score =
+  // one chain of multiply-adds over the head, from 0; weights exp(score - max of the segment); their
+  // sum: keys 16 apart first, then a tree; mixed values one chain over the keys, from 0) and merged
+  // in order. Keys that a row does not see take no part.
+  void (*attention)(const AttentionArgs& args) noexcept;
 };
 
 // Tables compiled in and usable on this processor, best first; the last is scalar.

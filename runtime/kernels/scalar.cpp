@@ -371,34 +371,6 @@ void f16_to_f32_row(const uint16_t* x, float* y, size_t n) noexcept {
   for (size_t i = 0; i < n; ++i) y[i] = f16_to_f32(x[i]);
 }
 
-float load_kv(const std::byte* p, bool f16, size_t i) {
-  return f16 ? load_f16(p, i) : load_f32(p, i);
-}
-
-void attn_scores(const float* q, size_t n_q, size_t head_dim, KvView keys, size_t n_keys,
-                 float scale, float* out, size_t out_stride) noexcept {
-  for (size_t j = 0; j < n_keys; ++j) {
-    const std::byte* key = keys.base + j * keys.stride;
-    for (size_t h = 0; h < n_q; ++h) {
-      const auto load = [&](size_t i) { return load_kv(key, keys.f16, i); };
-      out[h * out_stride + j] = scale * dot_lanes(load, q + h * head_dim, head_dim);
-    }
-  }
-}
-
-void attn_mix(const float* p, size_t p_stride, size_t n_q, size_t head_dim, KvView values,
-              size_t n_keys, float* out) noexcept {
-  for (size_t i = 0; i < n_q * head_dim; ++i) out[i] = 0.0f;
-  for (size_t j = 0; j < n_keys; ++j) {
-    const std::byte* value = values.base + j * values.stride;
-    for (size_t h = 0; h < n_q; ++h) {
-      const float weight = p[h * p_stride + j];
-      for (size_t i = 0; i < head_dim; ++i)
-        out[h * head_dim + i] += weight * load_kv(value, values.f16, i);
-    }
-  }
-}
-
 // ---- the table ---------------------------------------------------------------------------------
 template <DType D>
 void decode_row(const void* src, float* dst, size_t n) noexcept {
@@ -443,8 +415,7 @@ void fill_scalar(KernelTable& table) {
   table.add_scaled = add_scaled;
   table.f32_to_f16 = f32_to_f16_row;
   table.f16_to_f32 = f16_to_f32_row;
-  table.attn_scores = attn_scores;
-  table.attn_mix = attn_mix;
+  add_scalar_attention(table);
 }
 
 }  // namespace duet

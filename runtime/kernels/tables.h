@@ -10,6 +10,7 @@
 namespace duet {
 
 void fill_scalar(KernelTable& table);
+void add_scalar_attention(KernelTable& table);
 void add_scalar_peak(KernelTable& table);
 #if defined(__x86_64__)
 void add_avx2_block32(KernelTable& table);

@@ -1,6 +1,7 @@
-// AVX2 + FMA + F16C: float kernels.
+// AVX2 + FMA + F16C: float kernels and attention.
 #include <immintrin.h>
 
+#include "runtime/kernels/attention_ops.h"
 #include "runtime/kernels/float_ops.h"
 #include "runtime/kernels/tables.h"
 
@@ -10,6 +11,7 @@ namespace {
 struct Avx2 {
   using Arch = xsimd::fma3<xsimd::avx2>;
   using Batch = xsimd::batch<float, Arch>;
+  static constexpr size_t kRegisters = 16;
 
   static DUET_INLINE __m128i load16x8(const void* p) {
     return _mm_loadu_si128(static_cast<const __m128i*>(p));
@@ -17,6 +19,14 @@ struct Avx2 {
   static DUET_INLINE Batch load_f16(const void* p) { return _mm256_cvtph_ps(load16x8(p)); }
   static DUET_INLINE Batch load_bf16(const void* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16x8(p)), 16));
+  }
+  static DUET_INLINE Batch load_i8(const void* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+  }
+  static DUET_INLINE Batch broadcast_f16(const void* p) {
+    int16_t half;
+    __builtin_memcpy(&half, p, sizeof half);
+    return _mm256_cvtph_ps(_mm_set1_epi16(half));
   }
   static DUET_INLINE void store_f16(void* p, Batch v) {
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -36,6 +46,9 @@ struct Avx2 {
 
 }  // namespace
 
-void add_avx2_float(KernelTable& table) { FloatOps<Avx2>::add_to(table); }
+void add_avx2_float(KernelTable& table) {
+  FloatOps<Avx2>::add_to(table);
+  AttentionOps<Avx2>::add_to(table);
+}
 
 }  // namespace duet

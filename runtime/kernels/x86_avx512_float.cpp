@@ -1,6 +1,7 @@
-// AVX-512 (F, BW, DQ, VL): float kernels.
+// AVX-512 (F, BW, DQ, VL): float kernels and attention.
 #include <immintrin.h>
 
+#include "runtime/kernels/attention_ops.h"
 #include "runtime/kernels/float_ops.h"
 #include "runtime/kernels/tables.h"
 
@@ -10,6 +11,7 @@ namespace {
 struct Avx512 {
   using Arch = xsimd::avx512f;
   using Batch = xsimd::batch<float, Arch>;
+  static constexpr size_t kRegisters = 32;
 
   static DUET_INLINE __m256i load16x16(const void* p) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(p));
@@ -17,6 +19,15 @@ struct Avx512 {
   static DUET_INLINE Batch load_f16(const void* p) { return _mm512_cvtph_ps(load16x16(p)); }
   static DUET_INLINE Batch load_bf16(const void* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load16x16(p)), 16));
+  }
+  static DUET_INLINE Batch load_i8(const void* p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  }
+  static DUET_INLINE Batch broadcast_f16(const void* p) {
+    int16_t half;
+    __builtin_memcpy(&half, p, sizeof half);
+    return _mm512_cvtph_ps(_mm256_set1_epi16(half));
   }
   static DUET_INLINE void store_f16(void* p, Batch v) {
     _mm256_storeu_si256(static_cast<__m256i*>(p),
@@ -39,6 +50,9 @@ struct Avx512 {
 
 }  // namespace
 
-void add_avx512_float(KernelTable& table) { FloatOps<Avx512>::add_to(table); }
+void add_avx512_float(KernelTable& table) {
+  FloatOps<Avx512>::add_to(table);
+  AttentionOps<Avx512>::add_to(table);
+}
 
 }  // namespace duet
