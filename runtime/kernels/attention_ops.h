@@ -1,7 +1,8 @@
 // Attention of the SIMD tables, written once over xsimd batches (contract: kernels.h).
 //
 // `Isa` supplies: Arch, kRegisters, load_f16(const void*), load_i8(const void*) and
-// broadcast_f16(const void*), each giving a batch of floats.
+// broadcast_f16(const void*), each giving a batch of floats, fma(a, b, c) = a b + c and
+// fnma(a, b, c) = c - a b, rounded once (xsimd 8 rounds twice on AVX-512).
 //
 // Scores have keys in the lanes: one chain over the elements of the head per key, whatever shares
 // the tile. Mixed values have elements in the lanes: one chain over the keys. Neither needs a sum
@@ -38,9 +39,10 @@ struct AttentionOps {
   static DUET_INLINE void store(float* p, Batch v) { v.store_unaligned(p); }
 
   // ---- element types --------------------------------------------------------------------------
-  // Keys: kGroup elements of 16 keys from `group`; values: kWidth elements of a row from element i.
+  // Keys: kGroup elements of 16 keys from `group`, of which kLine fill a cache line; values: kWidth
+  // elements of a row from element i.
   struct F32 {
-    static constexpr size_t kGroup = 1, kGroupBytes = 4 * kKvBlock;
+    static constexpr size_t kGroup = 1, kGroupBytes = 4 * kKvBlock, kLine = 1, kElementBytes = 4;
     struct Scales {};
     static DUET_INLINE Scales scales(const std::byte*, size_t) { return {}; }
     static DUET_INLINE Batch keys(const std::byte* group, size_t, size_t v, Scales) {
@@ -52,11 +54,11 @@ struct AttentionOps {
     }
   };
   struct F16 {
-    static constexpr size_t kGroup = 1, kGroupBytes = 2 * kKvBlock;
+    static constexpr size_t kGroup = 2, kGroupBytes = 2 * kGroup * kKvBlock, kLine = 2, kElementBytes = 2;
     struct Scales {};
     static DUET_INLINE Scales scales(const std::byte*, size_t) { return {}; }
-    static DUET_INLINE Batch keys(const std::byte* group, size_t, size_t v, Scales) {
-      return Isa::load_f16(group + 2 * v * kWidth);
+    static DUET_INLINE Batch keys(const std::byte* group, size_t j, size_t v, Scales) {
+      return Isa::load_f16(group + 2 * (j * kKvBlock + v * kWidth));
     }
     static DUET_INLINE Batch scale(const std::byte*, size_t) { return Batch(1.0f); }
     static DUET_INLINE Batch values(const std::byte* row, size_t i, Batch) {
@@ -65,7 +67,8 @@ struct AttentionOps {
   };
   // int8 times a half-precision scale: 19 bits, so the product is exact.
   struct Q8 {
-    static constexpr size_t kGroup = 32, kGroupBytes = (2 + kGroup) * kKvBlock;
+    static constexpr size_t kGroup = 32, kGroupBytes = (2 + kGroup) * kKvBlock, kLine = 4,
+                            kElementBytes = 1;
     using Scales = Batch;
     static DUET_INLINE Scales scales(const std::byte* group, size_t v) {
       return Isa::load_f16(group + 2 * v * kWidth);
@@ -101,10 +104,13 @@ struct AttentionOps {
     rest(std::integral_constant<size_t, 1>{});
   }
 
+  // Few rows wait for memory: while they work on some blocks or rows, they fetch those of `next`.
+  static DUET_INLINE void prefetch(const std::byte* p) { __builtin_prefetch(p); }
+
   // Scores of R rows (q [head_dim, R], scaled) against B key blocks; row r at out + r * kKvSegment.
-  template <class T, size_t R, size_t B>
+  template <class T, size_t R, size_t B, bool kFetch>
   static DUET_INLINE void score_tile(const float* q, size_t head_dim, const std::byte* block,
-                                     size_t block_bytes, float* out) {
+                                     size_t block_bytes, const std::byte* next, float* out) {
     constexpr size_t kV = B * kVecs;
     Batch acc[R][kV];
 #pragma GCC unroll 16
@@ -116,16 +122,20 @@ struct AttentionOps {
 #pragma GCC unroll 16
       for (size_t v = 0; v < kV; ++v)
         scales[v] = T::scales(block + v / kVecs * block_bytes, v % kVecs);
-      for (size_t j = 0; j < T::kGroup; ++j, q += R) {
-        Batch keys[kV];
+      for (size_t line = 0; line < T::kGroup; line += T::kLine) {
+        for (size_t b = 0; kFetch && b < B; ++b, next += 64) prefetch(next);
+#pragma GCC unroll 4
+        for (size_t j = line; j < line + T::kLine; ++j, q += R) {
+          Batch keys[kV];
 #pragma GCC unroll 16
-        for (size_t v = 0; v < kV; ++v)
-          keys[v] = T::keys(block + v / kVecs * block_bytes, j, v % kVecs, scales[v]);
+          for (size_t v = 0; v < kV; ++v)
+            keys[v] = T::keys(block + v / kVecs * block_bytes, j, v % kVecs, scales[v]);
 #pragma GCC unroll 16
-        for (size_t r = 0; r < R; ++r) {
-          const Batch query(q[r]);
+          for (size_t r = 0; r < R; ++r) {
+            const Batch query(q[r]);
 #pragma GCC unroll 16
-          for (size_t v = 0; v < kV; ++v) acc[r][v] = xsimd::fma(keys[v], query, acc[r][v]);
+            for (size_t v = 0; v < kV; ++v) acc[r][v] = Isa::fma(keys[v], query, acc[r][v]);
+          }
         }
       }
     }
@@ -136,15 +146,20 @@ struct AttentionOps {
   }
 
   // o[r][element + i] += sum over keys of p[r][key] * value; R rows, V batches of elements.
-  template <class T, size_t R, size_t V>
+  template <class T, size_t R, size_t V, bool kFetch>
   static DUET_INLINE void mix_tile(const float* p, size_t n_keys, const std::byte* row,
-                                   size_t row_bytes, size_t element, float* o, size_t o_stride) {
+                                   size_t row_bytes, size_t element, const std::byte* next,
+                                   float* o, size_t o_stride) {
     Batch acc[R][V];
 #pragma GCC unroll 16
     for (size_t r = 0; r < R; ++r)
 #pragma GCC unroll 16
       for (size_t v = 0; v < V; ++v) acc[r][v] = load(o + r * o_stride + v * kWidth);
     for (size_t j = 0; j < n_keys; ++j, row += row_bytes) {
+      if (kFetch) {
+        for (size_t b = 0; b < V * kWidth * T::kElementBytes; b += 64) prefetch(next + b);
+        next += row_bytes;
+      }
       Batch values[V], scale(1.0f);
 #pragma GCC unroll 16
       for (size_t v = 0; v < V; ++v) {
@@ -155,7 +170,7 @@ struct AttentionOps {
       for (size_t r = 0; r < R; ++r) {
         const Batch weight(p[r * kKvSegment + j]);
 #pragma GCC unroll 16
-        for (size_t v = 0; v < V; ++v) acc[r][v] = xsimd::fma(values[v], weight, acc[r][v]);
+        for (size_t v = 0; v < V; ++v) acc[r][v] = Isa::fma(values[v], weight, acc[r][v]);
       }
     }
 #pragma GCC unroll 16
@@ -170,15 +185,15 @@ struct AttentionOps {
   static DUET_INLINE Batch exp_negative(Batch x) {
     const Batch floor(-86.0f), magic(0x1.8p23f);
     const Batch y = xsimd::max(floor, x);  // in this order NaN passes
-    const Batch t = xsimd::fma(y, Batch(1.44269504f), magic), n = t - magic;
-    Batch r = xsimd::fnma(n, Batch(0.693145752f), y);
-    r = xsimd::fnma(n, Batch(1.42860677e-6f), r);
-    Batch e = xsimd::fma(r, Batch(1.0f / 720), Batch(1.0f / 120));
-    e = xsimd::fma(r, e, Batch(1.0f / 24));
-    e = xsimd::fma(r, e, Batch(1.0f / 6));
-    e = xsimd::fma(r, e, Batch(0.5f));
-    e = xsimd::fma(r, e, Batch(1.0f));
-    e = xsimd::fma(r, e, Batch(1.0f));
+    const Batch t = Isa::fma(y, Batch(1.44269504f), magic), n = t - magic;
+    Batch r = Isa::fnma(n, Batch(0.693145752f), y);
+    r = Isa::fnma(n, Batch(1.42860677e-6f), r);
+    Batch e = Isa::fma(r, Batch(1.0f / 720), Batch(1.0f / 120));
+    e = Isa::fma(r, e, Batch(1.0f / 24));
+    e = Isa::fma(r, e, Batch(1.0f / 6));
+    e = Isa::fma(r, e, Batch(0.5f));
+    e = Isa::fma(r, e, Batch(1.0f));
+    e = Isa::fma(r, e, Batch(1.0f));
     const IntBatch bits = xsimd::bitwise_cast<IntBatch>(e) + (xsimd::bitwise_cast<IntBatch>(t) << 23);
     return xsimd::select(x < floor, Batch(0.0f), xsimd::bitwise_cast<Batch>(bits));
   }
@@ -237,6 +252,7 @@ struct AttentionOps {
     const AttentionArgs& a;
     size_t n_rows, dims, row_floats;  // dims: head_dim in whole batches
     float *q, *scores, *panel, *part;
+    const std::byte* next_keys = nullptr;  // of the segment after the one in work
     Stats* stats;
 
     explicit DUET_INLINE Call(const AttentionArgs& args)
@@ -292,7 +308,10 @@ struct AttentionOps {
       const std::byte* keys = a.kv.keys + index * a.kv.key_segment_bytes;
       const std::byte* values = a.kv.values + index * a.kv.value_segment_bytes;
       const size_t lo = range(begin, t0).lo, hi = range(begin, t1 - 1).hi;
-      score(keys, lo / kKvBlock, (hi + kKvBlock - 1) / kKvBlock, t0 * a.group, t1 * a.group);
+      const bool last = begin + kKvSegment >= a.key_end || begin + hi == a.first + a.n_tokens;
+      next_keys = last ? keys : keys + a.kv.key_segment_bytes;
+      score(keys, values + lo * a.kv.value_row_bytes, lo / kKvBlock, (hi + kKvBlock - 1) / kKvBlock,
+            t0 * a.group, t1 * a.group);
       for (size_t row = t0 * a.group; row < t1 * a.group; ++row) {
         const Range seen = range(begin, row / a.group);
         stats[row] = softmax(scores + row * kKvSegment, seen.lo, seen.hi);
@@ -306,16 +325,16 @@ struct AttentionOps {
     bool converts() const { return n_rows >= kConvertRows; }
 
     // Key blocks [b0, b1) against the row groups that touch rows [r0, r1).
-    void score(const std::byte* keys, size_t b0, size_t b1, size_t r0, size_t r1) {
-      if (!converts() || std::is_same_v<T, F32>) {
-        score_blocks<T>(keys, a.kv.key_block_bytes, b0, b1, r0, r1);
-        return;
-      }
+    void score(const std::byte* keys, const std::byte* values, size_t b0, size_t b1, size_t r0,
+               size_t r1) {
+      if (!converts()) return score_blocks<T, true>(keys, a.kv.key_block_bytes, values, b0, b1, r0, r1);
+      if (std::is_same_v<T, F32>)
+        return score_blocks<F32, false>(keys, a.kv.key_block_bytes, values, b0, b1, r0, r1);
       const size_t block_bytes = a.head_dim * kKvBlock * sizeof(float);
       auto* converted = reinterpret_cast<std::byte*>(panel);
       for (size_t b = b0; b < b1; ++b)
         convert_block(keys + b * a.kv.key_block_bytes, panel + b * a.head_dim * kKvBlock);
-      score_blocks<F32>(converted, block_bytes, b0, b1, r0, r1);
+      score_blocks<F32, false>(converted, block_bytes, values, b0, b1, r0, r1);
     }
 
     void convert_block(const std::byte* block, float* to) {
@@ -328,12 +347,13 @@ struct AttentionOps {
     }
 
     // A few blocks stay in the L1 cache while all rows pass over them.
-    template <class Keys>
-    void score_blocks(const std::byte* keys, size_t block_bytes, size_t b0, size_t b1, size_t r0,
-                      size_t r1) {
+    template <class Keys, bool kFetch>
+    void score_blocks(const std::byte* keys, size_t block_bytes, const std::byte* values, size_t b0,
+                      size_t b1, size_t r0, size_t r1) {
       const size_t step = converts() ? 2 : 4;
       for (size_t b = b0; b < b1; b += step) {
         const size_t end = b + step < b1 ? b + step : b1;
+        const std::byte* next = end < b1 ? keys + end * block_bytes : values;
         for_row_groups(n_rows, [&](auto rows, size_t r) {
           constexpr size_t kR = rows(), kFit = kSums / (kR * kVecs);
           constexpr size_t kB = kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
@@ -342,11 +362,12 @@ struct AttentionOps {
           float* out = scores + r * kKvSegment;
           size_t k = b;
           for (; k + kB <= end; k += kB)
-            score_tile<Keys, kR, kB>(queries, a.head_dim, keys + k * block_bytes, block_bytes,
-                                     out + k * kKvBlock);
+            score_tile<Keys, kR, kB, kFetch>(queries, a.head_dim, keys + k * block_bytes,
+                                             block_bytes, next + (k - b) * block_bytes,
+                                             out + k * kKvBlock);
           for (; k < end; ++k)
-            score_tile<Keys, kR, 1>(queries, a.head_dim, keys + k * block_bytes, block_bytes,
-                                    out + k * kKvBlock);
+            score_tile<Keys, kR, 1, kFetch>(queries, a.head_dim, keys + k * block_bytes, block_bytes,
+                                            next + (k - b) * block_bytes, out + k * kKvBlock);
         });
       }
     }
@@ -383,19 +404,22 @@ struct AttentionOps {
       }
       for (size_t j = keys.lo; j < keys.hi; j += kMixKeys) {
         const size_t end = j + kMixKeys < keys.hi ? j + kMixKeys : keys.hi;
-        for_row_groups(n, [&](auto rows, size_t r) { mix_rows<rows()>(values, {j, end}, r0 + r); });
+        const std::byte* next = end < keys.hi ? values + end * a.kv.value_row_bytes : next_keys;
+        for_row_groups(
+            n, [&](auto rows, size_t r) { mix_rows<rows()>(values, {j, end}, next, r0 + r); });
       }
     }
 
     template <size_t R, size_t V>
     DUET_INLINE void mix_slab(const std::byte* slab, Range keys, size_t row, size_t i) {
       constexpr size_t kBytes = V * kWidth * sizeof(float);
-      mix_tile<F32, R, V>(scores + row * kKvSegment + keys.lo, keys.hi - keys.lo,
-                          slab + keys.lo * kBytes, kBytes, 0, part + row * dims + i, dims);
+      mix_tile<F32, R, V, false>(scores + row * kKvSegment + keys.lo, keys.hi - keys.lo,
+                                 slab + keys.lo * kBytes, kBytes, 0, nullptr, part + row * dims + i,
+                                 dims);
     }
 
     template <size_t R>
-    DUET_INLINE void mix_rows(const std::byte* values, Range keys, size_t row) {
+    DUET_INLINE void mix_rows(const std::byte* values, Range keys, const std::byte* next, size_t row) {
       constexpr size_t kFit = kSums / R, kV = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
       const float* p = scores + row * kKvSegment + keys.lo;
       const std::byte* from = values + keys.lo * a.kv.value_row_bytes;
@@ -403,9 +427,10 @@ struct AttentionOps {
       float* o = part + row * dims;
       size_t i = 0;
       for (; i + kV * kWidth <= dims; i += kV * kWidth)
-        mix_tile<T, R, kV>(p, n, from, a.kv.value_row_bytes, i, o + i, dims);
+        mix_tile<T, R, kV, true>(p, n, from, a.kv.value_row_bytes, i, next + i * T::kElementBytes,
+                                 o + i, dims);
       for (; i < dims; i += kWidth)
-        mix_tile<T, R, 1>(p, n, from, a.kv.value_row_bytes, i, o + i, dims);
+        mix_tile<T, R, 1, false>(p, n, from, a.kv.value_row_bytes, i, next, o + i, dims);
     }
 
     // Positions [lo, hi) into slabs [dims / kSlab][kKvSegment, kSlab]; the last may be one batch wide.
@@ -436,8 +461,8 @@ struct AttentionOps {
       const Batch old_factor = exp_negative(Batch(out[dims] - max));
       const Batch factor = exp_negative(Batch(seg.max - max));
       for (size_t i = 0; i < dims; i += kWidth)
-        store(out + i, xsimd::fma(load(o + i), factor, load(out + i) * old_factor));
-      const Batch sum = xsimd::fma(Batch(seg.sum), factor, Batch(out[dims + 1]) * old_factor);
+        store(out + i, Isa::fma(load(o + i), factor, load(out + i) * old_factor));
+      const Batch sum = Isa::fma(Batch(seg.sum), factor, Batch(out[dims + 1]) * old_factor);
       float lanes[kWidth];
       store(lanes, sum);
       out[dims] = max;
