@@ -51,39 +51,12 @@ double best_seconds(int n_threads, const Run& run) {
   return best;
 }
 
-// Multiply-adds per second of one core that touch registers only: 12 chains.
-template <class Lanes>
-__attribute__((always_inline)) inline double multiply_adds(size_t n_rounds) {
-  Lanes a{}, b{}, s0{}, s1{}, s2{}, s3{}, s4{}, s5{}, s6{}, s7{}, s8{}, s9{}, s10{}, s11{};
-  const double start = cpu_seconds();
-  for (size_t i = 0; i < n_rounds; ++i) {
-    asm volatile(
-        "vfmadd231ps %12, %13, %0\nvfmadd231ps %12, %13, %1\nvfmadd231ps %12, %13, %2\n"
-        "vfmadd231ps %12, %13, %3\nvfmadd231ps %12, %13, %4\nvfmadd231ps %12, %13, %5\n"
-        "vfmadd231ps %12, %13, %6\nvfmadd231ps %12, %13, %7\nvfmadd231ps %12, %13, %8\n"
-        "vfmadd231ps %12, %13, %9\nvfmadd231ps %12, %13, %10\nvfmadd231ps %12, %13, %11"
-        : "+x"(s0), "+x"(s1), "+x"(s2), "+x"(s3), "+x"(s4), "+x"(s5), "+x"(s6), "+x"(s7), "+x"(s8), "+x"(s9),
-          "+x"(s10), "+x"(s11)
-        : "x"(a), "x"(b));
-  }
-  return static_cast<double>(n_rounds) * 12 * (sizeof(Lanes) / sizeof(float)) / (cpu_seconds() - start);
-}
-#if defined(__x86_64__)
-__attribute__((target("avx512f,fma"))) double peak_avx512() {
-  return multiply_adds<float __attribute__((vector_size(64)))>(20'000'000);
-}
-__attribute__((target("avx2,fma"))) double peak_avx2() {
-  return multiply_adds<float __attribute__((vector_size(32)))>(40'000'000);
-}
-#endif
-
 double fma_peak(const KernelTable& kernels) {
   double peak = 0;
-  for (int i = 0; i < 3; ++i) {
-#if defined(__x86_64__)
-    if (std::string(kernels.isa) == "avx512") peak = std::max(peak, peak_avx512());
-    if (std::string(kernels.isa) == "avx2") peak = std::max(peak, peak_avx2());
-#endif
+  for (int i = 0; i < 5; ++i) {
+    const double start = cpu_seconds();
+    const uint64_t macs = kernels.peak.f32_macs(2'000'000);
+    peak = std::max(peak, static_cast<double>(macs) / (cpu_seconds() - start));
   }
   return peak;
 }

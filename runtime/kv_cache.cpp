@@ -1,5 +1,7 @@
 #include "runtime/kv_cache.h"
 
+#include <sys/mman.h>
+
 #include <cstring>
 
 #include "base/bytes.h"
@@ -13,6 +15,15 @@ constexpr size_t kMaxHeadDim = 1024;  // formats/schema.cpp refuses larger ones
 DType dtype_of(KvType type) {
   if (type == KvType::f32) return DType::F32;
   return type == KvType::f16 ? DType::F16 : DType::Q8_0;
+}
+
+// The first position of a layer takes a whole huge page: not for contexts of a few of them.
+constexpr size_t kHugePage = size_t{2} << 20, kHugeFromLayerBytes = 4 * kHugePage;
+
+void prefer_huge_pages(std::byte* data, size_t n_bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage, end = (address + n_bytes) / kHugePage * kHugePage;
+  if (begin < end) static_cast<void>(::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE));  // a hint
 }
 
 size_t segments(size_t n_ctx) { return n_ctx / kKvSegment + (n_ctx % kKvSegment != 0); }
@@ -49,20 +60,17 @@ KvCache::KvCache(const HParams& hparams, size_t n_ctx, KvType type)
       head_dim_(hparams.head_dim),
       n_head_kv_(hparams.n_head_kv),
       type_(dtype_of(type)),
-      sizes_(sizes(hparams, type)) {
-  const uint64_t all = bytes_needed(hparams, n_ctx, type);
-  const uint64_t values = all / (sizes_.key_block / kKvBlock + sizes_.value_row) * sizes_.value_row;
-  keys_ = AlignedArray<std::byte>(all - values);
-  values_ = AlignedArray<std::byte>(values);
+      sizes_(sizes(hparams, type)),
+      data_(bytes_needed(hparams, n_ctx, type)) {
+  const size_t layer_bytes = n_segments_ * n_head_kv_ * unit_bytes();
+  if (layer_bytes >= kHugeFromLayerBytes) prefer_huge_pages(data_.data(), data_.size_bytes());
 }
 
 KvView KvCache::view(size_t layer, size_t head) const {
-  const size_t key_bytes = kKvSegment / kKvBlock * sizes_.key_block, value_bytes = kKvSegment * sizes_.value_row;
-  const size_t first = layer * n_segments_ * n_head_kv_ + head;
-  return {.keys = keys_.data() + first * key_bytes,
-          .values = values_.data() + first * value_bytes,
-          .key_segment_bytes = n_head_kv_ * key_bytes,
-          .value_segment_bytes = n_head_kv_ * value_bytes,
+  const std::byte* unit = data_.data() + (layer * n_segments_ * n_head_kv_ + head) * unit_bytes();
+  return {.keys = unit,
+          .values = unit + key_bytes(),
+          .segment_bytes = n_head_kv_ * unit_bytes(),
           .key_block_bytes = sizes_.key_block,
           .value_row_bytes = sizes_.value_row,
           .type = type_};
@@ -72,10 +80,9 @@ void KvCache::store(const KernelTable& kernels, size_t layer, size_t pos, const 
   DUET_ASSERT(head_dim_ <= kMaxHeadDim);
   const size_t segment = pos / kKvSegment, in_segment = pos % kKvSegment;
   for (size_t head = 0; head < n_head_kv_; ++head) {
-    const size_t unit = (layer * n_segments_ + segment) * n_head_kv_ + head;
-    std::byte* block = keys_.data() + (unit * kKvSegment + in_segment) / kKvBlock * sizes_.key_block;
-    store_key(kernels, block, pos % kKvBlock, k + head * head_dim_);
-    store_value(kernels, values_.data() + (unit * kKvSegment + in_segment) * sizes_.value_row, v + head * head_dim_);
+    std::byte* unit = data_.data() + ((layer * n_segments_ + segment) * n_head_kv_ + head) * unit_bytes();
+    store_key(kernels, unit + in_segment / kKvBlock * sizes_.key_block, pos % kKvBlock, k + head * head_dim_);
+    store_value(kernels, unit + key_bytes() + in_segment * sizes_.value_row, v + head * head_dim_);
   }
 }
 

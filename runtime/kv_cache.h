@@ -1,5 +1,5 @@
 // Keys and values of the tokens of one session, laid out for KernelTable::attention:
-// [n_layer][segment of kKvSegment positions][n_head_kv], keys and values apart.
+// [n_layer][segment of kKvSegment positions][n_head_kv], each the keys, then the values.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,8 @@
 namespace duet {
 
 // All memory is reserved on construction, in whole segments; physical pages follow as positions are
-// written.
+// written: huge ones where the system has them and a layer fills several, because reading through
+// small pages is slower by a third or more.
 class KvCache {
  public:
   // Error(unsupported) for q8_0 and a head size that is no multiple of 32.
@@ -22,7 +23,7 @@ class KvCache {
   KvView view(size_t layer, size_t head) const;
 
   size_t n_ctx() const { return n_ctx_; }
-  size_t size_bytes() const { return keys_.size_bytes() + values_.size_bytes(); }
+  size_t size_bytes() const { return data_.size_bytes(); }
   // Bytes of a cache of this size, without making one. Error as the constructor.
   static uint64_t bytes_needed(const HParams& hparams, size_t n_ctx, KvType type);
 
@@ -32,13 +33,15 @@ class KvCache {
     size_t key_block, value_row;
   };
   static Sizes sizes(const HParams& hparams, KvType type);
+  size_t key_bytes() const { return kKvSegment / kKvBlock * sizes_.key_block; }
+  size_t unit_bytes() const { return key_bytes() + kKvSegment * sizes_.value_row; }
   void store_key(const KernelTable& kernels, std::byte* block, size_t lane, const float* k) const;
   void store_value(const KernelTable& kernels, std::byte* row, const float* v) const;
 
   size_t n_ctx_, n_segments_, head_dim_, n_head_kv_;
   DType type_;
   Sizes sizes_;
-  AlignedArray<std::byte> keys_, values_;
+  AlignedArray<std::byte> data_;
 };
 
 }  // namespace duet

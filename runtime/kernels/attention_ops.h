@@ -305,11 +305,11 @@ struct AttentionOps {
     // Tokens [t0, t1) see keys of the segment that starts at position `begin`.
     void segment(size_t begin, size_t t0, size_t t1) {
       const size_t index = begin / kKvSegment;
-      const std::byte* keys = a.kv.keys + index * a.kv.key_segment_bytes;
-      const std::byte* values = a.kv.values + index * a.kv.value_segment_bytes;
+      const std::byte* keys = a.kv.keys + index * a.kv.segment_bytes;
+      const std::byte* values = a.kv.values + index * a.kv.segment_bytes;
       const size_t lo = range(begin, t0).lo, hi = range(begin, t1 - 1).hi;
       const bool last = begin + kKvSegment >= a.key_end || begin + hi == a.first + a.n_tokens;
-      next_keys = last ? keys : keys + a.kv.key_segment_bytes;
+      next_keys = last ? keys : keys + a.kv.segment_bytes;
       score(keys, values + lo * a.kv.value_row_bytes, lo / kKvBlock, (hi + kKvBlock - 1) / kKvBlock,
             t0 * a.group, t1 * a.group);
       for (size_t row = t0 * a.group; row < t1 * a.group; ++row) {

@@ -59,7 +59,7 @@ using MatmulFn = void (*)(const MatmulArgs&) noexcept;
 inline constexpr size_t kKvBlock = 16, kKvSegment = 256;
 struct KvView {
   const std::byte *keys, *values;  // of segment 0
-  size_t key_segment_bytes, value_segment_bytes;  // from segment to segment
+  size_t segment_bytes;            // from segment to segment of both
   size_t key_block_bytes, value_row_bytes;
   DType type;  // F32, F16, Q8_0
 };

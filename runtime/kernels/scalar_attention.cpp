@@ -25,7 +25,7 @@ float half_at(const std::byte* p) { return f16_to_f32(load<uint16_t>(p)); }
 // Element i of the key at `pos`.
 float key_at(const KvView& kv, size_t pos, size_t i) {
   const size_t j = pos % kKvBlock;
-  const std::byte* block = kv.keys + pos / kKvSegment * kv.key_segment_bytes +
+  const std::byte* block = kv.keys + pos / kKvSegment * kv.segment_bytes +
                            pos % kKvSegment / kKvBlock * kv.key_block_bytes;
   if (kv.type == DType::F32) return load<float>(block + 4 * (i * kKvBlock + j));
   if (kv.type == DType::F16) return half_at(block + 2 * (i * kKvBlock + j));
@@ -35,7 +35,7 @@ float key_at(const KvView& kv, size_t pos, size_t i) {
 
 // Element i of the value at `pos`.
 float value_at(const KvView& kv, size_t pos, size_t i) {
-  const std::byte* row = kv.values + pos / kKvSegment * kv.value_segment_bytes +
+  const std::byte* row = kv.values + pos / kKvSegment * kv.segment_bytes +
                          pos % kKvSegment * kv.value_row_bytes;
   if (kv.type == DType::F32) return load<float>(row + 4 * i);
   if (kv.type == DType::F16) return half_at(row + 2 * i);

@@ -230,5 +230,12 @@ TEST_CASE("attention of extreme scores: scalar") { with_isa("scalar", check_extr
 TEST_CASE("attention of extreme scores: avx2") { with_isa("avx2", check_extremes); }
 TEST_CASE("attention of extreme scores: avx512") { with_isa("avx512", check_extremes); }
 
+#if defined(__aarch64__)
+TEST_CASE("attention of one token equals doubles: neon") { with_isa("neon", check_against_doubles); }
+TEST_CASE("attention of many tokens equals doubles: neon") { with_isa("neon", check_many); }
+TEST_CASE("attention bits do not depend on what shares the call: neon") { with_isa("neon", check_invariance); }
+TEST_CASE("attention of extreme scores: neon") { with_isa("neon", check_extremes); }
+#endif
+
 }  // namespace
 }  // namespace duet::test

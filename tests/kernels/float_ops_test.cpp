@@ -200,5 +200,15 @@ TEST_CASE("half precision both ways: scalar") { with_isa("scalar", check_f16); }
 TEST_CASE("half precision both ways: avx2") { with_isa("avx2", check_f16); }
 TEST_CASE("half precision both ways: avx512") { with_isa("avx512", check_f16); }
 
+#if defined(__aarch64__)
+TEST_CASE("rms_norm: neon") { with_isa("neon", check_rms_norm); }
+TEST_CASE("rope: neon") { with_isa("neon", check_rope); }
+TEST_CASE("softmax: neon") { with_isa("neon", check_softmax); }
+TEST_CASE("softmax of masked positions: neon") { with_isa("neon", check_softmax_masked); }
+TEST_CASE("silu_mul: neon") { with_isa("neon", check_silu_mul); }
+TEST_CASE("add and add_scaled: neon") { with_isa("neon", check_add); }
+TEST_CASE("half precision both ways: neon") { with_isa("neon", check_f16); }
+#endif
+
 }  // namespace
 }  // namespace duet::test
