@@ -217,3 +217,11 @@ TEST_CASE("half-precision keys and values change little") {
   CHECK(difference.max <= 0.05);
   CHECK(difference.flips <= difference.rows / 100);
 }
+
+TEST_CASE("8-bit keys and values change little") {
+  const Engine engine = Engine::open(model_path("f32"), {});
+  const Difference difference = compare_logits(engine, 512, KvType::q8_0);
+  MESSAGE("q8_0 keys and values: max |difference| " << difference.max << ", argmax flips " << difference.flips << " of " << difference.rows);
+  CHECK(difference.max <= 0.5);
+  CHECK(difference.flips <= difference.rows / 20);
+}
