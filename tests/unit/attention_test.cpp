@@ -1,6 +1,7 @@
 // Attention over a KV cache: one result per position whatever the chunks, threads and neighbours.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -15,6 +16,7 @@ namespace {
 HParams attention_hparams(uint32_t window = 0) {
   HParams h = test::tiny_hparams();
   h.n_layer = 1;
+  h.n_expert = h.n_expert_used = 0;  // with experts a window is ignored
   h.n_head = 6;
   h.n_head_kv = 2;
   h.head_dim = h.n_rot = 32;
@@ -29,7 +31,9 @@ struct Fixture {
   explicit Fixture(const HParams& h)
       : file(GgufFile::open(test::write_model({.hparams = h, .type = [](const std::string&) { return DType::Q8_0; }}, "attention.gguf"))),
         hparams(read_hparams(file, [](const std::string&) {})),
-        model(Model::bind(file, hparams)) {}
+        model(Model::bind(file, hparams)) {
+    REQUIRE(hparams.sliding_window == h.sliding_window);
+  }
 };
 
 constexpr size_t kContext = 5000;
@@ -102,13 +106,13 @@ TEST_CASE("attention: the same bits in chunks of 1, 2, 7, 32, 512 and after a cu
 }
 
 TEST_CASE("attention: the same bits with 1, 2 and 3 threads, in spans shared out and not") {
-  const size_t n = 4600;  // three spans
+  const size_t n = 4200;  // three spans
   for (const uint32_t window : {0u, 2500u}) {
     const Fixture f(attention_hparams(window));
     const KernelTable& kernels = select_kernels("");
     const std::vector<float> whole = outputs(f, n, {&kernels, 512});
     for (const int n_threads : {1, 2, 3})
-      for (const size_t n_batch : {1u, 7u, 500u}) {
+      for (const size_t n_batch : {1u, 500u}) {
         CAPTURE(n_threads);
         CAPTURE(n_batch);
         CHECK(same_bits(outputs(f, n, {&kernels, n_batch, n_threads}), whole));
@@ -168,5 +172,7 @@ TEST_CASE("attention: positions near 64k are rotated exactly") {
     return std::vector<float>(residual.begin() + 2 * h.n_embd, residual.end());  // those that see two of the four
   };
   const auto near = run(0), far = run(kFar);
-  for (size_t i = 0; i < near.size(); ++i) CHECK(std::abs(near[i] - far[i]) <= 2e-4f);
+  float worst = 0;
+  for (size_t i = 0; i < near.size(); ++i) worst = std::max(worst, std::abs(near[i] - far[i]));
+  CHECK(worst <= 1e-5f);
 }
