@@ -104,8 +104,9 @@ struct AttentionOps {
     rest(std::integral_constant<size_t, 1>{});
   }
 
-  // Few rows wait for memory: while they work on some blocks or rows, they fetch those of `next`.
-  static DUET_INLINE void prefetch(const std::byte* p) { __builtin_prefetch(p); }
+  // Few rows wait for memory: while they work on some blocks or rows, they fetch those of `next`, as
+  // one stream into the L2 cache: the L1 cache has too few misses in flight (14 against 19 GB/s).
+  static DUET_INLINE void prefetch(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
 
   // Scores of R rows (q [head_dim, R], scaled) against B key blocks; row r at out + r * kKvSegment.
   template <class T, size_t R, size_t B, bool kFetch>
