@@ -1,8 +1,10 @@
 #include "runtime/sampler.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <unordered_map>
+#include <utility>
 
 #include "base/error.h"
 
@@ -17,17 +19,30 @@ uint64_t next_random(uint64_t& state) {
   return z ^ z >> 31;
 }
 
-// e^x for x <= 0, from additions, multiplications and scaling by powers of two only: libm's exp may
-// differ in the last bit between machines, and a draw with it. Relative error below 1e-15.
+// e^x for x <= 0, from additions, multiplications and powers of two only: libm's exp may differ in
+// the last bit between machines, and a draw with it. Relative error below 1e-15. No call and no
+// branch: a whole vocabulary may pass through here for each token.
 double exp_of_negative(double x) {
-  if (x < -700) return 0;
   constexpr double kLog2e = 1.4426950408889634, kLn2High = 0.693147180369123816490,
-                   kLn2Low = 1.90821492927058770002e-10;
-  const double n = std::floor(x * kLog2e + 0.5);
-  const double r = (x - n * kLn2High) - n * kLn2Low;
-  double sum = 1;
-  for (int i = 13; i > 0; --i) sum = 1 + sum * r / i;  // Horner's Taylor series, |r| <= 0.347
-  return std::ldexp(sum, static_cast<int>(n));
+                   kLn2Low = 1.90821492927058770002e-10, kLeast = -700;
+  constexpr double kRound = 0x1.8p52;  // added: the integer nearest to a sum stands in its low bits
+  const double bounded = std::max(x, kLeast);
+  const double shifted = bounded * kLog2e + kRound, n = shifted - kRound;
+  const double r = (bounded - n * kLn2High) - n * kLn2Low;
+  // Taylor, |r| <= 0.347, the even and the odd powers side by side.
+  const double s = r * r;
+  const double even = 1 + s * (1.0 / 2 + s * (1.0 / 24 + s * (1.0 / 720 + s * (1.0 / 40320 + s * (1.0 / 3628800 + s * (1.0 / 479001600))))));
+  const double odd = 1 + s * (1.0 / 6 + s * (1.0 / 120 + s * (1.0 / 5040 + s * (1.0 / 362880 + s * (1.0 / 39916800 + s * (1.0 / 6227020800))))));
+  const double power = std::bit_cast<double>((std::bit_cast<uint64_t>(shifted) + 1023) << 52);
+  const double result = (even + r * odd) * power;
+  return x < kLeast ? 0 : result;
+}
+
+// Distance from the best logit in steps of 1/64: where order matters, candidates are sorted by these
+// first and inside a step afterwards.
+constexpr size_t kSteps = 2048;
+size_t step_of(float best, float logit) {
+  return static_cast<size_t>(std::min((best - logit) * 64.0f, static_cast<float>(kSteps - 1)));
 }
 
 Token best_of(std::span<const float> logits) {
@@ -74,8 +89,17 @@ Token Sampler::sample(std::span<const float> logits) {
   const std::span<const float> scores = penalized(logits);
   const Token best = best_of(scores);
   if (params_.temperature <= 0) return best;
-  select(scores);
-  cut_by_probability();
+  const float best_logit = scores[static_cast<size_t>(best)];
+  const bool all = params_.top_k <= 0 || static_cast<size_t>(params_.top_k) >= scores.size();
+  if (all && params_.top_p >= 1) {
+    select_all(scores, best_logit);
+    return draw();
+  }
+  if (all)
+    select_mass(scores, best_logit);
+  else
+    select_count(scores, best_logit, static_cast<size_t>(params_.top_k));
+  cut_by_probability(best_logit);
   return draw();
 }
 
@@ -99,47 +123,79 @@ std::span<const float> Sampler::penalized(std::span<const float> logits) {
   return penalized_;
 }
 
-// Fills candidates_: the top_k best, best first; all of them, in order only where top-p needs it.
-void Sampler::select(std::span<const float> logits) {
+// Weights of all candidates at the temperature 1 / scale.
+void Sampler::weigh(std::span<const float> logits, float best, double scale) {
+  weights_.resize(logits.size());
+  for (size_t i = 0; i < logits.size(); ++i)
+    weights_[i] = exp_of_negative((static_cast<double>(logits[i]) - static_cast<double>(best)) * scale);
+}
+
+// In order of ids: all that min-p leaves.
+void Sampler::select_all(std::span<const float> logits, float best) {
+  weigh(logits, best, params_.min_p > 0 ? 1.0 : scale());
+  candidates_.clear();
+  for (size_t i = 0; i < logits.size(); ++i)
+    if (params_.min_p <= 0 || weights_[i] >= static_cast<double>(params_.min_p))
+      candidates_.push_back({logits[i], static_cast<Token>(i), weights_[i]});
+  if (params_.min_p > 0) apply_temperature(best);
+}
+
+// The `keep` best, best first.
+void Sampler::select_count(std::span<const float> logits, float best, size_t keep) {
+  steps_.assign(kSteps, 0);
+  for (const float logit : logits) ++steps_[step_of(best, logit)];
+  size_t n_steps = 0;
+  for (size_t n = 0; n < keep; ++n_steps) n += steps_[n_steps];
+  weights_.assign(logits.size(), 0);
+  gather(logits, best, n_steps);
+  candidates_.resize(keep);
+  for (Candidate& c : candidates_) c.weight = exp_of_negative(static_cast<double>(c.logit) - static_cast<double>(best));
+  total_ = 0;
+  for (const Candidate& c : candidates_) total_ += c.weight;
+}
+
+// Best first, at least as many as reach top_p of the weight of all.
+void Sampler::select_mass(std::span<const float> logits, float best) {
+  weigh(logits, best, 1);
+  steps_.assign(kSteps, 0);
+  mass_.assign(kSteps, 0);
+  for (size_t i = 0; i < logits.size(); ++i) {
+    const size_t step = step_of(best, logits[i]);
+    ++steps_[step];
+    mass_[step] += weights_[i];
+  }
+  total_ = 0;
+  for (const double mass : mass_) total_ += mass;
+  // A little more than wanted: the exact cut adds the weights in another order.
+  const double wanted = total_ * static_cast<double>(params_.top_p) * (1 + 1e-9);
+  size_t n_steps = 1;
+  for (double sum = mass_[0]; sum < wanted && n_steps < kSteps; ++n_steps) sum += mass_[n_steps];
+  gather(logits, best, n_steps);
+}
+
+// Fills candidates_ with those of the first n_steps steps, best first.
+void Sampler::gather(std::span<const float> logits, float best, size_t n_steps) {
   const auto better = [](const Candidate& a, const Candidate& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
   };
-  const bool all = params_.top_k <= 0 || static_cast<size_t>(params_.top_k) >= logits.size();
-  const size_t keep = all ? logits.size() : static_cast<size_t>(params_.top_k);
-  candidates_.clear();
-  candidates_.reserve(keep + 1);
+  size_t n = 0;
+  for (size_t step = 0; step < n_steps; ++step) n += std::exchange(steps_[step], n);
+  candidates_.resize(n);
   for (size_t i = 0; i < logits.size(); ++i) {
-    const Candidate candidate{logits[i], static_cast<Token>(i), 0};
-    if (all) {
-      candidates_.push_back(candidate);
-      continue;
-    }
-    // A heap with the worst of the best on top: most logits of a large vocabulary fail this test.
-    if (candidates_.size() == keep && !better(candidate, candidates_.front())) continue;
-    candidates_.push_back(candidate);
-    std::push_heap(candidates_.begin(), candidates_.end(), better);
-    if (candidates_.size() <= keep) continue;
-    std::pop_heap(candidates_.begin(), candidates_.end(), better);
-    candidates_.pop_back();
+    const size_t step = step_of(best, logits[i]);
+    if (step < n_steps) candidates_[steps_[step]++] = {logits[i], static_cast<Token>(i), weights_[i]};
   }
-  if (!all)
-    std::sort_heap(candidates_.begin(), candidates_.end(), better);
-  else if (params_.top_p < 1)
-    std::sort(candidates_.begin(), candidates_.end(), better);
+  for (size_t step = 0, first = 0; step < n_steps; first = steps_[step++])
+    std::sort(candidates_.begin() + static_cast<ptrdiff_t>(first), candidates_.begin() + static_cast<ptrdiff_t>(steps_[step]), better);
 }
 
 // Top-p and min-p, both on the probabilities at temperature 1.
-void Sampler::cut_by_probability() {
-  float best = candidates_.front().logit;
-  for (const Candidate& c : candidates_) best = std::max(best, c.logit);
-  double total = 0;
-  for (Candidate& c : candidates_)
-    total += c.weight = exp_of_negative(static_cast<double>(c.logit) - static_cast<double>(best));
+void Sampler::cut_by_probability(float best) {
   if (params_.top_p < 1) {
     double sum = 0;
     size_t keep = 0;
     while (keep < candidates_.size() &&
-           (keep == 0 || sum < static_cast<double>(params_.top_p) * total))
+           (keep == 0 || sum < static_cast<double>(params_.top_p) * total_))
       sum += candidates_[keep++].weight;
     candidates_.resize(keep);
   }
@@ -147,9 +203,12 @@ void Sampler::cut_by_probability() {
     std::erase_if(candidates_, [&](const Candidate& c) {
       return c.weight < static_cast<double>(params_.min_p);
     });
+  apply_temperature(best);
+}
+
+void Sampler::apply_temperature(float best) {
   for (Candidate& c : candidates_)
-    c.weight = exp_of_negative((static_cast<double>(c.logit) - static_cast<double>(best)) /
-                               static_cast<double>(params_.temperature));
+    c.weight = exp_of_negative((static_cast<double>(c.logit) - static_cast<double>(best)) * scale());
 }
 
 Token Sampler::draw() {

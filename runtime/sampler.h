@@ -37,14 +37,24 @@ class Sampler {
     double weight;  // of the draw, relative to the best candidate's 1
   };
   std::span<const float> penalized(std::span<const float> logits);
-  void select(std::span<const float> logits);
-  void cut_by_probability();
+  double scale() const { return 1.0 / static_cast<double>(params_.temperature); }
+  void weigh(std::span<const float> logits, float best, double scale);
+  void select_all(std::span<const float> logits, float best);
+  void select_count(std::span<const float> logits, float best, size_t keep);
+  void select_mass(std::span<const float> logits, float best);
+  void gather(std::span<const float> logits, float best, size_t n_steps);
+  void cut_by_probability(float best);
+  void apply_temperature(float best);
   Token draw();
 
   SamplerParams params_;
   uint64_t rng_;
   std::vector<Token> history_;
   std::vector<float> penalized_;       // scratch
+  std::vector<double> weights_;        // scratch: by id
+  std::vector<size_t> steps_;          // scratch: candidates by distance from the best
+  std::vector<double> mass_;           // scratch: their weight
+  double total_ = 0;                   // weight that top-p is a share of
   std::vector<Candidate> candidates_;  // scratch: best first where an order was needed
 };
 
