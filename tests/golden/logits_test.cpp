@@ -222,6 +222,8 @@ TEST_CASE("8-bit keys and values change little") {
   const Engine engine = Engine::open(model_path("f32"), {});
   const Difference difference = compare_logits(engine, 512, KvType::q8_0);
   MESSAGE("q8_0 keys and values: max |difference| " << difference.max << ", argmax flips " << difference.flips << " of " << difference.rows);
-  CHECK(difference.max <= 0.5);
-  CHECK(difference.flips <= difference.rows / 20);
+  // A token near the edge between two experts may go to the other one, so the largest difference
+  // only shows that nothing is broken; the choice of tokens must hold.
+  CHECK(difference.max <= 5.0);
+  CHECK(difference.flips <= difference.rows / 50);
 }
