@@ -21,7 +21,7 @@ namespace {
 
 constexpr double kTolerance = 2e-3;    // of a logit
 constexpr double kTieMargin = 1e-3;    // a lead below this may flip with the order of summation
-constexpr const char* kTestedIsas[] = {"scalar", "avx2", "avx512", "neon"};
+constexpr const char* kTestedIsas[] = {"scalar", "avx2", "avxvnni", "avx512vnni256", "avx512", "neon"};
 
 std::filesystem::path data_path(const char* name) { return std::filesystem::path(DUET_SOURCE_DIR "/tests/golden/data") / name; }
 std::filesystem::path model_path(const char* type) { return std::filesystem::path(DUET_TEST_DIR) / (std::string("demo-") + type + ".gguf"); }
@@ -141,13 +141,19 @@ TEST_CASE("golden tests cover every instruction set that is compiled in") {
 
 TEST_CASE("F32 logits equal transformers', scalar") { check_logits("f32", "scalar"); }
 TEST_CASE("F32 logits equal transformers', avx2") { check_logits("f32", "avx2"); }
+TEST_CASE("F32 logits equal transformers', avxvnni") { check_logits("f32", "avxvnni"); }
+TEST_CASE("F32 logits equal transformers', avx512vnni256") { check_logits("f32", "avx512vnni256"); }
 TEST_CASE("F32 logits equal transformers', avx512") { check_logits("f32", "avx512"); }
 TEST_CASE("BF16 logits equal transformers', scalar") { check_logits("bf16", "scalar"); }
 TEST_CASE("BF16 logits equal transformers', avx2") { check_logits("bf16", "avx2"); }
+TEST_CASE("BF16 logits equal transformers', avxvnni") { check_logits("bf16", "avxvnni"); }
+TEST_CASE("BF16 logits equal transformers', avx512vnni256") { check_logits("bf16", "avx512vnni256"); }
 TEST_CASE("BF16 logits equal transformers', avx512") { check_logits("bf16", "avx512"); }
 
 TEST_CASE("greedy continuations equal transformers', scalar") { check_greedy("f32", "scalar"); }
 TEST_CASE("greedy continuations equal transformers', avx2") { check_greedy("f32", "avx2"); }
+TEST_CASE("greedy continuations equal transformers', avxvnni") { check_greedy("f32", "avxvnni"); }
+TEST_CASE("greedy continuations equal transformers', avx512vnni256") { check_greedy("f32", "avx512vnni256"); }
 TEST_CASE("greedy continuations equal transformers', avx512") { check_greedy("bf16", "avx512"); }
 
 TEST_CASE("512-token windows score as transformers', scalar, batch 512") { check_windows("scalar", 512, 1); }
