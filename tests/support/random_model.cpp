@@ -1,5 +1,7 @@
 #include "tests/support/random_model.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -101,8 +103,24 @@ HParams tiny_hparams() {
   return h;
 }
 
+namespace {
+
+// A folder of this process: tests that run at the same time may use the same names.
+struct ProcessFolder {
+  std::filesystem::path path = std::filesystem::path(DUET_TEST_DIR) / ("models-" + std::to_string(::getpid()));
+
+  ProcessFolder() { std::filesystem::create_directories(path); }
+  ~ProcessFolder() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path, ignored);
+  }
+};
+
+}  // namespace
+
 std::filesystem::path write_model(const RandomModel& model, const std::string& file_name) {
-  const std::filesystem::path path = std::filesystem::path(DUET_TEST_DIR) / file_name;
+  static const ProcessFolder folder;
+  const std::filesystem::path path = folder.path / file_name;
   const std::vector<Planned> tensors = plan(model);
   GgufWriter writer(path);
   for (GgufKeyValue& kv : hparams_metadata(model.hparams)) writer.set(kv.key, kv.value);

@@ -32,7 +32,7 @@ struct RandomModel {
 // 4 experts, 2 used, 2 layers, hidden 64, 97 tokens.
 HParams tiny_hparams();
 
-// Writes the file under DUET_TEST_DIR and gives its path.
+// Writes the file into a folder of this process under DUET_TEST_DIR, removed at its end; gives its path.
 std::filesystem::path write_model(const RandomModel& model, const std::string& file_name);
 
 }  // namespace duet::test
