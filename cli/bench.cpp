@@ -57,7 +57,14 @@ double kv_bytes(const HParams& hparams, KvType type, uint64_t n_keys) {
   return per_position * static_cast<double>(n_keys);
 }
 
-const char* kv_type_name(KvType type) { return type == KvType::f32 ? "f32" : "f16"; }
+const char* kv_type_name(KvType type) {
+  switch (type) {
+    case KvType::f32: return "f32";
+    case KvType::q8_0: return "q8_0";
+    case KvType::f16: break;
+  }
+  return "f16";
+}
 
 // One token at a time: its weights, and the keys and values of all positions up to its own.
 Cost decode_cost(const ModelInfo& info, KvType type, const Test& test) {

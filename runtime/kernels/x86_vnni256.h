@@ -15,6 +15,7 @@ constexpr int kPeakSums = 12;  // two units of latency 4 to 5
 
 uint64_t vnni256_macs(uint64_t n_steps) noexcept {
   __m256i sums[kPeakSums] = {}, u = _mm256_set1_epi8(1), s = _mm256_set1_epi8(-1);
+  for (__m256i& sum : sums) __asm__ volatile("" : "+x"(sum));  // not known to be equal
   for (uint64_t step = 0; step < n_steps; ++step) {
     __asm__ volatile("" : "+x"(u), "+x"(s));
     for (__m256i& sum : sums) sum = dpbusd(sum, u, s);
