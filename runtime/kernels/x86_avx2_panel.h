@@ -3,7 +3,7 @@
 // kernels.h want them).
 #pragma once
 
-#include "runtime/kernels/x86_block32.h"
+#include "runtime/kernels/x86_blocks.h"
 
 namespace duet {
 namespace {

@@ -7,7 +7,7 @@
 // 2 x 6 accumulators of 16 rows hide the latency of vpdpbusd (5 cycles, two a cycle on Intel).
 #pragma once
 
-#include "runtime/kernels/x86_block32.h"
+#include "runtime/kernels/x86_blocks.h"
 
 namespace duet {
 namespace {
@@ -178,31 +178,21 @@ void matmul_panels(const MatmulArgs& a) noexcept {
   }
 }
 
-// Brings n bytes at p into a cache, a part of them with each of n_steps calls. Decode reads several
-// rows at once, more streams than hardware prefetchers follow: while it computes on one group of
-// rows, it fetches the next one in address order. Small groups go straight to the L1 cache: by way
-// of the L2 they would come too late (22 against 26 GB/s on one Zen 4 core).
+// Brings n bytes at p into the L2 cache, a part of them with each of n_steps calls. Decode reads
+// several rows at once, more streams than hardware prefetchers follow: while it computes on one
+// group of rows, it fetches the next one in address order.
 class NextRows {
  public:
   DUET_INLINE NextRows(const std::byte* p, size_t n, size_t n_steps)
-      : p_(reinterpret_cast<const char*>(p)),
-        end_(p_ + n),
-        share_((n / n_steps + 63) / 64 * 64),
-        to_l1_(n <= kL1Share) {}
+      : p_(reinterpret_cast<const char*>(p)), end_(p_ + n), share_((n / n_steps + 63) / 64 * 64) {}
   DUET_INLINE void fetch_share() {
     const char* end = p_ + share_ < end_ ? p_ + share_ : end_;
-    if (to_l1_) {
-      for (; p_ < end; p_ += 64) _mm_prefetch(p_, _MM_HINT_NTA);
-    } else {
-      for (; p_ < end; p_ += 64) _mm_prefetch(p_, _MM_HINT_T1);
-    }
+    for (; p_ < end; p_ += 64) _mm_prefetch(p_, _MM_HINT_T1);
   }
 
  private:
-  static constexpr size_t kL1Share = size_t{16} << 10;
   const char *p_, *end_;
   size_t share_;
-  bool to_l1_;
 };
 
 // Kernel::decode(rows, x, cols, next, y): Kernel::kRows rows with one token; `next`: rows to fetch.
@@ -211,6 +201,7 @@ template <class Kernel>
 void matmul_rows(const MatmulArgs& a) noexcept {
   constexpr size_t kRows = Kernel::kRows;
   alignas(64) float y[kRows];
+  NextRows(a.w, kRows * a.w_stride, 1).fetch_share();  // all of the first rows
   for (size_t row = 0; row < a.n_rows; row += kRows) {
     const std::byte* rows[kRows];
     for (size_t r = 0; r < kRows; ++r)

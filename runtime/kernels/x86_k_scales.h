@@ -2,7 +2,7 @@
 // shared by the AVX2 and the AVX-512 file. Bit layouts: docs/kernels.md.
 #pragma once
 
-#include "runtime/kernels/x86_block32.h"
+#include "runtime/kernels/x86_blocks.h"
 
 namespace duet {
 namespace {
