@@ -103,12 +103,12 @@ Cost prefill_cost(const ModelInfo& info, KvType type, uint32_t n_batch, const Te
   return {sum.bytes / n, sum.int8_macs / n, sum.f32_macs / n};
 }
 
-// Decode against memory, prefill against the integer units; models of float weights, which have no
+// Decode against memory as it was beside each repetition, prefill against the integer units; models of float weights, which have no
 // integer products, against the float units.
-double share_of_limit(const Test& test, const Cost& cost, const Roofline& roofline, double tok_s) {
-  if (test.decode) return cost.bytes * tok_s / roofline.read_bytes_per_s;
-  if (cost.int8_macs > 0) return cost.int8_macs * tok_s / roofline.int8_macs_per_s;
-  return cost.f32_macs * tok_s / roofline.f32_macs_per_s;
+double share_of_limit(const BenchResult& result, const Cost& cost, const Roofline& roofline) {
+  if (result.read_bytes_per_s) return cost.bytes * result.mean / *result.read_bytes_per_s;
+  if (cost.int8_macs > 0) return cost.int8_macs * result.mean / roofline.int8_macs_per_s;
+  return cost.f32_macs * result.mean / roofline.f32_macs_per_s;
 }
 
 // ---- running -----------------------------------------------------------------------------------
@@ -176,15 +176,24 @@ class Runner {
     result.test = test.name();
     result.n_threads = limits_.n_threads;
     const std::vector<uint64_t> before = uses();
-    const double joules_before = meter_.joules();
+    double joules = 0, read_rates = 0;
     for (uint32_t i = 0; i < options_.n_repetitions; ++i) {
+      const double joules_before = meter_.joules();
       result.tok_s.push_back(test.n_tokens / seconds(test));
+      joules += meter_.joules() - joules_before;
+      if (test.decode) read_rates += probe().bytes_per_s();
       session_.truncate(test.depth);
     }
     const double n_tokens = double{1} * test.n_tokens * options_.n_repetitions;
-    if (meter_.available()) result.joules_per_token = (meter_.joules() - joules_before) / n_tokens;
+    if (meter_.available()) result.joules_per_token = joules / n_tokens;
+    if (test.decode) result.read_bytes_per_s = read_rates / options_.n_repetitions;
     count_uses(before, test.decode ? report_.decode_uses : report_.prefill_uses);
     finish(test, result);
+  }
+
+  const ReadProbe& probe() {
+    if (!probe_) probe_ = std::make_unique<ReadProbe>(select_kernels(options_.model.isa), limits_.n_threads);
+    return *probe_;
   }
 
   void finish(const Test& test, BenchResult& result) {
@@ -197,7 +206,7 @@ class Runner {
                                   : prefill_cost(info, options_.model.kv_type, options_.model.n_batch, test);
     result.bytes_per_token = cost.bytes;
     result.macs_per_token = cost.int8_macs + cost.f32_macs;
-    result.share_of_limit = share_of_limit(test, cost, limits_.roofline, result.mean);
+    result.share_of_limit = share_of_limit(result, cost, limits_.roofline);
     report_.results.push_back(std::move(result));
   }
 
@@ -218,6 +227,7 @@ class Runner {
   Session session_;
   std::mt19937_64 random_;
   EnergyMeter meter_;
+  std::unique_ptr<ReadProbe> probe_;
 };
 
 // ---- the command -------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ struct BenchResult {
   double mean = 0, deviation = 0;
   double bytes_per_token = 0, macs_per_token = 0;
   double share_of_limit = 0;
+  std::optional<double> read_bytes_per_s;  // decode: the limit, measured beside each repetition
   std::optional<double> joules_per_token;  // absent where the counters cannot be read
 };
 

@@ -114,6 +114,7 @@ Json result_json(const BenchResult& result) {
                {"bytes_per_token", result.bytes_per_token},
                {"macs_per_token", result.macs_per_token},
                {"share_of_limit", result.share_of_limit},
+               {"read_gb_s", result.read_bytes_per_s ? Json(*result.read_bytes_per_s / kGiga) : Json()},
                {"joules_per_token", nullptr}};
   if (result.joules_per_token) json["joules_per_token"] = *result.joules_per_token;
   return json;

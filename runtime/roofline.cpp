@@ -69,17 +69,17 @@ void fill(const Buffer& buffer, int n_threads, uint64_t n_bytes) {
   on_all_threads(n_threads, [&](size_t worker) { std::memset(buffer.data() + worker * part, 1, part); });
 }
 
-double best_read_rate(const KernelTable& kernels, const Buffer& buffer, int n_threads, uint64_t n_bytes) {
+double best_read_rate(const KernelTable& kernels, const Buffer& buffer, int n_threads, uint64_t n_bytes, int n_runs) {
   const uint64_t part = n_bytes / static_cast<uint64_t>(n_threads);
   std::atomic<uint64_t> total{0};
   double best = 0;
-  for (int run = 0; run < kReadRuns; ++run) {
+  for (int run = 0; run < n_runs; ++run) {
     const Clock::time_point start = Clock::now();
     on_all_threads(n_threads, [&](size_t worker) { total += kernels.peak.read_sum(buffer.data() + worker * part, part); });
     best = std::max(best, static_cast<double>(n_bytes) / seconds_since(start));
   }
   // Every byte is 1; also keeps the sums from being left out.
-  DUET_ASSERT(total.load() == kReadRuns * (n_bytes / 8) * uint64_t{0x0101010101010101});
+  DUET_ASSERT(total.load() == static_cast<uint64_t>(n_runs) * (n_bytes / 8) * uint64_t{0x0101010101010101});
   return best;
 }
 
@@ -116,11 +116,31 @@ std::vector<Roofline> measure_rooflines(std::span<const KernelTable* const> tabl
   fill(buffer, n_threads, n_bytes);
   std::vector<Roofline> out;
   for (const KernelTable* table : tables)
-    out.push_back({.read_bytes_per_s = best_read_rate(*table, buffer, n_threads, n_bytes),
+    out.push_back({.read_bytes_per_s = best_read_rate(*table, buffer, n_threads, n_bytes, kReadRuns),
                    .int8_macs_per_s = best_mac_rate(table->peak.int8_macs, n_threads),
                    .f32_macs_per_s = best_mac_rate(table->peak.f32_macs, n_threads),
                    .buffer_bytes = n_bytes});
   return out;
+}
+
+struct ReadProbe::Memory {
+  explicit Memory(uint64_t n) : n_bytes(n), buffer(n) {}
+
+  uint64_t n_bytes;
+  Buffer buffer;
+};
+
+ReadProbe::ReadProbe(const KernelTable& kernels, int n_threads, uint64_t max_bytes)
+    : kernels_(kernels),
+      n_threads_(n_threads),
+      memory_(std::make_unique<Memory>(buffer_size(max_bytes, n_threads))) {
+  fill(memory_->buffer, n_threads_, memory_->n_bytes);
+}
+
+ReadProbe::~ReadProbe() = default;
+
+double ReadProbe::bytes_per_s() const {
+  return best_read_rate(kernels_, memory_->buffer, n_threads_, memory_->n_bytes, 2);
 }
 
 }  // namespace duet

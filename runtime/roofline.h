@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -24,5 +25,23 @@ struct Roofline {
 // Error(memory) when there is none to read.
 std::vector<Roofline> measure_rooflines(std::span<const KernelTable* const> tables, int n_threads,
                                         uint64_t max_bytes = uint64_t{4} << 30);
+
+// The read rate again and again, beside other measurements: memory that is shared with other machines
+// changes its speed within minutes. Holds a buffer of min(max_bytes, a quarter of the memory
+// available). Error(memory) as above.
+class ReadProbe {
+ public:
+  ReadProbe(const KernelTable& kernels, int n_threads, uint64_t max_bytes = uint64_t{1} << 30);
+  ~ReadProbe();
+  ReadProbe(const ReadProbe&) = delete;
+  ReadProbe& operator=(const ReadProbe&) = delete;
+  double bytes_per_s() const;  // best of two passes
+
+ private:
+  struct Memory;
+  const KernelTable& kernels_;
+  int n_threads_;
+  std::unique_ptr<Memory> memory_;
+};
 
 }  // namespace duet
