@@ -316,7 +316,7 @@ void add_bench_options(CLI::App& command, BenchOptions& options) {
 
 constexpr const char* kNotes =
     "Share of limit: decode = bytes per token (weights in use, keys and values) * tokens per second /\n"
-    "memory read bandwidth; prefill = integer multiply-adds per token * tokens per second / peak of\n"
+    "memory read bandwidth beside the runs; prefill = integer multiply-adds per token * tokens per second / peak of\n"
     "the instruction set in use (models of float weights: float multiply-adds, float peak). The limits\n"
     "are measured with the same threads: reading up to 4 GB of huge pages, register-only loops.\n"
     "Joules per token are those of all processor packages (RAPL), where they can be read.\n\n";
