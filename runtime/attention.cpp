@@ -37,7 +37,8 @@ size_t partial_floats(const HParams& hparams, size_t n_ctx, size_t n_batch) {
   return n_spans < 2 ? 0 : n_spans * n_tokens * hparams.n_head * attention_row_floats(hparams.head_dim);
 }
 
-// Adds a row of a later span to the row so far; both as KernelTable::attention leaves them.
+// Adds a row of a later span to the row so far; both as KernelTable::attention leaves them, `dims`
+// (attention_row_dims) values before the largest score and the sum of weights.
 void merge_row(float* row, const float* later, size_t dims) {
   if (later[dims] == kNone) return;
   if (row[dims] == kNone) {
@@ -173,7 +174,7 @@ void Attention::attend_whole(const KvView& kv, size_t worker, const Tile& tile) 
   for (size_t span = spans.begin; span < spans.end; ++span) {
     attend_span(kv, tile, span, scratch, span == spans.begin ? rows : later);
     for (size_t i = 0; span > spans.begin && i < n_rows; ++i)
-      merge_row(rows + i * row_floats_, later + i * row_floats_, row_floats_ - 16);
+      merge_row(rows + i * row_floats_, later + i * row_floats_, attention_row_dims(head_dim_));
   }
   for (size_t i = 0; i < n_rows; ++i)
     finish_row(rows + i * row_floats_, tile.t_begin + i / group_, tile.head_kv * group_ + i % group_);
@@ -193,7 +194,7 @@ void Attention::attend_split(size_t layer_index, const KvCache& kv, Spans spans,
       const size_t token = i / n_head_, head = i % n_head_, offset = head % group_ * row_floats_;
       float* row = partial(0, head / group_, token) + offset;
       for (size_t span = 1; span < n_spans; ++span)
-        merge_row(row, partial(span, head / group_, token) + offset, row_floats_ - 16);
+        merge_row(row, partial(span, head / group_, token) + offset, attention_row_dims(head_dim_));
       finish_row(row, token, head);
     }
   });
@@ -216,7 +217,7 @@ void Attention::attend_span(const KvView& kv, const Tile& tile, size_t span, flo
 }
 
 void Attention::finish_row(const float* row, size_t token, size_t head) {
-  const float inverse = 1.0f / row[row_floats_ - 16 + 1];
+  const float inverse = 1.0f / row[attention_row_dims(head_dim_) + 1];
   float* out = out_.row(token) + head * head_dim_;
   for (size_t i = 0; i < head_dim_; ++i) out[i] = row[i] * inverse;
 }

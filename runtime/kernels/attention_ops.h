@@ -259,7 +259,7 @@ struct AttentionOps {
     explicit DUET_INLINE Call(const AttentionArgs& args)
         : a(args),
           n_rows(args.n_tokens * args.group),
-          dims((args.head_dim + 15) / 16 * 16),
+          dims(attention_row_dims(args.head_dim)),
           row_floats(dims + 16),
           q(args.scratch),
           scores(q + n_rows * dims),

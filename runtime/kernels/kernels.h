@@ -80,9 +80,10 @@ struct AttentionArgs {
 // Floats of a row of results: sum of weight * value [head_dim, padded to 16], then the largest score
 // max (-infinity: the row sees none of the keys, the rest is not set), then the sum of the weights
 // exp(score - max).
-inline size_t attention_row_floats(size_t head_dim) { return (head_dim + 15) / 16 * 16 + 16; }
+inline size_t attention_row_dims(size_t head_dim) { return (head_dim + 15) / 16 * 16; }
+inline size_t attention_row_floats(size_t head_dim) { return attention_row_dims(head_dim) + 16; }
 inline size_t attention_scratch_floats(size_t n_rows, size_t head_dim) {
-  const size_t dims = (head_dim + 15) / 16 * 16;
+  const size_t dims = attention_row_dims(head_dim);
   return (n_rows * (2 * dims + kKvSegment + 2) + dims * kKvSegment + 15) / 16 * 16;
 }
 

@@ -53,25 +53,6 @@ constexpr bool kSignedQuants = false;
 template <>
 constexpr bool kSignedQuants<BlockIQ4_XS> = true;
 
-// Columns that share a scale, and the largest unsigned quant.
-template <class Block>
-constexpr size_t kGroup = 16;
-template <>
-constexpr size_t kGroup<BlockQ4_K> = 32;
-template <>
-constexpr size_t kGroup<BlockQ5_K> = 32;
-template <>
-constexpr size_t kGroup<BlockIQ4_XS> = 32;
-template <class Block>
-constexpr int kLargest = 3;
-template <>
-constexpr int kLargest<BlockQ3_K> = 7;
-template <>
-constexpr int kLargest<BlockQ4_K> = 15;
-template <>
-constexpr int kLargest<BlockQ5_K> = 31;
-template <>
-constexpr int kLargest<BlockQ6_K> = 63;
 template <class Block>
 constexpr bool kQuads = has_quads(kLargest<Block>) && !kSignedQuants<Block>;
 

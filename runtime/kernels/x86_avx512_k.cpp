@@ -25,42 +25,7 @@ DUET_INLINE __m512i shift_halves(__m512i v, int low, int high) {
 template <>
 constexpr int kOffsetShift<BlockIQ4_XS> = 7;
 
-// Columns that share a scale.
-template <class Block>
-constexpr int kGroup = 16;
-template <>
-constexpr int kGroup<BlockQ4_K> = 32;
-template <>
-constexpr int kGroup<BlockQ5_K> = 32;
-template <>
-constexpr int kGroup<BlockIQ4_XS> = 32;
-
-// Largest unsigned quant: decides where sums fit 16 bits.
-template <class Block>
-constexpr int kTop = 0;
-template <>
-constexpr int kTop<BlockQ2_K> = 3;
-template <>
-constexpr int kTop<BlockQ3_K> = 7;
-template <>
-constexpr int kTop<BlockQ4_K> = 15;
-template <>
-constexpr int kTop<BlockQ5_K> = 31;
-template <>
-constexpr int kTop<BlockQ6_K> = 63;
-template <>
-constexpr int kTop<BlockIQ4_XS> = 241;
-
-template <class Block>
-constexpr size_t kMinimumAt = 0;
-template <>
-constexpr size_t kMinimumAt<BlockQ2_K> = offsetof(BlockQ2_K, dmin);
-template <>
-constexpr size_t kMinimumAt<BlockQ4_K> = offsetof(BlockQ4_K, dmin);
-template <>
-constexpr size_t kMinimumAt<BlockQ5_K> = offsetof(BlockQ5_K, dmin);
-
-constexpr bool fits16(int top, int n) { return top * 127 * n < 32768; }
+constexpr bool fits16(int largest, int n) { return largest * 127 * n < 32768; }
 
 // ---- scales of four rows, a 128-bit lane each ----------------------------------------------------
 // scale_lanes: 16 bytes per row. Q4_K, Q5_K: 8 scales, 8 minimums; Q2_K: as stored; Q3_K, Q6_K: 16
@@ -144,7 +109,7 @@ template <class Block>
 DUET_INLINE __m512i mins_dot(__m512i lanes, const BlockAct256& x) {
   if constexpr (kGroup<Block> == 32)
     return _mm512_madd_epi16(_mm512_unpackhi_epi8(lanes, __m512i{}), lanes_of(x.bsums32));
-  const __m512i mins = masked(_mm512_srli_epi16(lanes, 4), 15);
+  const __m512i mins = high_nibbles(lanes);
   return _mm512_dpwssd_epi32(
       _mm512_madd_epi16(_mm512_unpacklo_epi8(mins, __m512i{}), lanes_of(x.bsums)),
       _mm512_unpackhi_epi8(mins, __m512i{}), lanes_of(x.bsums + 8));
@@ -192,7 +157,7 @@ DUET_INLINE void decode_quants(const BlockQ4_K& b, __m512i (&q)[4]) {
   for (int p = 0; p < 2; ++p) {
     const __m512i v = load512(b.qs + 64 * p);
     q[2 * p] = masked(v, 15);
-    q[2 * p + 1] = masked(_mm512_srli_epi16(v, 4), 15);
+    q[2 * p + 1] = high_nibbles(v);
   }
 }
 DUET_INLINE void decode_quants(const BlockQ5_K& b, __m512i (&q)[4]) {
@@ -204,7 +169,7 @@ DUET_INLINE void decode_quants(const BlockQ5_K& b, __m512i (&q)[4]) {
   for (int p = 0; p < 2; ++p) {
     const __m512i v = load512(b.qs + 64 * p);
     q[2 * p] = or_bit(masked(v, 15), p == 0 ? _mm512_slli_epi16(bits, 4) : bits);
-    q[2 * p + 1] = or_bit(masked(_mm512_srli_epi16(v, 4), 15),
+    q[2 * p + 1] = or_bit(high_nibbles(v),
                           p == 0 ? _mm512_slli_epi16(bits, 3) : _mm512_srli_epi16(bits, 1));
   }
 }
@@ -217,7 +182,7 @@ DUET_INLINE void decode_quants(const BlockQ6_K& b, __m512i (&q)[4]) {
     const __m256i left4 = _mm256_set1_epi16(4), left2 = _mm256_set1_epi16(2);
     const __m512i left = _mm512_inserti64x4(_mm512_castsi256_si512(left4), left2, 1);
     q[2 * p] = _mm512_ternarylogic_epi32(masked(v, 15), _mm512_sllv_epi16(bits, left), two, 0xf8);
-    q[2 * p + 1] = _mm512_ternarylogic_epi32(masked(_mm512_srli_epi16(v, 4), 15),
+    q[2 * p + 1] = _mm512_ternarylogic_epi32(high_nibbles(v),
                                              shift_halves(bits, 0, 2), two, 0xf8);
   }
 }
@@ -229,7 +194,7 @@ DUET_INLINE void decode_quants(const BlockIQ4_XS& b, __m512i (&q)[4]) {
   for (int p = 0; p < 2; ++p) {
     const __m512i v = load512(b.qs + 64 * p);
     q[2 * p] = _mm512_shuffle_epi8(table, masked(v, 15));
-    q[2 * p + 1] = _mm512_shuffle_epi8(table, masked(_mm512_srli_epi16(v, 4), 15));
+    q[2 * p + 1] = _mm512_shuffle_epi8(table, high_nibbles(v));
   }
 }
 
@@ -411,7 +376,7 @@ DUET_INLINE __m512i byte_pair(__m512i v, int i) {
 template <class Block>
 struct KPanel {
   static constexpr size_t kStepBytes = sizeof(BlockAct256);
-  static constexpr bool kWide = !fits16(kTop<Block>, 16);  // 32-bit multiplication by the scale
+  static constexpr bool kWide = !fits16(kLargest<Block>, 16);  // 32-bit multiplication by the scale
   // Columns between multiplications by a scale: as many as share it and fit.
   static constexpr int kRun = kWide ? kGroup<Block> : 16;
   static constexpr int kPairs = 128 / kGroup<Block>;
@@ -427,7 +392,7 @@ struct KPanel {
                      });
       unpack_scales(row, half, panel);
       store_halves(panel.d[0], half, row, offsetof(Block, d));
-      if constexpr (kHasMinimum<Block>) store_halves(panel.m[0], half, row, kMinimumAt<Block>);
+      if constexpr (kHasMinimum<Block>) store_halves(panel.m[0], half, row, offsetof(Block, dmin));
       for (size_t r = 0; r < 16; ++r) {
         for (size_t i = 0; i < sizeof(Block); i += 64)
           _mm_prefetch(reinterpret_cast<const char*>(row[r] + sizeof(Block) + i), _MM_HINT_T0);
@@ -511,11 +476,11 @@ struct KPanel {
       }
     }
     if constexpr (kOffsetShift<Block> != 0) add_pairs<T>(panel.offset, x, dot);
-    add_step<T>(panel.d[0], x, dot, sums);
+    add_step<false, T>(panel.d[0], x, dot, sums);
     if constexpr (kHasMinimum<Block>) {
       __m512i mins[2][T] = {};
       add_pairs<T>(panel.min, x, mins);
-      subtract_step<T>(panel.m[0], x, mins, sums);
+      add_step<true, T>(panel.m[0], x, mins, sums);
     }
   }
 
@@ -536,7 +501,8 @@ struct KPanel {
     }
   }
 
-  template <size_t T>
+  // One step of the float chains: sums +- (d * d_x) * dot.
+  template <bool kSubtract, size_t T>
   static DUET_INLINE void add_step(const float* d, const BlockAct256* const* x,
                                    const __m512i (&dot)[2][T], float* sums) {
 #pragma GCC unroll 6
@@ -545,22 +511,9 @@ struct KPanel {
       for (size_t r = 0; r < 2; ++r) {
         float* sum = sums + t * kPanelRows + 16 * r;
         const __m512 scale = _mm512_mul_ps(_mm512_load_ps(d + 16 * r), _mm512_set1_ps(x[t]->d));
-        _mm512_store_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][t]), scale,
-                                             _mm512_load_ps(sum)));
-      }
-    }
-  }
-  template <size_t T>
-  static DUET_INLINE void subtract_step(const float* dmin, const BlockAct256* const* x,
-                                        const __m512i (&mins)[2][T], float* sums) {
-#pragma GCC unroll 6
-    for (size_t t = 0; t < T; ++t) {
-#pragma GCC unroll 2
-      for (size_t r = 0; r < 2; ++r) {
-        float* sum = sums + t * kPanelRows + 16 * r;
-        const __m512 scale = _mm512_mul_ps(_mm512_load_ps(dmin + 16 * r), _mm512_set1_ps(x[t]->d));
-        _mm512_store_ps(sum, _mm512_fnmadd_ps(_mm512_cvtepi32_ps(mins[r][t]), scale,
-                                              _mm512_load_ps(sum)));
+        const __m512 n = _mm512_cvtepi32_ps(dot[r][t]), before = _mm512_load_ps(sum);
+        _mm512_store_ps(sum, kSubtract ? _mm512_fnmadd_ps(n, scale, before)
+                                       : _mm512_fmadd_ps(n, scale, before));
       }
     }
   }

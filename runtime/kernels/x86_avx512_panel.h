@@ -16,7 +16,7 @@ constexpr size_t kPanelRows = 32, kPanelCols = 256;
 // Tokens that share an unpacked panel: their sums (32 KiB) stay in the L2 cache.
 constexpr size_t kPanelTokens = 256;
 
-struct alignas(64) Panel {
+struct Panel {
   alignas(64) uint8_t q[kPanelCols / 4][kPanelRows * 4];  // [column / 4][row][column % 4]
   alignas(64) int32_t scale[16][kPanelRows];    // of each group of columns, for the integer part
   alignas(64) int32_t offset[8][kPanelRows];    // pairs of int16: -scale * offset of two groups

@@ -25,6 +25,32 @@ constexpr int kOffsetShift<BlockQ3_K> = 2;  // quants 0..7 for -4..3
 template <>
 constexpr int kOffsetShift<BlockQ6_K> = 5;  // quants 0..63 for -32..31
 
+// Columns that share a scale.
+template <class Block>
+constexpr int kGroup = 16;
+template <>
+constexpr int kGroup<BlockQ4_K> = 32;
+template <>
+constexpr int kGroup<BlockQ5_K> = 32;
+template <>
+constexpr int kGroup<BlockIQ4_XS> = 32;
+
+// The largest unsigned quant: decides how many products add up to no more than 16 bits.
+template <class Block>
+constexpr int kLargest = 0;
+template <>
+constexpr int kLargest<BlockQ2_K> = 3;
+template <>
+constexpr int kLargest<BlockQ3_K> = 7;
+template <>
+constexpr int kLargest<BlockQ4_K> = 15;
+template <>
+constexpr int kLargest<BlockQ5_K> = 31;
+template <>
+constexpr int kLargest<BlockQ6_K> = 63;
+template <>
+constexpr int kLargest<BlockIQ4_XS> = 241;  // 128 above the level
+
 DUET_INLINE KScales load_scales(const BlockQ2_K& b) {
   const __m128i v = load128(b.scales), low = _mm_set1_epi8(15);
   return {_mm256_cvtepu8_epi16(_mm_and_si128(v, low)),
