@@ -25,6 +25,19 @@
 
 namespace duet {
 
+// q8_0: 8-bit integers with a scale per 32 elements; head sizes that are multiples of 32 only.
+enum class KvType { f16, f32, q8_0 };
+
+// How much memory the process may use, and the sizes of the sessions to come, which share it.
+struct MemoryOptions {
+  enum class Ram { automatic, all, bytes };  // all: weights mapped from the file, no limit
+  Ram ram = Ram::automatic;
+  uint64_t ram_bytes = 0;
+  uint32_t n_ctx = 0, n_batch = 0;  // 0: SessionOptions' default, or chosen by the plan
+  KvType kv_type = KvType::f16;
+  std::optional<uint32_t> slots;  // experts held per layer, for tests and experiments; forces streaming
+};
+
 struct EngineOptions {
   int n_threads = 0;    // compute threads; 0: HostCores::usable()
   std::string isa;      // "scalar", "avx2", "avx512"; "": best usable; unusable: Error(unsupported)
@@ -34,9 +47,6 @@ struct EngineOptions {
   PinMode pin = PinMode::automatic;
   NumaMode numa = NumaMode::automatic;
 };
-
-// q8_0: 8-bit integers with a scale per 32 elements; head sizes that are multiples of 32 only.
-enum class KvType { f16, f32, q8_0 };
 
 struct SessionOptions {
   uint32_t n_ctx = 0;       // positions; 0: min(model's, 4096); more than the model's is allowed with a notice

@@ -1,0 +1,85 @@
+// Reads of large pieces of files into memory, many at once, in order of urgency: what streams
+// weights from disk. Direct (O_DIRECT) where the file system allows it, so that nothing is held
+// twice and the memory used is the memory asked for.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace duet {
+
+// automatic: io_uring, else pread; direct where one real aligned read of each file succeeds, else
+// through the page cache, whose pages are dropped after each read. buffered: pread through the page
+// cache always. Asking for io_uring where the system refuses it is Error(unsupported).
+enum class ReadBackend { automatic, io_uring, pread, buffered };
+
+// Served in this order; first come, first served within a class.
+enum class ReadClass : uint8_t {
+  demand,       // a computation waits for it
+  ahead,        // certainly needed later
+  speculative,  // perhaps needed
+};
+
+// `offset`, `n_bytes` and `to` are multiples of kReadAlignment. The file must hold at least
+// n_needed of the bytes; the rest of the range (up to n_bytes) may lie beyond its end and is then
+// left as it was.
+struct ReadRange {
+  size_t file = 0;  // index into the files given to open()
+  uint64_t offset = 0;
+  size_t n_bytes = 0, n_needed = 0;
+  std::byte* to = nullptr;
+  uint64_t tag = 0;  // the caller's; comes back with the completion
+};
+
+inline constexpr size_t kReadAlignment = 4096;
+
+// Called once per range, from a thread of the reader (or from cancel()), and must not throw or call
+// the reader. error: 0, an errno (EIO, ENODATA: the file ends before n_needed bytes, ...), ECANCELED.
+using ReadDone = std::function<void(uint64_t tag, int error)>;
+
+// For tests: called before each attempt to read (1, 2, ... over all threads), with the bytes left of
+// it. Returns 0 to go on, an errno to fail this attempt with it (EAGAIN and EINTR are tried again;
+// EINVAL of a direct read makes the reader go on through the page cache), or a negative number -n
+// to let the attempt deliver n bytes only.
+using ReadFault = std::function<int(uint64_t attempt, size_t n_bytes)>;
+
+struct BlockReaderOptions {
+  ReadBackend backend = ReadBackend::automatic;
+  unsigned depth = 8;        // reads under way at once
+  ReadFault fault;           // may be empty
+};
+
+struct BlockReaderStats {
+  uint64_t bytes = 0, reads = 0;  // delivered (whole ranges' n_bytes as far as the file goes)
+  uint64_t busy_ns = 0;           // time with at least one read under way
+  uint64_t fallbacks = 0;         // direct reads that had to be repeated through the page cache
+};
+
+class BlockReader {
+ public:
+  // Error: io (a file is missing or cannot be read), unsupported (see ReadBackend), memory.
+  static std::unique_ptr<BlockReader> open(std::span<const std::filesystem::path> files, ReadDone done,
+                                           BlockReaderOptions options = {});
+  virtual ~BlockReader() = default;  // cancels what waits, waits for what is under way
+
+  // Queues ranges in this order. Any thread.
+  virtual void submit(std::span<const ReadRange> ranges, ReadClass urgency) = 0;
+  // Queued ranges of this class that have not begun end with ECANCELED before this returns; those
+  // under way go on. Returns how many were dropped.
+  virtual size_t cancel(ReadClass urgency) = 0;
+  // A queued range becomes more urgent; nothing when it has begun.
+  virtual void promote(uint64_t tag, ReadClass urgency) = 0;
+
+  virtual BlockReaderStats stats() const = 0;
+  virtual bool direct() const = 0;
+  // "io_uring, direct", "pread, direct", "pread, buffered"
+  virtual std::string name() const = 0;
+};
+
+}  // namespace duet
