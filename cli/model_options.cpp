@@ -3,6 +3,7 @@
 #include <CLI/CLI.hpp>
 
 #include "base/error.h"
+#include "base/units.h"
 #include "cli/console.h"
 #include "cli/options.h"
 
@@ -12,10 +13,33 @@ namespace {
 constexpr std::pair<KvType, const char*> kKvTypes[] = {
     {KvType::f16, "f16"}, {KvType::f32, "f32"}, {KvType::q8_0, "q8_0"}};
 
+// "auto", "all" or a size, which must not be nothing.
+MemoryOptions::Ram parse_ram(const std::string& text, uint64_t& n_bytes) {
+  if (text == "auto") return MemoryOptions::Ram::automatic;
+  if (text == "all") return MemoryOptions::Ram::all;
+  try {
+    n_bytes = parse_size(text);
+  } catch (const Error& e) {
+    throw CLI::ValidationError("--ram", concat(e.what(), "; auto: what the machine leaves; all: no limit"));
+  }
+  if (n_bytes == 0) throw CLI::ValidationError("--ram", "must be more than 0");
+  return MemoryOptions::Ram::bytes;
+}
+
 }  // namespace
+
+void add_memory_option(CLI::App& command, MemoryOptions& memory) {
+  command
+      .add_option_function<std::string>(
+          "--ram", [&memory](const std::string& text) { memory.ram = parse_ram(text, memory.ram_bytes); },
+          "Memory of the whole process: a size; auto: what the machine leaves; all: no limit")
+      ->type_name("SIZE|auto|all")
+      ->default_str("auto");
+}
 
 void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default) {
   command.add_option("MODEL", options.path, "GGUF file")->required();
+  add_memory_option(command, options.memory);
   command
       .add_option("-c,--ctx", options.n_ctx,
                   std::string("Context size in tokens [default: ") + ctx_default + "]")
@@ -55,12 +79,17 @@ void require_model_file(const std::filesystem::path& path) {
 
 Engine open_engine(const ModelOptions& options) {
   require_model_file(options.path);
+  MemoryOptions memory = options.memory;
+  memory.n_ctx = options.n_ctx;
+  memory.n_batch = options.n_batch;
+  memory.kv_type = options.kv_type;
   return Engine::open(options.path,
                       {.n_threads = options.n_threads,
                        .isa = options.isa,
                        .notice = notices(),
                        .pin = options.pin,
-                       .numa = options.numa});
+                       .numa = options.numa,
+                       .memory = memory});
 }
 
 Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx) {

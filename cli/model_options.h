@@ -22,9 +22,12 @@ struct ModelOptions {
   std::string isa;  // "": best usable
   PinMode pin = PinMode::automatic;
   NumaMode numa = NumaMode::automatic;
+  MemoryOptions memory;  // of --ram; the sizes of the session are copied into it by open_engine
 };
 
-// Declares MODEL, --ctx, --threads, --pin, --numa, --batch, --kv-type and --isa. options.kv_type and the text
+// --ram.
+void add_memory_option(CLI::App& command, MemoryOptions& memory);
+// Declares MODEL, --ram, --ctx, --threads, --pin, --numa, --batch, --kv-type and --isa. options.kv_type and the text
 // `ctx_default` are the command's defaults as help shows them.
 void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default);
 // Error(io) with the next step when `path` is a folder.

@@ -46,6 +46,7 @@ struct EngineOptions {
   // refuses: Error(unsupported) when asked for, else a notice.
   PinMode pin = PinMode::automatic;
   NumaMode numa = NumaMode::automatic;
+  MemoryOptions memory = {};
 };
 
 struct SessionOptions {
