@@ -27,8 +27,8 @@ enum class ReadClass : uint8_t {
 };
 
 // `offset`, `n_bytes` and `to` are multiples of kReadAlignment. The file must hold at least
-// n_needed of the bytes; the rest of the range (up to n_bytes) may lie beyond its end and is then
-// left as it was.
+// n_needed of the bytes; the rest of the range (up to n_bytes) is padding, which may lie beyond the
+// end of the file and whose content is unspecified afterwards.
 struct ReadRange {
   size_t file = 0;  // index into the files given to open()
   uint64_t offset = 0;
@@ -43,27 +43,31 @@ inline constexpr size_t kReadAlignment = 4096;
 // the reader. error: 0, an errno (EIO, ENODATA: the file ends before n_needed bytes, ...), ECANCELED.
 using ReadDone = std::function<void(uint64_t tag, int error)>;
 
-// For tests: called before each attempt to read (1, 2, ... over all threads), with the bytes left of
-// it. Returns 0 to go on, an errno to fail this attempt with it (EAGAIN and EINTR are tried again;
-// EINVAL of a direct read makes the reader go on through the page cache), or a negative number -n
-// to let the attempt deliver n bytes only.
+// For tests: called before each attempt to read (1, 2, ... over all threads, one call at a time),
+// with the bytes left of its range. Returns 0 to go on, an errno to fail this attempt with it (EAGAIN
+// and EINTR are tried again; EINVAL of a direct read makes the reader go on through the page cache),
+// or a negative number -n to let the attempt deliver n bytes only. While opening it is called as
+// attempt 0: with 0 bytes before an io_uring is made, with kReadAlignment before the trial of direct
+// reads of each file; an errno there means refused.
 using ReadFault = std::function<int(uint64_t attempt, size_t n_bytes)>;
 
 struct BlockReaderOptions {
   ReadBackend backend = ReadBackend::automatic;
-  unsigned depth = 8;        // reads under way at once
-  ReadFault fault;           // may be empty
+  unsigned depth = 8;  // reads under way at once, 1 to 256
+  ReadFault fault = {};
 };
 
 struct BlockReaderStats {
-  uint64_t bytes = 0, reads = 0;  // delivered (whole ranges' n_bytes as far as the file goes)
-  uint64_t busy_ns = 0;           // time with at least one read under way
-  uint64_t fallbacks = 0;         // direct reads that had to be repeated through the page cache
+  uint64_t bytes = 0;      // read from the files, padding included
+  uint64_t reads = 0;      // ranges that ended without error
+  uint64_t busy_ns = 0;    // time with at least one read under way
+  uint64_t fallbacks = 0;  // ranges whose direct reads had to go on through the page cache
 };
 
 class BlockReader {
  public:
-  // Error: io (a file is missing or cannot be read), unsupported (see ReadBackend), memory.
+  // Error: io (a file is missing or cannot be read), unsupported (see ReadBackend), usage (depth),
+  // memory.
   static std::unique_ptr<BlockReader> open(std::span<const std::filesystem::path> files, ReadDone done,
                                            BlockReaderOptions options = {});
   virtual ~BlockReader() = default;  // cancels what waits, waits for what is under way
@@ -73,11 +77,12 @@ class BlockReader {
   // Queued ranges of this class that have not begun end with ECANCELED before this returns; those
   // under way go on. Returns how many were dropped.
   virtual size_t cancel(ReadClass urgency) = 0;
-  // A queued range becomes more urgent; nothing when it has begun.
+  // Queued ranges with this tag become more urgent, behind what this class holds already; those that
+  // are as urgent or have begun stay.
   virtual void promote(uint64_t tag, ReadClass urgency) = 0;
 
   virtual BlockReaderStats stats() const = 0;
-  virtual bool direct() const = 0;
+  virtual bool direct() const = 0;  // every file
   // "io_uring, direct", "pread, direct", "pread, buffered"
   virtual std::string name() const = 0;
 };
