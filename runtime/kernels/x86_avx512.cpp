@@ -125,7 +125,7 @@ template <class F>
 struct Panel32 {
   using Block = typename F::Block;
   static constexpr bool kHasMinimum = F::kOffsetShift == 0;
-  static constexpr size_t kStepBytes = 8 * sizeof(BlockAct32);
+  static constexpr size_t kStepBytes = 8 * sizeof(BlockAct32), kWeightBytes = 8 * sizeof(Block);
 
   // ---- prefill -----------------------------------------------------------------------------------
   static void unpack(const PanelRowsAt& rows, size_t step, size_t n_cols, Panel& panel) {
@@ -140,10 +140,6 @@ struct Panel32 {
         });
         store_halves(panel.d[b], half, row, at + offsetof(Block, d));
         if constexpr (kHasMinimum) store_halves(panel.m[b], half, row, at + offsetof(Block, m));
-      }
-      for (size_t r = 0; r < 16; ++r) {
-        for (size_t i = 0; i < 8 * sizeof(Block); i += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(row[r] + 8 * sizeof(Block) + i), _MM_HINT_T0);
       }
     }
   }

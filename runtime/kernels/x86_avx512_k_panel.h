@@ -113,7 +113,7 @@ constexpr bool fits16(int largest, int n) { return largest * 127 * n < 32768; }
 
 template <class Block>
 struct KPanel {
-  static constexpr size_t kStepBytes = sizeof(BlockAct256);
+  static constexpr size_t kStepBytes = sizeof(BlockAct256), kWeightBytes = sizeof(Block);
   static constexpr bool kWide = !fits16(kLargest<Block>, 16);  // 32-bit multiplication by the scale
   // Columns between multiplications by a scale: as many as share it and fit.
   static constexpr int kRun = kWide ? kGroup<Block> : 16;
@@ -131,10 +131,6 @@ struct KPanel {
       unpack_scales(row, half, panel);
       store_halves(panel.d[0], half, row, offsetof(Block, d));
       if constexpr (kHasMinimum<Block>) store_halves(panel.m[0], half, row, offsetof(Block, dmin));
-      for (size_t r = 0; r < 16; ++r) {
-        for (size_t i = 0; i < sizeof(Block); i += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(row[r] + sizeof(Block) + i), _MM_HINT_T0);
-      }
     }
   }
 

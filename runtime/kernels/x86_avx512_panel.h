@@ -148,6 +148,25 @@ DUET_INLINE void store_sums(const MatmulArgs& a, const PanelSums& sums, size_t r
   }
 }
 
+// Fetches the blocks that are unpacked next, those of a few rows with each tile: all at once they
+// would hold up the loads of activations.
+class NextBlocks {
+ public:
+  DUET_INLINE NextBlocks(const PanelRowsAt& rows, size_t offset, size_t n_bytes)
+      : rows_(rows), offset_(offset), n_lines_((n_bytes + 63) / 64 + 1) {}
+  DUET_INLINE void fetch(size_t n_rows) {
+    const size_t end = row_ + n_rows < kPanelRows ? row_ + n_rows : kPanelRows;
+    for (; row_ < end; ++row_) {
+      const auto* p = reinterpret_cast<const char*>(rows_.row[row_] + offset_);
+      for (size_t i = 0; i < n_lines_; ++i) _mm_prefetch(p + 64 * i, _MM_HINT_T0);
+    }
+  }
+
+ private:
+  const PanelRowsAt& rows_;
+  size_t offset_, n_lines_, row_ = 0;
+};
+
 // Kernel::unpack(rows, step, n_cols, panel) and Kernel::tile<T>(panel, x, n_cols, sums) for 256
 // columns at a time (n_cols: fewer at the end of a row); x: T tokens at these columns.
 template <class Kernel>
@@ -155,19 +174,28 @@ void matmul_panels(const MatmulArgs& a) noexcept {
   Panel panel;
   PanelSums sums;
   const size_t n_steps = (a.cols + kPanelCols - 1) / kPanelCols;
+  PanelRowsAt next = panel_rows(a, 0);
   for (size_t row = 0; row < a.n_rows; row += kPanelRows) {
-    const PanelRowsAt rows = panel_rows(a, row);
+    const PanelRowsAt rows = next;
+    next = panel_rows(a, row + kPanelRows);
     for (size_t token = 0; token < a.n_tokens; token += kPanelTokens) {
       const size_t n = a.n_tokens - token < kPanelTokens ? a.n_tokens - token : kPanelTokens;
+      const size_t rows_per_tile = (kPanelRows * 6 + n - 1) / n;
       __builtin_memset(sums.at, 0, n * sizeof sums.at[0]);
       for (size_t step = 0; step < n_steps; ++step) {
         const size_t left = a.cols - step * kPanelCols;
         const size_t n_cols = left < kPanelCols ? left : kPanelCols;
         Kernel::unpack(rows, step, n_cols, panel);
+        const bool last = step + 1 == n_steps;
+        NextBlocks blocks(last ? next : rows, last ? 0 : (step + 1) * Kernel::kWeightBytes,
+                          Kernel::kWeightBytes);
         const std::byte* x = a.x + token * a.x_stride + step * Kernel::kStepBytes;
         size_t t = 0;
-        for (; t + 6 <= n; t += 6)
+        for (; t + 6 <= n; t += 6) {
+          blocks.fetch(rows_per_tile);
           Kernel::template tile<6>(panel, x + t * a.x_stride, a.x_stride, n_cols, sums.at[t]);
+        }
+        blocks.fetch(kPanelRows);
         for (; t + 2 <= n; t += 2)
           Kernel::template tile<2>(panel, x + t * a.x_stride, a.x_stride, n_cols, sums.at[t]);
         if (t < n)
