@@ -91,17 +91,37 @@ std::optional<double> quota_of(const GroupPath& group, const fs::path& folder) {
   return static_cast<double>(*quota) / static_cast<double>(*period);
 }
 
+// The line "name value" of a group's memory.stat.
+std::optional<int64_t> stat_of(const fs::path& folder, std::string_view name) {
+  std::istringstream lines(read_system_file(folder / "memory.stat"));
+  for (std::string line; std::getline(lines, line);)
+    if (line.size() > name.size() && line.starts_with(name) && line[name.size()] == ' ')
+      return parse_system_number(std::string_view(line).substr(name.size()));
+  return std::nullopt;
+}
+
 // Least limit of one group in bytes; v1 writes "none" as a number near 2^63.
 std::optional<uint64_t> limit_of(const GroupPath& group, const fs::path& folder) {
+  std::vector<std::optional<int64_t>> limits;
+  if (group.version == 2)
+    limits = {read_system_number(folder / "memory.max"), read_system_number(folder / "memory.high")};
+  else
+    limits = {read_system_number(folder / "memory.limit_in_bytes"), stat_of(folder, "hierarchical_memory_limit")};
   std::optional<uint64_t> least;
-  const auto names = group.version == 2 ? std::vector{"memory.max", "memory.high"}
-                                        : std::vector{"memory.limit_in_bytes"};
-  for (const char* name : names) {
-    const auto value = read_system_number(folder / name);
-    if (!value || *value < 0 || *value >= int64_t{1} << 60) continue;
-    least = std::min(least.value_or(UINT64_MAX), static_cast<uint64_t>(*value));
+  for (const auto& limit : limits) {
+    if (!limit || *limit < 0 || *limit >= int64_t{1} << 60) continue;
+    least = std::min(least.value_or(UINT64_MAX), static_cast<uint64_t>(*limit));
   }
   return least;
+}
+
+// Page cache of files that is charged to a group and those below it.
+std::optional<uint64_t> cache_of(const GroupPath& group, const fs::path& folder) {
+  const bool v2 = group.version == 2;  // v1 counts the group alone under these names
+  const auto active = stat_of(folder, v2 ? "active_file" : "total_active_file"),
+             inactive = stat_of(folder, v2 ? "inactive_file" : "total_inactive_file");
+  if (!active || !inactive || *active < 0 || *inactive < 0) return std::nullopt;
+  return static_cast<uint64_t>(*active) + static_cast<uint64_t>(*inactive);
 }
 
 // "MemTotal:  24576 kB" -> bytes; 0 when absent.
@@ -148,6 +168,7 @@ HostMemory read_host_memory(const fs::path& root) {
         read_system_number(level / (group.version == 2 ? "memory.current" : "memory.usage_in_bytes"));
     out.cgroup_used_bytes =
         used && *used >= 0 ? std::optional(static_cast<uint64_t>(*used)) : std::nullopt;
+    out.cgroup_cache_bytes = cache_of(group, level);
   }
   return out;
 }

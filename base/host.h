@@ -24,9 +24,12 @@ struct HostMemory {
   uint64_t total_bytes = 0;      // MemTotal
   uint64_t available_bytes = 0;  // MemAvailable
   // Least finite limit of this process's cgroup and its ancestors (memory.max and memory.high of
-  // v2, memory.limit_in_bytes of v1), and the usage of the group that carries it.
+  // v2; memory.limit_in_bytes of v1 and hierarchical_memory_limit, which tells those of ancestors
+  // that a container hides), the usage of the group that carries it, and the page cache of files in
+  // that, which the kernel gives up when memory is short.
   std::optional<uint64_t> cgroup_limit_bytes;
   std::optional<uint64_t> cgroup_used_bytes;
+  std::optional<uint64_t> cgroup_cache_bytes;
   int cgroup_version = 0;        // 0: none found
 };
 

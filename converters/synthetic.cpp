@@ -237,32 +237,25 @@ std::vector<OutputTensor> lay_out(const HParams& hparams, const std::vector<Tens
 // ---- the model
 // -----------------------------------------------------------------------------------
 
+// Small, in the proportions of the large ones.
+HParams tiny_hparams() {
+  HParams h = *mixtral_hparams("8x7b");
+  h.n_layer = 4;
+  h.n_embd = 256;
+  h.n_ff = 512;
+  h.n_head = 8;
+  h.n_head_kv = 2;
+  h.head_dim = h.n_rot = 32;
+  h.n_vocab = h.n_ctx_train = 2048;
+  return h;
+}
+
 HParams shape_of(const SyntheticOptions& options) {
-  struct Shape {
-    const char* name;
-    uint32_t n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_vocab, n_ctx;
-  };
-  constexpr Shape kShapes[] = {{"8x7b", 32, 4096, 14336, 32, 8, 128, 32000, 32768},
-                               {"8x22b", 56, 6144, 16384, 48, 8, 128, 32000, 65536},
-                               {"tiny", 4, 256, 512, 8, 2, 32, 2048, 2048}};
-  for (const Shape& s : kShapes) {
-    if (options.shape != s.name) continue;
-    HParams h;
-    h.name = concat("synthetic ", s.name, " ", options.type);
-    h.n_layer = options.n_layer > 0 ? options.n_layer : s.n_layer;
-    h.n_embd = s.n_embd;
-    h.n_ff = s.n_ff;
-    h.n_vocab = s.n_vocab;
-    h.n_ctx_train = s.n_ctx;
-    h.n_head = s.n_head;
-    h.n_head_kv = s.n_head_kv;
-    h.head_dim = h.n_rot = s.head_dim;
-    h.n_expert = 8;
-    h.n_expert_used = 2;
-    h.rope_freq_base = 1e6f;
-    return h;
-  }
-  fail(ErrorKind::usage, "unknown shape '", options.shape, "'; choose one of: 8x7b 8x22b tiny");
+  std::optional<HParams> h = options.shape == "tiny" ? tiny_hparams() : mixtral_hparams(options.shape);
+  if (!h) fail(ErrorKind::usage, "unknown shape '", options.shape, "'; choose one of: 8x7b 8x22b tiny");
+  h->name = concat("synthetic ", options.shape, " ", options.type);
+  if (options.n_layer > 0) h->n_layer = options.n_layer;
+  return *h;
 }
 
 // A SentencePiece vocabulary of invented pieces: specials, bytes, ASCII, then letters glued to

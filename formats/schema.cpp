@@ -361,6 +361,33 @@ HParams read_hf_config(const Json& config, const std::string& source, const Noti
   return HfConfig(config, source, notice).read();
 }
 
+std::optional<HParams> mixtral_hparams(std::string_view size) {
+  HParams h;
+  if (size == "8x7b") {
+    h.n_layer = 32;
+    h.n_embd = 4096;
+    h.n_ff = 14336;
+    h.n_head = 32;
+    h.n_ctx_train = 32768;
+  } else if (size == "8x22b") {
+    h.n_layer = 56;
+    h.n_embd = 6144;
+    h.n_ff = 16384;
+    h.n_head = 48;
+    h.n_ctx_train = 65536;
+  } else {
+    return std::nullopt;
+  }
+  h.name = std::string("Mixtral ").append(size);
+  h.n_vocab = 32000;
+  h.n_head_kv = 8;
+  h.head_dim = h.n_rot = 128;
+  h.n_expert = kMixtralExperts;
+  h.n_expert_used = 2;
+  h.rope_freq_base = kMixtralRopeBase;
+  return h;
+}
+
 std::vector<GgufKeyValue> hparams_metadata(const HParams& h) {
   std::vector<GgufKeyValue> out;
   const auto u32 = [&](const char* key, uint32_t v) { out.push_back({key, GgufValue::u32(v)}); };

@@ -5,7 +5,9 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/json_fwd.h"
@@ -41,6 +43,8 @@ struct HParams {
 HParams read_hparams(const GgufFile& file, const NoticeFn& notice);
 // From config.json of a Hugging Face folder.
 HParams read_hf_config(const Json& config, const std::string& source, const NoticeFn& notice);
+// Of the two published Mixtrals, "8x7b" and "8x22b" (their config.json); nullopt for other names.
+std::optional<HParams> mixtral_hparams(std::string_view size);
 // The GGUF metadata of these hyper-parameters (general.* and llama.*, without tokenizer).
 std::vector<GgufKeyValue> hparams_metadata(const HParams& hparams);
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -23,10 +24,17 @@ struct ModelSizes {
   uint64_t bytes_per_token = 0;            // weights that one token reads
 };
 
+// Of a file, in either layout of experts. Error(format) when a tensor is missing.
+ModelSizes model_sizes(const GgufFile& file, const HParams& hparams);
+// Of a file that is yet to be made: each tensor in the format that `format_of` says, metadata and
+// tokenizer left out.
+ModelSizes model_sizes(const HParams& hparams, const std::function<const Format&(const TensorSpec&)>& format_of);
+
 struct MemoryPlan {
   bool streamed = false;
   uint64_t budget_bytes = 0;   // the whole process, page cache it is charged for included; 0: no limit
-  std::string budget_reason;   // "available memory", "cgroup limit 16.0 GiB", "--ram 8GiB"
+  std::string budget_reason;   // "available memory 9.3 GiB", "cgroup limit 16.0 GiB", "--ram 8.0 GiB"
+  // program: code, tokenizer, logits, page tables. io: staging slots and what reads have under way.
   uint64_t program_bytes = 0, dense_bytes = 0, kv_bytes = 0, scratch_bytes = 0, io_bytes = 0, expert_bytes = 0;
   uint64_t total_bytes = 0;    // sum of the above
   uint32_t n_ctx = 0, n_batch = 0;
@@ -35,7 +43,29 @@ struct MemoryPlan {
   double resident_share = 1.0;           // of the expert bytes
 };
 
-// Error(memory) (exit 5) naming the smallest budget that would do when even the floor does not fit.
+// The budget:
+//   bytes      as given, for the whole process; not above the machine's memory or the cgroup's limit
+//   automatic  the machine's memory less max(2 GiB, 1/8); not above a cgroup limit, which is the
+//              process's own but for a little that the kernel charges to it; lowered to what is
+//              available now (MemAvailable less 1 GiB; the cgroup's limit less what is in use there
+//              and no page cache)
+//   all        none
+//
+// Resident when everything fits into the budget; automatic: into 9/10 of the machine or cgroup and
+// into what is available, because a mapping that nearly fits is slower than slots. A dense model has
+// nothing to stream: resident or refused.
+//
+// Streamed: dense weights, keys and values, scratch and staging first; what is left is slots, as
+// many in each layer, the rest of them one more in layers spread evenly. With less than two a layer
+// as many layers as possible get two, spread evenly, a last one perhaps one, the others none: two
+// slots hit more often than twice one (consecutive tokens share experts, and a single slot can only
+// be pinned), and a cache of one token's experts for all layers together would never hit.
+//
+// Error(memory) (exit 5) naming the smallest budget that would do when even the floor (no slots, two
+// for staging) does not fit.
 MemoryPlan plan_memory(const ModelSizes& sizes, const MemoryOptions& options, int n_threads, const HostMemory& memory);
+
+// One line: "streamed in 8.0 GiB (--ram 8.0 GiB): dense weights 1.1 GiB, ...".
+std::string describe(const MemoryPlan& plan, const HParams& hparams);
 
 }  // namespace duet

@@ -135,6 +135,35 @@ TEST_CASE("host: cgroup v1 in a container that hides the group's path") {
   CHECK(m.cores().usable() == 1);  // never none
 }
 
+TEST_CASE("host: cgroup v1, a limit of an ancestor that the container hides") {
+  Machine m;
+  m.file("proc/self/cgroup", "5:memory:/docker/abc");
+  m.file("sys/fs/cgroup/memory/memory.limit_in_bytes", std::to_string(8 * kGiB));
+  m.file("sys/fs/cgroup/memory/memory.usage_in_bytes", std::to_string(5 * kGiB));
+  m.file("sys/fs/cgroup/memory/memory.stat",
+         concat("cache 17\nhierarchical_memory_limit ", 6 * kGiB, "\nactive_file 5\ntotal_inactive_file ", 2 * kGiB,
+                "\ntotal_active_file ", kGiB));
+  CHECK(m.limits().cgroup_limit_bytes == 6 * kGiB);
+  CHECK(m.limits().cgroup_used_bytes == 5 * kGiB);
+  CHECK(m.limits().cgroup_cache_bytes == 3 * kGiB);
+  m.file("sys/fs/cgroup/memory/memory.stat", "hierarchical_memory_limit 9223372036854771712\ntotal_active_file 5");
+  CHECK(m.limits().cgroup_limit_bytes == 8 * kGiB);
+  CHECK_FALSE(m.limits().cgroup_cache_bytes.has_value());
+}
+
+TEST_CASE("host: cgroup v2, page cache of the group that carries the limit") {
+  Machine m;
+  m.file("proc/self/cgroup", "0::/a/b");
+  m.file("sys/fs/cgroup/a/memory.max", std::to_string(4 * kGiB));
+  m.file("sys/fs/cgroup/a/memory.stat", "anon 1\nfile 9\ninactive_file 2000\nactive_file 300");
+  m.file("sys/fs/cgroup/a/b/memory.max", "max");
+  m.file("sys/fs/cgroup/a/b/memory.stat", "inactive_file 1\nactive_file 1");
+  CHECK(m.limits().cgroup_cache_bytes == 2300);
+  m.file("sys/fs/cgroup/a/b/memory.high", std::to_string(3 * kGiB));
+  CHECK(m.limits().cgroup_limit_bytes == 3 * kGiB);
+  CHECK(m.limits().cgroup_cache_bytes == 2);
+}
+
 TEST_CASE("host: hybrid systems have memory in v1, and what v1 lacks in v2") {
   Machine m;
   m.cpus(8, 1);

@@ -1,0 +1,260 @@
+#include "runtime/memory_plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+#include "base/error.h"
+#include "base/units.h"
+#include "runtime/decoder.h"
+#include "runtime/kv_cache.h"
+
+namespace duet {
+namespace {
+
+constexpr uint64_t kMiB = uint64_t{1} << 20, kGiB = uint64_t{1} << 30;
+constexpr uint64_t kNoLimit = std::numeric_limits<uint64_t>::max();
+
+constexpr uint64_t kProgramBytes = 96 * kMiB;  // code and its libraries, tokenizer, metadata of the file
+constexpr uint64_t kLogitRows = 33;            // of a session: the last token's, and 32 at once
+constexpr uint64_t kPageTableShare = 512;      // 8 bytes for 4096
+constexpr uint64_t kReadBytes = 16 * kMiB;     // under way through the page cache, where nothing else goes
+constexpr uint32_t kDefaultContext = 4096;
+constexpr uint32_t kResidentBatch = 512, kLargestBatch = 4096;
+constexpr uint32_t kLeastCache = 2;  // slots; ExpertPolicy pins below
+
+uint64_t less(uint64_t a, uint64_t b) { return a - std::min(a, b); }
+
+// ---- the budget ------------------------------------------------------------------------------
+
+struct Budget {
+  uint64_t streamed = kNoLimit, resident = kNoLimit;
+  std::string reason;
+
+  void lower(uint64_t to, std::string why) {
+    if (to >= streamed) return;
+    streamed = to;
+    reason = std::move(why);
+  }
+};
+
+std::string cgroup_text(const HostMemory& memory) { return concat("cgroup limit ", format_size(*memory.cgroup_limit_bytes)); }
+
+Budget automatic_budget(const HostMemory& memory) {
+  Budget budget;
+  uint64_t usable = kNoLimit;
+  if (memory.total_bytes > 0) {
+    usable = memory.total_bytes;
+    const uint64_t reserve = std::min(std::max(2 * kGiB, usable / 8), usable / 2);
+    budget.lower(usable - reserve, concat("memory of ", format_size(usable), ", ", format_size(reserve), " left to the system"));
+  }
+  if (memory.available_bytes > 0) {  // kernels before 3.14 do not tell
+    budget.lower(less(memory.available_bytes, std::min(kGiB, usable / 16)), concat("available memory ", format_size(memory.available_bytes)));
+    budget.resident = memory.available_bytes;
+  }
+  if (memory.cgroup_limit_bytes) {
+    const uint64_t limit = *memory.cgroup_limit_bytes;
+    const uint64_t others = less(memory.cgroup_used_bytes.value_or(0), memory.cgroup_cache_bytes.value_or(0));
+    usable = std::min(usable, limit);
+    budget.lower(less(limit, std::max(128 * kMiB, limit / 64) + others), cgroup_text(memory));
+    budget.resident = std::min(budget.resident, less(limit, others));
+  }
+  if (usable != kNoLimit) budget.resident = std::min(budget.resident, usable / 10 * 9);
+  return budget;
+}
+
+Budget find_budget(const MemoryOptions& options, const HostMemory& memory) {
+  if (options.ram == MemoryOptions::Ram::all) return {.reason = "--ram all"};
+  if (options.ram == MemoryOptions::Ram::automatic) return automatic_budget(memory);
+  Budget budget;
+  budget.lower(options.ram_bytes, concat("--ram ", format_size(options.ram_bytes)));
+  if (memory.total_bytes > 0) budget.lower(memory.total_bytes, concat("memory of ", format_size(memory.total_bytes)));
+  if (memory.cgroup_limit_bytes) budget.lower(*memory.cgroup_limit_bytes, cgroup_text(memory));
+  budget.resident = budget.streamed;
+  return budget;
+}
+
+// ---- the parts -------------------------------------------------------------------------------
+
+class Planner {
+ public:
+  Planner(const ModelSizes& sizes, const MemoryOptions& options, int n_threads, Budget budget)
+      : sizes_(sizes), options_(options), n_threads_(n_threads), budget_(std::move(budget)) {
+    const uint32_t trained = sizes.hparams.n_ctx_train;
+    plan_.budget_reason = budget_.reason;
+    plan_.n_ctx = options.n_ctx > 0 ? options.n_ctx : trained > 0 ? std::min(trained, kDefaultContext) : kDefaultContext;
+    plan_.dense_bytes = sizes.dense_bytes;
+    plan_.kv_bytes = KvCache::bytes_needed(sizes.hparams, plan_.n_ctx, options.kv_type);
+  }
+
+  MemoryPlan make() {
+    if (!options_.slots && fits_resident()) return plan_;
+    if (sizes_.expert_bytes.empty()) refuse_dense();
+    stream();
+    return plan_;
+  }
+
+ private:
+  bool fits_resident();
+  void stream();
+  void set_batch(uint32_t n_batch);
+  uint32_t choose_batch() const;
+  void set_staging(uint32_t n_staging);
+  void hand_out_slots(uint64_t room);
+  std::vector<size_t> spread() const;
+  void count_slots();
+  void set_total();
+  uint64_t fixed_bytes() const { return plan_.dense_bytes + plan_.kv_bytes + plan_.scratch_bytes + plan_.io_bytes; }
+  uint64_t program_bytes() const { return kProgramBytes + kLogitRows * sizeof(float) * sizes_.hparams.n_vocab; }
+  // What the budget leaves for all but program and page tables.
+  uint64_t room() const { return less(budget_.streamed, program_bytes()) / (kPageTableShare + 1) * kPageTableShare; }
+  [[noreturn]] void refuse() const;
+  [[noreturn]] void refuse_dense() const;
+
+  const ModelSizes& sizes_;
+  const MemoryOptions& options_;
+  int n_threads_;
+  Budget budget_;
+  MemoryPlan plan_;
+};
+
+void Planner::set_batch(uint32_t n_batch) {
+  plan_.n_batch = std::min(n_batch, plan_.n_ctx);
+  plan_.scratch_bytes = Decoder::bytes_needed(sizes_.hparams, n_threads_, plan_.n_ctx, plan_.n_batch);
+}
+
+void Planner::set_total() {
+  const uint64_t used = fixed_bytes() + plan_.expert_bytes;
+  plan_.program_bytes = program_bytes() + used / kPageTableShare + 1;
+  plan_.total_bytes = used + plan_.program_bytes;
+}
+
+bool Planner::fits_resident() {
+  set_batch(options_.n_batch > 0 ? options_.n_batch : kResidentBatch);
+  plan_.expert_bytes = std::accumulate(sizes_.expert_file_bytes.begin(), sizes_.expert_file_bytes.end(), uint64_t{0});
+  set_total();
+  plan_.budget_bytes = budget_.resident == kNoLimit ? 0 : budget_.resident;
+  return plan_.total_bytes <= budget_.resident;
+}
+
+// The chunk decides how often a long prompt reads the file; a tenth of the budget at most, because
+// slots are what every token gains from.
+uint32_t Planner::choose_batch() const {
+  constexpr uint32_t kStep = 256;
+  const uint32_t least = std::min(plan_.n_ctx, kResidentBatch);
+  uint32_t n_batch = std::min(plan_.n_ctx, kLargestBatch);
+  while (n_batch > least &&
+         Decoder::bytes_needed(sizes_.hparams, n_threads_, plan_.n_ctx, n_batch) > budget_.streamed / 10)
+    n_batch = std::max(least, static_cast<uint32_t>(less(n_batch, kStep)));
+  return n_batch;
+}
+
+void Planner::set_staging(uint32_t n_staging) {
+  plan_.n_staging = n_staging;
+  plan_.io_bytes = n_staging * *std::max_element(sizes_.expert_bytes.begin(), sizes_.expert_bytes.end()) + kReadBytes;
+}
+
+// Layers in an order whose every beginning is spread evenly over the model (multiples of the golden
+// ratio): reads then come at regular intervals.
+std::vector<size_t> Planner::spread() const {
+  std::vector<size_t> order(sizes_.expert_bytes.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  const auto place = [](size_t layer) { return static_cast<uint32_t>(layer * 0x9e3779b9u); };
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return place(a) < place(b); });
+  return order;
+}
+
+void Planner::hand_out_slots(uint64_t room) {
+  const auto n_expert = sizes_.hparams.n_expert;
+  const uint64_t one_each = std::accumulate(sizes_.expert_bytes.begin(), sizes_.expert_bytes.end(), uint64_t{0});
+  const auto give = [&](uint32_t n, uint32_t only_to) {
+    for (const size_t layer : spread()) {
+      const uint64_t n_bytes = n * sizes_.expert_bytes[layer];
+      if (n_bytes > room || plan_.slots[layer] != only_to || only_to + n > n_expert) continue;
+      plan_.slots[layer] += n;
+      room -= n_bytes;
+    }
+  };
+  const auto each = static_cast<uint32_t>(std::min<uint64_t>(n_expert, room / one_each));
+  if (each >= kLeastCache) {
+    std::fill(plan_.slots.begin(), plan_.slots.end(), each);
+    room -= each * one_each;
+    give(1, each);
+  } else {
+    give(kLeastCache, 0);
+    give(1, 0);
+  }
+}
+
+void Planner::stream() {
+  const uint32_t n_expert = sizes_.hparams.n_expert;
+  plan_.streamed = true;
+  plan_.budget_bytes = budget_.streamed == kNoLimit ? 0 : budget_.streamed;
+  set_batch(options_.n_batch > 0 ? options_.n_batch : choose_batch());
+  plan_.slots.assign(sizes_.expert_bytes.size(), std::min(options_.slots.value_or(0), n_expert));
+  count_slots();
+  const auto too_much = [&] { return fixed_bytes() + plan_.expert_bytes > room(); };
+  set_staging(3);
+  if (too_much()) set_staging(2);
+  if (too_much() && options_.n_batch == 0) set_batch(kResidentBatch);
+  if (!options_.slots && !too_much()) hand_out_slots(room() - fixed_bytes());
+  count_slots();
+  set_total();
+  if (too_much()) refuse();
+}
+
+void Planner::count_slots() {
+  double held = 0, all = 0;
+  plan_.expert_bytes = 0;
+  for (size_t layer = 0; layer < plan_.slots.size(); ++layer) {
+    const auto in_file = static_cast<double>(sizes_.expert_file_bytes[layer]);
+    plan_.expert_bytes += plan_.slots[layer] * sizes_.expert_bytes[layer];
+    held += in_file * plan_.slots[layer] / sizes_.hparams.n_expert;
+    all += in_file;
+  }
+  plan_.resident_share = held / all;
+}
+
+uint64_t in_mib(uint64_t n_bytes) { return (n_bytes + kMiB - 1) / kMiB; }
+
+// As it stands, the plan is the least there is.
+void Planner::refuse() const {
+  fail(ErrorKind::memory, "the budget of ", format_size(plan_.budget_bytes), " (", plan_.budget_reason, ") is too small: ",
+       in_mib(plan_.total_bytes), "MiB would do (dense weights ", format_size(plan_.dense_bytes), ", keys and values of ",
+       plan_.n_ctx, " positions ", format_size(plan_.kv_bytes), ", working memory of a batch of ", plan_.n_batch, " ",
+       format_size(plan_.scratch_bytes), ", reading ", format_size(plan_.io_bytes), ", program ",
+       format_size(plan_.program_bytes), plan_.expert_bytes > 0 ? concat(", slots ", format_size(plan_.expert_bytes)) : "",
+       "); give it more, or use a smaller context");
+}
+
+void Planner::refuse_dense() const {
+  fail(ErrorKind::memory, options_.slots ? "slots are for experts, and this model has none: " : "a model without experts cannot be streamed: ",
+       "it needs ", in_mib(plan_.total_bytes), "MiB, the budget is ", format_size(plan_.budget_bytes), " (", plan_.budget_reason,
+       "); without a limit (--ram all) it is mapped all the same");
+}
+
+// "4", or "4 to 5".
+std::string range_text(const std::vector<uint32_t>& slots) {
+  const auto [least, most] = std::minmax_element(slots.begin(), slots.end());
+  return *least == *most ? concat(*least) : concat(*least, " to ", *most);
+}
+
+}  // namespace
+
+MemoryPlan plan_memory(const ModelSizes& sizes, const MemoryOptions& options, int n_threads, const HostMemory& memory) {
+  return Planner(sizes, options, n_threads, find_budget(options, memory)).make();
+}
+
+std::string describe(const MemoryPlan& plan, const HParams& hparams) {
+  const std::string fixed = concat("dense weights ", format_size(plan.dense_bytes), ", keys and values ", format_size(plan.kv_bytes), " (",
+                                   plan.n_ctx, " positions), working memory ", format_size(plan.scratch_bytes + plan.program_bytes), " (batch ", plan.n_batch, ")");
+  const std::string limit = plan.budget_bytes == 0 ? "no limit" : concat("budget ", format_size(plan.budget_bytes), ", ", plan.budget_reason);
+  if (!plan.streamed)
+    return concat("resident, ", format_size(plan.total_bytes), " (", limit, "): ", fixed,
+                  plan.expert_bytes > 0 ? concat(", experts ", format_size(plan.expert_bytes)) : "");
+  const auto percent = static_cast<int>(100 * plan.resident_share + 0.5);
+  return concat("streamed, ", format_size(plan.total_bytes), " (", limit, "): ", fixed, ", reading ", format_size(plan.io_bytes), ", experts ",
+                format_size(plan.expert_bytes), ": ", range_text(plan.slots), " of ", hparams.n_expert, " per layer, ", percent, " %");
+}
+
+}  // namespace duet

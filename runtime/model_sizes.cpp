@@ -1,0 +1,97 @@
+#include <algorithm>
+
+#include "base/error.h"
+#include "runtime/memory_plan.h"
+
+namespace duet {
+namespace {
+
+constexpr uint64_t kPage = 4096;
+
+bool is_expert_kind(TensorKind kind) {
+  return kind == TensorKind::ffn_gate_exps || kind == TensorKind::ffn_up_exps || kind == TensorKind::ffn_down_exps;
+}
+
+// What a slice takes in a slot: whole pages, and one more for where it begins in its first one.
+uint64_t padded(uint64_t n_bytes) { return (n_bytes + kPage - 1) / kPage * kPage + kPage; }
+
+// Collects tensor after tensor; an expert's three slices come with three tensors of its layer.
+class Counter {
+ public:
+  explicit Counter(const HParams& hparams) : n_expert_(hparams.n_expert), n_used_(hparams.n_expert_used) {
+    sizes_.hparams = hparams;
+    if (n_expert_ == 0) return;
+    sizes_.expert_bytes.resize(hparams.n_layer);
+    sizes_.expert_file_bytes.resize(hparams.n_layer);
+  }
+
+  void add_dense(const TensorSpec& spec, uint64_t n_bytes) {
+    sizes_.dense_bytes += n_bytes;
+    const bool row_only = spec.kind == TensorKind::token_embd && !sizes_.hparams.tied_output;
+    sizes_.bytes_per_token += row_only ? n_bytes / spec.shape[0] : n_bytes;
+  }
+  // One tensor of experts: all of them, and the largest.
+  void add_experts(const TensorSpec& spec, uint64_t n_bytes, uint64_t largest) {
+    const auto layer = static_cast<size_t>(spec.layer);
+    sizes_.expert_bytes[layer] += padded(largest);
+    sizes_.expert_file_bytes[layer] += n_bytes;
+    sizes_.bytes_per_token += n_bytes / n_expert_ * n_used_;
+  }
+  ModelSizes finish(uint64_t file_bytes) {
+    sizes_.file_bytes = file_bytes;
+    return std::move(sizes_);
+  }
+
+ private:
+  ModelSizes sizes_;
+  uint64_t n_expert_, n_used_;
+};
+
+uint64_t bytes_of(const GgufFile& file, const std::string& name) {
+  const TensorView* tensor = file.find_tensor(name);
+  if (tensor == nullptr) fail(ErrorKind::format, file.source(), ": tensor '", name, "' is missing");
+  return tensor->data.size();
+}
+
+void add_experts(Counter& counter, const GgufFile& file, const TensorSpec& spec) {
+  const uint64_t n_expert = spec.shape[0];
+  if (const TensorView* merged = file.find_tensor(spec.gguf_name))
+    return counter.add_experts(spec, merged->data.size(), merged->data.size() / n_expert);
+  uint64_t n_bytes = 0, largest = 0;
+  for (uint64_t e = 0; e < n_expert; ++e) {
+    const uint64_t one = bytes_of(file, split_expert_name(spec.kind, spec.layer, static_cast<int>(e)));
+    n_bytes += one;
+    largest = std::max(largest, one);
+  }
+  counter.add_experts(spec, n_bytes, largest);
+}
+
+}  // namespace
+
+ModelSizes model_sizes(const GgufFile& file, const HParams& hparams) {
+  Counter counter(hparams);
+  for (const TensorSpec& spec : tensor_table(hparams)) {
+    if (is_expert_kind(spec.kind))
+      add_experts(counter, file, spec);
+    else if (!spec.optional || file.find_tensor(spec.gguf_name) != nullptr)
+      counter.add_dense(spec, bytes_of(file, spec.gguf_name));
+  }
+  return counter.finish(file.file_bytes());
+}
+
+ModelSizes model_sizes(const HParams& hparams, const std::function<const Format&(const TensorSpec&)>& format_of) {
+  Counter counter(hparams);
+  uint64_t total = 0;
+  for (const TensorSpec& spec : tensor_table(hparams)) {
+    uint64_t n_bytes = row_bytes(format_of(spec), spec.shape.back());
+    for (size_t i = 0; i + 1 < spec.shape.size(); ++i) n_bytes *= spec.shape[i];
+    total += n_bytes;
+    if (is_expert_kind(spec.kind))
+      counter.add_experts(spec, n_bytes, n_bytes / spec.shape[0]);
+    else
+      counter.add_dense(spec, n_bytes);
+  }
+  return counter.finish(total);
+}
+
+}  // namespace duet
