@@ -38,7 +38,7 @@ struct Report {
   int n_threads = 1;
   Placement placement;           // of the threads
   double memory_rate = 0;        // bytes per second
-  std::optional<DiskRate> disk;  // absent: could not be measured
+  std::optional<ReadRate> disk;  // absent: could not be measured
   std::vector<Warning> warnings;
 };
 
@@ -122,7 +122,7 @@ Json to_json(const Report& r, const std::string& path) {
   Json disk = {{"path", path}, {"read_bytes_per_s", nullptr}};
   if (r.disk)
     disk = {
-        {"path", path}, {"read_bytes_per_s", r.disk->bytes_per_second}, {"direct", r.disk->direct}};
+        {"path", path}, {"read_bytes_per_s", r.disk->bytes_per_second}, {"direct", r.disk->direct}, {"reader", r.disk->reader}};
   return {{"version", DUET_VERSION},
           {"cpu", {{"model", r.cpu}, {"features", r.features}}},
           {"isa", {{"chosen", r.isa}, {"usable", r.usable}, {"compiled", r.compiled}}},
@@ -198,7 +198,7 @@ void print_report(const Report& r, const std::string& path) {
   print(concat("memory:        ", memory_text(r.memory), "\n"));
   print(concat("memory reads:  ", rate(r.memory_rate), "\n"));
   print(concat("disk reads:    ", r.disk ? rate(r.disk->bytes_per_second) : "not measured",
-               r.disk && !r.disk->direct ? " (not direct)" : "", " (", path, ")\n"));
+               r.disk ? concat(" (", r.disk->reader, "; ", path, ")\n") : concat(" (", path, ")\n")));
   for (const Warning& w : r.warnings)
     print(concat("\nwarning: ", w.text, "\n    fix: ", w.fix, "\n"));
 }

@@ -1,22 +1,19 @@
 #include "cli/measure.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <numeric>
 #include <string>
 #include <vector>
 
 #include "base/error.h"
+#include "base/file_descriptor.h"
 #include "base/parallel.h"
 #include "base/units.h"
 
@@ -24,55 +21,10 @@ namespace duet::cli {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr size_t kBlock = size_t{4} << 20;  // large enough that the disk, not the call, is measured
-constexpr uint64_t kTempBytes = uint64_t{256} << 20, kMaxBytes = uint64_t{512} << 20;
-constexpr double kSeconds = 1.0;
+constexpr uint64_t kTempBytes = uint64_t{256} << 20;
 
 double since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-struct Fd {
-  int value;
-  explicit Fd(int fd) : value(fd) {}
-  Fd(const Fd&) = delete;
-  Fd& operator=(const Fd&) = delete;
-  ~Fd() {
-    if (value >= 0) ::close(value);
-  }
-};
-
-// Direct I/O wants page alignment.
-struct FreeDeleter {
-  void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<char, FreeDeleter>;
-Buffer make_buffer() {
-  Buffer buffer(static_cast<char*>(std::aligned_alloc(4096, kBlock)));
-  if (!buffer) throw std::bad_alloc();
-  for (size_t i = 0; i < kBlock; ++i)
-    buffer.get()[i] = static_cast<char>(i * 2654435761u >> 13);  // disks compress zeros
-  return buffer;
-}
-
-DiskRate read_rate(const std::filesystem::path& path) {
-  Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT));
-  DiskRate rate;
-  rate.direct = fd.value >= 0;
-  if (!rate.direct) fd.value = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd.value < 0) fail(ErrorKind::io, path.string(), ": cannot open: ", std::strerror(errno));
-  if (!rate.direct) static_cast<void>(::posix_fadvise(fd.value, 0, 0, POSIX_FADV_DONTNEED));
-  const Buffer buffer = make_buffer();
-  const Clock::time_point start = Clock::now();
-  while (rate.n_bytes < kMaxBytes && since(start) < kSeconds) {
-    const ssize_t n = ::read(fd.value, buffer.get(), kBlock);
-    if (n < 0 && errno != EINTR)
-      fail(ErrorKind::io, path.string(), ": cannot read: ", std::strerror(errno));
-    if (n == 0) break;
-    rate.n_bytes += static_cast<uint64_t>(std::max<ssize_t>(n, 0));
-  }
-  rate.bytes_per_second = static_cast<double>(rate.n_bytes) / std::max(since(start), 1e-9);
-  return rate;
 }
 
 // A file that goes away with this object.
@@ -80,11 +32,11 @@ class TempFile {
  public:
   explicit TempFile(const std::filesystem::path& folder)
       : path_((folder / "duet-doctor-XXXXXX").string()) {
-    Fd fd(::mkstemp(path_.data()));
-    if (fd.value < 0)
+    const FileDescriptor fd(::mkstemp(path_.data()));
+    if (!fd.is_open())
       fail(ErrorKind::io, folder.string(), ": cannot write there: ", std::strerror(errno));
     try {
-      fill(fd.value);
+      fill(fd.get());
     } catch (...) {
       ::unlink(path_.c_str());
       throw;
@@ -97,9 +49,10 @@ class TempFile {
 
  private:
   void fill(int fd) {
-    const Buffer buffer = make_buffer();
+    std::vector<char> block(size_t{4} << 20);
+    for (size_t i = 0; i < block.size(); ++i) block[i] = static_cast<char>(i * 2654435761u >> 13);  // disks compress zeros
     for (uint64_t done = 0; done < kTempBytes;) {
-      const ssize_t n = ::write(fd, buffer.get(), kBlock);
+      const ssize_t n = ::write(fd, block.data(), block.size());
       if (n <= 0) fail(ErrorKind::io, path_, ": write failed: ", std::strerror(errno));
       done += static_cast<uint64_t>(n);
     }
@@ -110,8 +63,8 @@ class TempFile {
 
 }  // namespace
 
-DiskRate measure_disk(const std::filesystem::path& path) {
-  if (!std::filesystem::is_directory(path)) return read_rate(path);
+ReadRate measure_disk(const std::filesystem::path& path) {
+  if (!std::filesystem::is_directory(path)) return measure_read_rate(path);
   struct statvfs disk {};
   if (::statvfs(path.c_str(), &disk) != 0)
     fail(ErrorKind::io, path.string(), ": ", std::strerror(errno));
@@ -119,7 +72,7 @@ DiskRate measure_disk(const std::filesystem::path& path) {
   if (free_bytes < 2 * kTempBytes)
     fail(ErrorKind::io, path.string(), ": only ", format_size(free_bytes), " free");
   const TempFile file(path);
-  return read_rate(file.path());
+  return measure_read_rate(file.path());
 }
 
 double measure_memory(int n_threads, uint64_t n_bytes) {
