@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -36,7 +37,8 @@ bool reads_directly(const FileDescriptor& fd, const ReadFault& fault) {
 SourceFile open_source(const fs::path& path, bool direct, const ReadFault& fault) {
   SourceFile file;
   file.cached = open_file(path, 0);
-  if (!file.cached.is_open()) fail(ErrorKind::io, path.string(), ": cannot open: ", std::strerror(errno));
+  if (!file.cached.is_open())
+    fail(ErrorKind::io, path.string(), ": cannot open: ", std::strerror(errno));
   struct stat info {};
   if (::fstat(file.cached.get(), &info) != 0 || !(S_ISREG(info.st_mode) || S_ISBLK(info.st_mode)))
     fail(ErrorKind::io, path.string(), ": not a file that can be read in blocks");
@@ -60,7 +62,10 @@ std::unique_ptr<BlockReader> BlockReader::open(std::span<const fs::path> files, 
     setup.files.push_back(open_source(path, backend != ReadBackend::buffered, options.fault));
   setup.done = std::move(done);
   setup.options = std::move(options);
-  if (backend == ReadBackend::automatic || backend == ReadBackend::io_uring) {
+  const bool direct = std::any_of(setup.files.begin(), setup.files.end(),
+                                  [](const SourceFile& f) { return f.direct.is_open(); });
+  // One thread would copy all from the page cache; a pool does it side by side.
+  if (backend == ReadBackend::io_uring || (backend == ReadBackend::automatic && direct)) {
     std::string refusal;
     if (auto reader = detail::make_uring_reader(setup, refusal)) return reader;
     if (backend == ReadBackend::io_uring)

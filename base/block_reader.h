@@ -14,9 +14,11 @@
 
 namespace duet {
 
-// automatic: io_uring, else pread; direct where one real aligned read of each file succeeds, else
-// through the page cache, whose pages are dropped after each read. buffered: pread through the page
-// cache always. Asking for io_uring where the system refuses it is Error(unsupported).
+// Reads are direct where one real aligned read of each file succeeds, else through the page cache,
+// whose pages are dropped after each read.
+// automatic: io_uring where the system allows it and a file can be read directly, else pread.
+// io_uring: Error(unsupported) where the system or the build has none.
+// pread: a pool of `depth` threads. buffered: as pread, always through the page cache.
 enum class ReadBackend { automatic, io_uring, pread, buffered };
 
 // Served in this order; first come, first served within a class.
@@ -39,16 +41,17 @@ struct ReadRange {
 
 inline constexpr size_t kReadAlignment = 4096;
 
-// Called once per range, from a thread of the reader (or from cancel()), and must not throw or call
-// the reader. error: 0, an errno (EIO, ENODATA: the file ends before n_needed bytes, ...), ECANCELED.
+// Called once per range, from a thread of the reader (from cancel() or the destructor for what they
+// cancel), and must not throw or call the reader. error: 0, an errno (EIO, ENODATA: the file ends
+// before n_needed bytes, ...), ECANCELED.
 using ReadDone = std::function<void(uint64_t tag, int error)>;
 
 // For tests: called before each attempt to read (1, 2, ... over all threads, one call at a time),
-// with the bytes left of its range. Returns 0 to go on, an errno to fail this attempt with it (EAGAIN
-// and EINTR are tried again; EINVAL of a direct read makes the reader go on through the page cache),
-// or a negative number -n to let the attempt deliver n bytes only. While opening it is called as
-// attempt 0: with 0 bytes before an io_uring is made, with kReadAlignment before the trial of direct
-// reads of each file; an errno there means refused.
+// with the bytes left of its range. Returns 0 to go on, an errno to fail this attempt with it
+// (EAGAIN and EINTR are tried again; EINVAL of a direct read makes the reader go on through the
+// page cache), or a negative number -n to let the attempt deliver n bytes only. While opening it is
+// called as attempt 0: with 0 bytes before an io_uring is made, with kReadAlignment before the
+// trial of direct reads of each file; an errno there means refused.
 using ReadFault = std::function<int(uint64_t attempt, size_t n_bytes)>;
 
 struct BlockReaderOptions {
@@ -68,8 +71,8 @@ class BlockReader {
  public:
   // Error: io (a file is missing or cannot be read), unsupported (see ReadBackend), usage (depth),
   // memory.
-  static std::unique_ptr<BlockReader> open(std::span<const std::filesystem::path> files, ReadDone done,
-                                           BlockReaderOptions options = {});
+  static std::unique_ptr<BlockReader> open(std::span<const std::filesystem::path> files,
+                                           ReadDone done, BlockReaderOptions options = {});
   virtual ~BlockReader() = default;  // cancels what waits, waits for what is under way
 
   // Queues ranges in this order. Any thread.
@@ -77,8 +80,8 @@ class BlockReader {
   // Queued ranges of this class that have not begun end with ECANCELED before this returns; those
   // under way go on. Returns how many were dropped.
   virtual size_t cancel(ReadClass urgency) = 0;
-  // Queued ranges with this tag become more urgent, behind what this class holds already; those that
-  // are as urgent or have begun stay.
+  // Queued ranges with this tag become more urgent, behind what this class holds already; those
+  // that are as urgent or have begun stay.
   virtual void promote(uint64_t tag, ReadClass urgency) = 0;
 
   virtual BlockReaderStats stats() const = 0;

@@ -21,12 +21,16 @@ size_t index(ReadClass urgency) { return static_cast<size_t>(urgency); }
 }  // namespace
 
 ReaderCore::ReaderCore(ReaderSetup setup)
-    : files_(std::move(setup.files)), done_(std::move(setup.done)), options_(std::move(setup.options)) {}
+    : files_(std::move(setup.files)),
+      done_(std::move(setup.done)),
+      options_(std::move(setup.options)) {}
 
 void ReaderCore::check(const ReadRange& r) const {
   const auto aligned = [](uint64_t value) { return value % kReadAlignment == 0; };
-  DUET_ASSERT(r.file < files_.size() && r.to != nullptr && r.n_bytes > 0 && r.n_needed <= r.n_bytes);
-  DUET_ASSERT(aligned(r.offset) && aligned(r.n_bytes) && aligned(reinterpret_cast<uintptr_t>(r.to)));
+  DUET_ASSERT(r.file < files_.size() && r.to != nullptr && r.n_bytes > 0 &&
+              r.n_needed <= r.n_bytes);
+  DUET_ASSERT(aligned(r.offset) && aligned(r.n_bytes) &&
+              aligned(reinterpret_cast<uintptr_t>(r.to)));
   DUET_ASSERT(r.offset <= static_cast<uint64_t>(INT64_MAX) - r.n_bytes);
 }
 
@@ -58,7 +62,8 @@ void ReaderCore::promote(uint64_t tag, ReadClass urgency) {
   const std::lock_guard lock(mutex_);
   for (size_t from = index(urgency) + 1; from < queues_.size(); ++from) {
     Queue& queue = queues_[from];
-    const auto moved = std::stable_partition(queue.begin(), queue.end(), [&](const ReadRange& r) { return r.tag != tag; });
+    const auto moved = std::stable_partition(queue.begin(), queue.end(),
+                                             [&](const ReadRange& r) { return r.tag != tag; });
     queues_[index(urgency)].insert(queues_[index(urgency)].end(), moved, queue.end());
     queue.erase(moved, queue.end());
   }
@@ -67,12 +72,15 @@ void ReaderCore::promote(uint64_t tag, ReadClass urgency) {
 BlockReaderStats ReaderCore::stats() const {
   const std::lock_guard lock(mutex_);
   BlockReaderStats stats = stats_;
-  if (n_under_way_ > 0) stats.busy_ns += static_cast<uint64_t>(std::chrono::nanoseconds(Clock::now() - busy_since_).count());
+  if (n_under_way_ > 0)
+    stats.busy_ns +=
+        static_cast<uint64_t>(std::chrono::nanoseconds(Clock::now() - busy_since_).count());
   return stats;
 }
 
 bool ReaderCore::direct() const {
-  return std::all_of(files_.begin(), files_.end(), [](const SourceFile& f) { return f.direct.is_open(); });
+  return std::all_of(files_.begin(), files_.end(),
+                     [](const SourceFile& f) { return f.direct.is_open(); });
 }
 
 bool ReaderCore::take_locked(ReadJob& job) {
@@ -156,7 +164,8 @@ void ReaderCore::finish(const ReadJob& job, int error) {
     stats_.bytes += job.n_done;
     if (error == 0) ++stats_.reads;
     if (--n_under_way_ == 0)
-      stats_.busy_ns += static_cast<uint64_t>(std::chrono::nanoseconds(Clock::now() - busy_since_).count());
+      stats_.busy_ns +=
+          static_cast<uint64_t>(std::chrono::nanoseconds(Clock::now() - busy_since_).count());
   }
   done_(r.tag, error);
 }

@@ -61,12 +61,13 @@ class ReaderCore : public BlockReader {
   bool take(ReadJob& job);       // the next job; false when none waits
   bool wait_take(ReadJob& job);  // waits for one; false once stopped
   ReadAttempt attempt(const ReadJob& job);
-  // result: bytes read, or -errno. Empty: attempt again; else the job is over with this error (or 0).
+  // result: bytes read, or -errno. Empty: attempt again; else the job is over with this error (or
+  // 0).
   std::optional<int> advance(ReadJob& job, ssize_t result);
   void finish(const ReadJob& job, int error);  // calls done
 
-  // Ends the queue: what waits is cancelled, nothing is given out any more. Called by the destructors
-  // of derived classes, which then join their threads.
+  // Ends the queue: what waits is cancelled, nothing is given out any more. Called by the
+  // destructors of derived classes, which then join their threads.
   void stop();
   bool stopped() const;
   unsigned depth() const { return options_.depth; }
@@ -99,7 +100,8 @@ class ReaderCore : public BlockReader {
 
 std::unique_ptr<BlockReader> make_pread_reader(ReaderSetup setup);
 
-// Null, with the reason in `refusal` and setup untouched, when the system or the build has no io_uring.
+// Null, with the reason in `refusal` and setup untouched, when the system or the build has no
+// io_uring.
 std::unique_ptr<BlockReader> make_uring_reader(ReaderSetup& setup, std::string& refusal);
 
 }  // namespace duet::detail

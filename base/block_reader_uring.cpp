@@ -85,7 +85,8 @@ class Ring {
 
 class UringReader final : public ReaderCore {
  public:
-  UringReader(ReaderSetup setup, std::unique_ptr<Ring> ring) : ReaderCore(std::move(setup)), ring_(std::move(ring)), slots_(depth()) {
+  UringReader(ReaderSetup setup, std::unique_ptr<Ring> ring)
+      : ReaderCore(std::move(setup)), ring_(std::move(ring)), slots_(depth()) {
     for (size_t i = 0; i < slots_.size(); ++i) free_.push_back(i);
     try {
       thread_ = std::thread([this] { serve(); });
@@ -154,7 +155,7 @@ class UringReader final : public ReaderCore {
   }
 
   const std::unique_ptr<Ring> ring_;
-  std::vector<Slot> slots_;    // what follows belongs to the thread
+  std::vector<Slot> slots_;  // what follows belongs to the thread
   std::vector<size_t> free_;
   std::thread thread_;
 };

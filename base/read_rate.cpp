@@ -19,14 +19,17 @@ namespace {
 using Clock = std::chrono::steady_clock;
 namespace fs = std::filesystem;
 
-double seconds_between(Clock::time_point a, Clock::time_point b) { return std::chrono::duration<double>(b - a).count(); }
+double seconds_between(Clock::time_point a, Clock::time_point b) {
+  return std::chrono::duration<double>(b - a).count();
+}
 
 // Large pages where there are any, as the reads of a model go to.
 class Buffers {
  public:
   explicit Buffers(size_t n_bytes) : n_bytes_(n_bytes) {
     void* p = ::mmap(nullptr, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) fail(ErrorKind::memory, "cannot get ", n_bytes, " bytes to measure the disk with");
+    if (p == MAP_FAILED)
+      fail(ErrorKind::memory, "cannot get ", n_bytes, " bytes to measure the disk with");
     data_ = static_cast<std::byte*>(p);
     static_cast<void>(::madvise(data_, n_bytes, MADV_HUGEPAGE));
     std::memset(data_, 0, n_bytes);  // page faults are not the disk's
@@ -44,7 +47,8 @@ class Buffers {
 // The blocks of a file in the order in which they are read, without end.
 class BlockOrder {
  public:
-  BlockOrder(size_t n_blocks, size_t in_a_row) : n_blocks_(n_blocks), in_a_row_(std::min(in_a_row, n_blocks)) {
+  BlockOrder(size_t n_blocks, size_t in_a_row)
+      : n_blocks_(n_blocks), in_a_row_(std::min(in_a_row, n_blocks)) {
     for (size_t first = 0; first < n_blocks; first += in_a_row_) starts_.push_back(first);
     // Another order each time: what reads this file next must not profit from caches below.
     std::shuffle(starts_.begin(), starts_.end(), std::mt19937_64(std::random_device{}()));
@@ -63,7 +67,8 @@ class BlockOrder {
   std::vector<size_t> starts_;
 };
 
-// When each range (numbered by its tag, which is its place in the order, too) was submitted and done.
+// When each range (numbered by its tag, which is its place in the order, too) was submitted and
+// done.
 class Times {
  public:
   ReadDone done() {
@@ -95,7 +100,8 @@ class Times {
     const std::lock_guard lock(mutex_);
     return done_.size();
   }
-  // Reads done at `end` at latest. A range begins when it is submitted and one of `depth` places is free.
+  // Reads done at `end` at latest. A range begins when it is submitted and one of `depth` places is
+  // free.
   void evaluate(Clock::time_point end, size_t block_bytes, unsigned depth, ReadRate& rate) {
     std::erase_if(done_, [&](const Done& d) { return d.time > end; });
     rate.n_reads = done_.size();
@@ -108,8 +114,9 @@ class Times {
     std::sort(rate.latencies.begin(), rate.latencies.end());
     // From completion to completion: neither the start nor the end of the measurement counts.
     if (done_.size() > 1)
-      rate.bytes_per_second = static_cast<double>(rate.n_bytes - block_bytes) /
-                              std::max(seconds_between(done_.front().time, done_.back().time), 1e-9);
+      rate.bytes_per_second =
+          static_cast<double>(rate.n_bytes - block_bytes) /
+          std::max(seconds_between(done_.front().time, done_.back().time), 1e-9);
   }
 
  private:
@@ -135,23 +142,31 @@ void drop_cached(const fs::path& path) {
 ReadRate measure_read_rate(const fs::path& file, const ReadRateOptions& o) {
   std::error_code ec;
   const uint64_t size = fs::file_size(file, ec);
-  if (ec || size == 0) fail(ErrorKind::io, file.string(), ": ", ec ? ec.message() : "an empty file has no read rate");
-  const size_t block = std::min<size_t>(o.block_bytes, (size + kReadAlignment - 1) / kReadAlignment * kReadAlignment);
+  if (ec || size == 0)
+    fail(ErrorKind::io, file.string(), ": ", ec ? ec.message() : "an empty file has no read rate");
+  const size_t block = std::min<size_t>(
+      o.block_bytes, (size + kReadAlignment - 1) / kReadAlignment * kReadAlignment);
   const size_t n_buffers = 2 * size_t{o.depth};
   const Buffers buffers(n_buffers * block);
   BlockOrder order(std::max<size_t>(size / block, 1), o.blocks_in_a_row);
   Times times;
-  auto reader = BlockReader::open({&file, 1}, times.done(), {.backend = o.backend, .depth = o.depth});
+  auto reader =
+      BlockReader::open({&file, 1}, times.done(), {.backend = o.backend, .depth = o.depth});
   ReadRate rate = {.direct = reader->direct(), .reader = reader->name()};
   if (!rate.direct) drop_cached(file);
   const size_t n_needed = std::min<uint64_t>(block, size);
-  const Clock::time_point end = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(o.seconds));
+  const Clock::time_point end = Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                                                   std::chrono::duration<double>(o.seconds));
   int error = 0;
   while (error == 0 && (Clock::now() < end || times.n_done() < 2)) {
     std::vector<ReadRange> ranges;
     for (size_t n = times.n_under_way(); n < n_buffers; ++n) {
       const uint64_t tag = times.submitted();  // two reads may share a buffer: nobody looks at it
-      ranges.push_back({.offset = order.next() * block, .n_bytes = block, .n_needed = n_needed, .to = buffers.at(tag % n_buffers * block), .tag = tag});
+      ranges.push_back({.offset = order.next() * block,
+                        .n_bytes = block,
+                        .n_needed = n_needed,
+                        .to = buffers.at(tag % n_buffers * block),
+                        .tag = tag});
     }
     reader->submit(ranges, ReadClass::ahead);
     error = times.wait(n_buffers - (o.depth + 1) / 2);

@@ -24,8 +24,8 @@ struct ReadRateOptions {
 struct ReadRate {
   double bytes_per_second = 0;
   uint64_t n_bytes = 0, n_reads = 0;  // counted
-  bool direct = false;                // past the page cache; otherwise the figure may be that of memory
-  std::string reader;                 // BlockReader::name()
+  bool direct = false;  // past the page cache; otherwise the figure may be that of memory
+  std::string reader;   // BlockReader::name()
   std::vector<double> latencies = {};  // seconds under way of each read counted, ascending
 };
 

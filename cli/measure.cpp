@@ -50,7 +50,8 @@ class TempFile {
  private:
   void fill(int fd) {
     std::vector<char> block(size_t{4} << 20);
-    for (size_t i = 0; i < block.size(); ++i) block[i] = static_cast<char>(i * 2654435761u >> 13);  // disks compress zeros
+    for (size_t i = 0; i < block.size(); ++i)
+      block[i] = static_cast<char>(i * 2654435761u >> 13);  // disks compress zeros
     for (uint64_t done = 0; done < kTempBytes;) {
       const ssize_t n = ::write(fd, block.data(), block.size());
       if (n <= 0) fail(ErrorKind::io, path_, ": write failed: ", std::strerror(errno));

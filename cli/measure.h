@@ -8,8 +8,8 @@
 
 namespace duet::cli {
 
-// Read rate of a file, measured for about half a second as streaming would read it, or, for a folder,
-// of a 256 MiB temporary file written there first. Error(io).
+// Read rate of a file, measured for about half a second as streaming would read it, or, for a
+// folder, of a 256 MiB temporary file written there first. Error(io).
 ReadRate measure_disk(const std::filesystem::path& path);
 
 // Bytes per second that n_threads read from memory together, over a buffer that no cache holds.
