@@ -81,6 +81,14 @@ class GgufFile {
 
   std::span<const TensorView> tensors() const;     // in file order, parts concatenated
   const TensorView* find_tensor(std::string_view name) const;
+  // Where bytes of a tensor lie on disk, for those who read them other than through the mapping. Not
+  // for parse(): Error(internal).
+  struct Place {
+    size_t part;      // index into part_paths()
+    uint64_t offset;  // of the first byte
+  };
+  std::vector<std::filesystem::path> part_paths() const;
+  Place place_of(const std::byte* data) const;
   // Tells the kernel that this tensor's pages will not be read again soon.
   void drop(const TensorView& tensor) const;
 

@@ -245,6 +245,21 @@ const std::vector<std::string>* GgufFile::get_strings(std::string_view key) cons
   return state_->typed<std::vector<std::string>>(key, "an array of strings");
 }
 
+std::vector<fs::path> GgufFile::part_paths() const {
+  std::vector<fs::path> out;
+  for (const MappedFile& file : state_->files) out.push_back(file.path());
+  return out;
+}
+
+GgufFile::Place GgufFile::place_of(const std::byte* data) const {
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  for (size_t i = 0; i < state_->files.size(); ++i) {
+    const auto begin = reinterpret_cast<uintptr_t>(state_->files[i].bytes().data());
+    if (address >= begin && address - begin < state_->files[i].bytes().size()) return {i, address - begin};
+  }
+  fail(ErrorKind::internal, state_->source, ": bytes outside the mapped file");
+}
+
 void GgufFile::drop(const TensorView& tensor) const {
   for (const MappedFile& file : state_->files) file.drop(tensor.data);
 }

@@ -110,25 +110,51 @@ void MatmulQueue::add(const Weight& w, const Activations& x, size_t first_row, s
   n_bytes_ += uint64_t{w.rows} * w.row_bytes * n_tokens;
 }
 
-// Products of equal shape (those of the experts) take turns, so that a thread's share is the same
-// rows of each of them, whichever experts they are.
-void MatmulQueue::run(const Compute& compute) {
-  const size_t n_jobs = jobs_.size();
-  const bool alike = std::all_of(jobs_.begin(), jobs_.end(), [&](const Job& job) { return job.n_chunks == jobs_[0].n_chunks; });
-  parallel_shares(compute.threads_for(n_bytes_), n_chunks_, [&](size_t worker, size_t chunk) {
-    if (alike) return run_chunk(compute, worker, jobs_[chunk % n_jobs], chunk / n_jobs);
-    size_t i = n_jobs - 1;  // a handful of jobs: the last one that begins at or before the chunk
-    while (jobs_[i].first_chunk > chunk) --i;
-    run_chunk(compute, worker, jobs_[i], chunk - jobs_[i].first_chunk);
-  });
-  jobs_.clear();
-  n_chunks_ = 0;
-  n_bytes_ = 0;
+// An error while running leaves an empty queue too.
+struct MatmulQueue::Emptied {
+  MatmulQueue* queue;
+  ~Emptied() {
+    queue->jobs_.clear();
+    queue->n_chunks_ = 0;
+    queue->n_bytes_ = 0;
+  }
+};
+
+bool MatmulQueue::alike() const {
+  return std::all_of(jobs_.begin(), jobs_.end(), [&](const Job& job) { return job.n_chunks == jobs_[0].n_chunks; });
 }
 
-void MatmulQueue::run_chunk(const Compute& compute, size_t worker, const Job& job, size_t chunk) const {
+// Products of equal shape (those of the experts) take turns, so that a thread's share is the same
+// rows of each of them, whichever experts they are.
+MatmulQueue::Chunk MatmulQueue::chunk_at(size_t i, bool alike) const {
+  if (alike) return {&jobs_[i % jobs_.size()], i / jobs_.size()};
+  size_t job = jobs_.size() - 1;  // a handful of jobs: the last one that begins at or before the chunk
+  while (jobs_[job].first_chunk > i) --job;
+  return {&jobs_[job], i - jobs_[job].first_chunk};
+}
+
+void MatmulQueue::run(const Compute& compute) {
+  const Emptied emptied{this};
+  const bool take_turns = alike();
+  parallel_shares(compute.threads_for(n_bytes_), n_chunks_,
+                  [&](size_t worker, size_t i) { run_chunk(compute, worker, chunk_at(i, take_turns)); });
+}
+
+void MatmulQueue::run_arriving(const Compute& compute, const std::function<void(size_t, size_t)>& ready) {
+  const Emptied emptied{this};
+  const bool take_turns = alike();
+  parallel_tasks(compute.n_threads, n_chunks_, [&](size_t worker, size_t i) {
+    const Chunk chunk = chunk_at(i, take_turns);
+    const size_t first = chunk.index * chunk.job->rows_per_chunk;
+    ready(first, std::min(first + chunk.job->rows_per_chunk, chunk.job->all.n_rows));
+    run_chunk(compute, worker, chunk);
+  });
+}
+
+void MatmulQueue::run_chunk(const Compute& compute, size_t worker, const Chunk& chunk) const {
+  const Job& job = *chunk.job;
   Product part = job.all;
-  part.first_row = chunk * job.rows_per_chunk;
+  part.first_row = chunk.index * job.rows_per_chunk;
   part.n_rows = std::min(job.rows_per_chunk, part.n_rows - part.first_row);
   part.y += part.first_row;
   multiply(compute, part, {compute.panel(worker), kPanelFloats});

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -118,13 +119,23 @@ class MatmulQueue {
   // y[t * y_stride + r] = sum over c of w[r][c] * x[first_row + t][c], t in [0, n_tokens)
   void add(const Weight& w, const Activations& x, size_t first_row, size_t n_tokens, float* y, size_t y_stride);
   void run(const Compute& compute);  // and empties the queue
+  // The same for products of one weight that is still being read: pieces in ascending order of rows,
+  // each after ready(first_row, end_row) has returned.
+  void run_arriving(const Compute& compute, const std::function<void(size_t, size_t)>& ready);
 
  private:
   struct Job {
     Product all;
     size_t rows_per_chunk, n_chunks, first_chunk;
   };
-  void run_chunk(const Compute& compute, size_t worker, const Job& job, size_t chunk) const;
+  struct Emptied;
+  struct Chunk {
+    const Job* job;
+    size_t index;
+  };
+  Chunk chunk_at(size_t i, bool alike) const;
+  bool alike() const;
+  void run_chunk(const Compute& compute, size_t worker, const Chunk& chunk) const;
 
   std::vector<Job> jobs_;
   size_t n_chunks_ = 0;

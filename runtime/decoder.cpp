@@ -4,16 +4,17 @@
 
 namespace duet {
 
-Decoder::Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch)
+Decoder::Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch, ExpertSource* source)
     : model_(&model),
       panels_(static_cast<size_t>(compute.n_threads) * kPanelFloats),
       compute_{compute.kernels, compute.n_threads, panels_.data(), compute.placement},
+      source_(source),
       n_batch_(n_batch),
       n_embd_(model.hparams().n_embd),
       residual_(n_batch * n_embd_),
       input_(n_batch, n_embd_),
       attention_(model, compute_, n_ctx, n_batch),
-      moe_(model, compute_, n_batch) {}
+      moe_(model, compute_, n_batch, source) {}
 
 uint64_t Decoder::bytes_needed(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch) {
   return sizeof(float) * (n_batch * 2 * hparams.n_embd + static_cast<uint64_t>(n_threads) * kPanelFloats) + Attention::bytes_needed(hparams, n_threads, n_ctx, n_batch) +
@@ -37,6 +38,7 @@ void Decoder::forward(std::span<const Token> tokens, size_t first, KvCache& kv, 
 
 void Decoder::evaluate(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel) {
   const std::span<const float> hidden{residual_.data(), n_ * n_embd_};
+  const ExpertSource::Pass pass(source_);
   embed(tokens);
   attention_.begin(first, n_);
   if (probe_.hidden) probe_.hidden(-1, hidden);

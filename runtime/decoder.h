@@ -25,7 +25,7 @@ struct DecoderProbe {
 // Owns all scratch, allocated on construction. One thread at a time. The model must outlive it.
 class Decoder {
  public:
-  Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch);
+  Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch, ExpertSource* source = nullptr);
 
   // Evaluates 1..n_batch valid tokens at positions [first, first + n) and stores their keys and
   // values; positions before `first` must be in the cache. Error(cancelled) between layers.
@@ -50,6 +50,7 @@ class Decoder {
   const Model* model_;
   AlignedArray<float> panels_;    // Compute::panels
   Compute compute_;
+  ExpertSource* source_;          // null: all experts are in memory
   size_t n_batch_, n_embd_, n_ = 0;
   AlignedArray<float> residual_;  // [n_batch, n_embd]
   Activations input_;             // [n_batch, n_embd]

@@ -17,6 +17,7 @@
 #include <span>
 #include <string>
 
+#include "base/block_reader.h"
 #include "base/topology.h"
 #include "formats/schema.h"
 #include "runtime/chat_template.h"
@@ -36,6 +37,21 @@ struct MemoryOptions {
   uint32_t n_ctx = 0, n_batch = 0;  // 0: SessionOptions' default, or chosen by the plan
   KvType kv_type = KvType::f16;
   std::optional<uint32_t> slots;  // experts held per layer, for tests and experiments; forces streaming
+};
+
+// How experts are read when they do not all fit in memory.
+struct StreamOptions {
+  ReadBackend backend = ReadBackend::automatic;
+  unsigned depth = 8;                       // reads under way
+  size_t piece_bytes = size_t{1} << 20;     // of one read
+  ReadFault fault;                          // tests only
+};
+
+// What streaming has done since the model was opened.
+struct StreamStats {
+  uint64_t hits = 0, misses = 0;  // experts that a chunk needed in a layer and that were, were not in memory
+  BlockReaderStats reads;
+  uint64_t wait_ns = 0;           // of all threads, for rows that had not landed
 };
 
 struct EngineOptions {

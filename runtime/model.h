@@ -5,10 +5,13 @@
 #include <string>
 #include <vector>
 
+#include "base/pages.h"
 #include "formats/gguf.h"
 #include "formats/schema.h"
 
 namespace duet {
+
+struct StreamOptions;
 
 // A matrix in place in the file (or, for small ones, decoded): y[rows] = W x[cols].
 struct Weight {
@@ -37,7 +40,12 @@ class Model {
   // unsupported (a tensor that this architecture has no place for: ignoring it would change results).
   static Model bind(const GgufFile& file, const HParams& hparams);
 
+  // Copies all matrices that are not routed experts to memory of the model's own, past the page cache
+  // where possible, and lets go of the file's pages: for models whose experts are streamed. Error: io, memory.
+  void own_dense(const StreamOptions& options);
+
   const HParams& hparams() const { return hparams_; }
+  const GgufFile& file() const { return file_; }
   const Weight& token_embd() const { return token_embd_; }               // [n_vocab, n_embd]
   const Weight& output() const { return output_; }                       // [n_vocab, n_embd], may be token_embd
   const std::vector<float>& output_norm() const { return output_norm_; } // [n_embd]
@@ -59,6 +67,7 @@ class Model {
   std::vector<float> output_norm_, rope_factors_;
   std::vector<Layer> layers_;
   bool split_experts_ = false;
+  PageArray dense_;  // own_dense()
 };
 
 }  // namespace duet

@@ -15,6 +15,8 @@ constexpr size_t kHiddenRows = 256;
 // pieces do not depend on the number of threads.
 constexpr size_t kMinTasks = 256;
 constexpr size_t kMinTokenBlock = 64;
+// Hidden rows kept at once: what the scratch of a batch needs does not grow with n_ff beyond that.
+constexpr size_t kWaveRows = 1024;
 
 size_t div_up(size_t n, size_t by) { return (n + by - 1) / by; }
 
@@ -32,9 +34,10 @@ ActFormats hidden_formats(const Expert& expert) { return act_bit(expert.down); }
 
 }  // namespace
 
-Moe::Moe(const Model& model, const Compute& compute, size_t n_batch)
+Moe::Moe(const Model& model, const Compute& compute, size_t n_batch, ExpertSource* source)
     : model_(&model),
       compute_(compute),
+      source_(source),
       n_expert_(expert_count(model.hparams())),
       n_used_(used_count(model.hparams())),
       n_embd_(model.hparams().n_embd),
@@ -49,27 +52,33 @@ Moe::Moe(const Model& model, const Compute& compute, size_t n_batch)
       logits_(n_batch * n_expert_),
       out_(n_batch * n_used_ * n_embd_),
       gathered_(n_expert_ > 1 ? n_batch * n_used_ : 0, n_embd_, formats_of(model, input_formats)),
-      hidden_(n_batch * n_used_, n_ff_, formats_of(model, hidden_formats)),
-      queue_(n_expert_ + n_batch * n_used_ / kTokenBlock) {
-  blocks_.reserve(n_expert_ + n_batch * n_used_ / kMinTokenBlock);
+      hidden_(std::min(n_batch * n_used_, kWaveRows), n_ff_, formats_of(model, hidden_formats)),
+      queue_(n_expert_ + kWaveRows / kTokenBlock) {
+  wave_.reserve(n_expert_ + kWaveRows / kTokenBlock);
+  blocks_.reserve(n_expert_ + kWaveRows / kMinTokenBlock);
 }
 
+// Inputs and hidden rows may be floats (for float weights).
 uint64_t Moe::bytes_needed(const HParams& hparams, size_t n_batch) {
-  const uint64_t per_row = hparams.n_ff + uint64_t{2} * hparams.n_embd;
-  return sizeof(float) * n_batch * used_count(hparams) * per_row;
+  const uint64_t n_rows = n_batch * used_count(hparams);
+  return sizeof(float) * (n_rows * 2 * hparams.n_embd + std::min<uint64_t>(n_rows, kWaveRows) * hparams.n_ff);
 }
 
 void Moe::forward(size_t layer_index, size_t n, Activations& input, float* residual) {
   const Layer& layer = model_->layers()[layer_index];
   n_ = n;
+  wave_.clear();  // an error may have left some
+  wave_rows_ = 0;
   ActFormats formats = act_bit(ActFormat::f32);
   for (const Expert& expert : layer.experts) formats |= input_formats(expert);
   normalize(compute_, residual, n, layer.ffn_norm, model_->hparams().rms_eps, input, formats);
   route(layer, input);
   group();
   if (gathers()) gather(layer, input);
-  make_hidden(layer, gathers() ? gathered_ : input);
-  down(layer);
+  choose_block_size();
+  const Activations& rows = gathers() ? gathered_ : input;
+  if (source_ == nullptr) run_resident(layer, rows);
+  else run_streamed(layer_index, rows);
   combine(residual);
 }
 
@@ -131,34 +140,80 @@ void Moe::gather(const Layer& layer, const Activations& input) {
   });
 }
 
-// Blocks of tokens of one expert: few passes over its weights, yet tasks for all threads when most
-// tokens choose the same.
-void Moe::split_tokens() {
+// Tokens of one task: few passes over an expert's weights, yet tasks for all threads when most tokens
+// choose the same. Decided for the whole layer, so that results do not depend on what is in memory.
+void Moe::choose_block_size() {
   const size_t row_blocks = div_up(n_ff_, kHiddenRows);
-  for (size_t size = kTokenBlock;; size /= 2) {
-    blocks_.clear();
-    for (size_t e = 0; e < n_expert_; ++e)
-      for (size_t slot = first_slot_[e]; slot < first_slot_[e + 1]; slot += size)
-        blocks_.push_back({e, slot, std::min(size, first_slot_[e + 1] - slot)});
-    if (size <= kMinTokenBlock || blocks_.size() * row_blocks >= kMinTasks) return;
+  for (block_size_ = kTokenBlock; block_size_ > kMinTokenBlock; block_size_ /= 2) {
+    size_t n_blocks = 0;
+    for (size_t e = 0; e < n_expert_; ++e) n_blocks += div_up(first_slot_[e + 1] - first_slot_[e], block_size_);
+    if (n_blocks * row_blocks >= kMinTasks) return;
   }
 }
 
-// hidden = silu(gate x) * (up x) for all (token, expert) pairs. Tasks that follow each other take
-// the same rows of different experts, so that a thread's share of rows is that of every expert.
-void Moe::make_hidden(const Layer& layer, const Activations& input) {
-  split_tokens();
-  const Weight& gate = layer.experts[0].gate;
-  const int n_threads = compute_.threads_for(2 * uint64_t{n_rows()} * gate.rows * gate.row_bytes);
-  parallel_shares(n_threads, blocks_.size() * div_up(n_ff_, kHiddenRows), [&](size_t worker, size_t task) {
-    make_hidden_block(layer, input, worker, blocks_[task % blocks_.size()], task / blocks_.size() * kHiddenRows);
+void Moe::run_resident(const Layer& layer, const Activations& input) {
+  for (size_t e = 0; e < n_expert_; ++e) add_to_waves(static_cast<int32_t>(e), layer.experts[e], input, false);
+  run_wave(input, false);
+}
+
+// Those in memory first, while the others are being read.
+void Moe::run_streamed(size_t layer_index, const Activations& input) {
+  source_->begin(layer_index, chosen(), n_used_);
+  for (const int32_t e : source_->hits()) add_to_waves(e, source_->need(e), input, false);
+  run_wave(input, false);
+  for (const ExpertPolicy::Load& load : source_->loads()) {
+    add_to_waves(load.expert, source_->need(load.expert), input, true);
+    run_wave(input, true);
+    source_->done(load.expert);
+  }
+  source_->end();
+}
+
+// Collects the rows of an expert; full waves run.
+void Moe::add_to_waves(int32_t index, const Expert& expert, const Activations& input, bool arriving) {
+  const auto e = static_cast<size_t>(index);
+  for (size_t slot = first_slot_[e]; slot < first_slot_[e + 1]; slot += kTokenBlock) {
+    const size_t n = std::min(kTokenBlock, first_slot_[e + 1] - slot);
+    if (wave_rows_ + n > kWaveRows) run_wave(input, arriving);
+    wave_.push_back({&expert, index, slot, n, wave_rows_});
+    wave_rows_ += n;
+  }
+}
+
+void Moe::run_wave(const Activations& input, bool arriving) {
+  if (wave_.empty()) return;
+  make_hidden(input, arriving);
+  down(arriving);
+  wave_.clear();
+  wave_rows_ = 0;
+}
+
+// hidden = silu(gate x) * (up x) for the (token, expert) pairs of the wave. Tasks that follow each
+// other take the same rows of different experts, so that a thread's share of rows is that of every
+// expert. Arriving rows are taken in their order by whoever is free.
+void Moe::make_hidden(const Activations& input, bool arriving) {
+  blocks_.clear();
+  for (const Segment& segment : wave_)
+    for (size_t at = 0; at < segment.n; at += block_size_)
+      blocks_.push_back({segment.expert, segment.index, segment.first_slot + at, std::min(block_size_, segment.n - at), segment.hidden_row + at});
+  const size_t n_blocks = blocks_.size(), n_tasks = n_blocks * div_up(n_ff_, kHiddenRows);
+  const auto run = [&](size_t worker, size_t task) {
+    make_hidden_block(input, worker, blocks_[task % n_blocks], task / n_blocks * kHiddenRows);
+  };
+  const Weight& gate = wave_[0].expert->gate;
+  if (!arriving) return parallel_shares(compute_.threads_for(2 * uint64_t{wave_rows_} * gate.rows * gate.row_bytes), n_tasks, run);
+  parallel_tasks(compute_.n_threads, n_tasks, [&](size_t worker, size_t task) {
+    const size_t first_row = task / n_blocks * kHiddenRows, end_row = std::min(first_row + kHiddenRows, n_ff_);
+    source_->wait(wave_[0].index, ExpertPart::gate, first_row, end_row);
+    source_->wait(wave_[0].index, ExpertPart::up, first_row, end_row);
+    run(worker, task);
   });
 }
 
 // Columns [first_row, first_row + 256) of the hidden rows of a block of tokens, straight to the
 // form in which the down projection reads them: the products never leave the worker's cache.
-void Moe::make_hidden_block(const Layer& layer, const Activations& input, size_t worker, const TokenBlock& block, size_t first_row) {
-  const Expert& expert = layer.experts[block.expert];
+void Moe::make_hidden_block(const Activations& input, size_t worker, const Segment& block, size_t first_row) {
+  const Expert& expert = *block.expert;
   const size_t n_rows = std::min(kHiddenRows, n_ff_ - first_row), n_floats = block.n * kHiddenRows;
   float* gate = compute_.panel(worker);  // [block.n, kHiddenRows], as up
   float* up = gate + n_floats;
@@ -171,16 +226,17 @@ void Moe::make_hidden_block(const Layer& layer, const Activations& input, size_t
   for (size_t t = 0; t < block.n; ++t) {
     float* values = gate + t * kHiddenRows;
     compute_.kernels->silu_mul(values, up + t * kHiddenRows, values, n_rows);
-    hidden_.set_part(*compute_.kernels, block.first_slot + t, first_row, values, n_rows, expert.down.format->act);
+    hidden_.set_part(*compute_.kernels, block.hidden_row + t, first_row, values, n_rows, expert.down.format->act);
   }
 }
 
-void Moe::down(const Layer& layer) {
-  for (size_t e = 0; e < n_expert_; ++e) {
-    const size_t first = first_slot_[e], count = first_slot_[e + 1] - first;
-    if (count > 0) queue_.add(layer.experts[e].down, hidden_, first, count, out_.data() + first * n_embd_, n_embd_);
-  }
-  queue_.run(compute_);
+void Moe::down(bool arriving) {
+  for (const Segment& segment : wave_)
+    queue_.add(segment.expert->down, hidden_, segment.hidden_row, segment.n, out_.data() + segment.first_slot * n_embd_, n_embd_);
+  if (!arriving) return queue_.run(compute_);
+  queue_.run_arriving(compute_, [&](size_t first_row, size_t end_row) {
+    source_->wait(wave_[0].index, ExpertPart::down, first_row, end_row);
+  });
 }
 
 // In the order of router rank, so that a sum does not depend on how tokens were batched.

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "runtime/compute.h"
+#include "runtime/expert_source.h"
 #include "runtime/model.h"
 
 namespace duet {
@@ -16,7 +17,8 @@ namespace duet {
 // Scratch for chunks of up to n_batch tokens. One thread at a time.
 class Moe {
  public:
-  Moe(const Model& model, const Compute& compute, size_t n_batch);
+  // source: where experts come from when they are not all in memory; null: from the model.
+  Moe(const Model& model, const Compute& compute, size_t n_batch, ExpertSource* source = nullptr);
 
   // residual [n, n_embd] += experts(rms_norm(residual)); `input` is scratch [n_batch, n_embd].
   void forward(size_t layer_index, size_t n, Activations& input, float* residual);
@@ -28,17 +30,25 @@ class Moe {
   static uint64_t bytes_needed(const HParams& hparams, size_t n_batch);
 
  private:
-  struct TokenBlock {
-    size_t expert, first_slot, n;
+  // Rows of one expert among the gathered ones, at most kTokenBlock, and where the wave at hand keeps
+  // its hidden rows.
+  struct Segment {
+    const Expert* expert;
+    int32_t index;  // of the expert
+    size_t first_slot, n, hidden_row;
   };
   void route(const Layer& layer, Activations& input);
   void choose(const float* logits, int32_t* chosen, float* weights) const;
   void group();
   void gather(const Layer& layer, const Activations& input);
-  void make_hidden(const Layer& layer, const Activations& input);
-  void split_tokens();
-  void make_hidden_block(const Layer& layer, const Activations& input, size_t worker, const TokenBlock& block, size_t first_row);
-  void down(const Layer& layer);
+  void choose_block_size();
+  void run_resident(const Layer& layer, const Activations& input);
+  void run_streamed(size_t layer_index, const Activations& input);
+  void add_to_waves(int32_t index, const Expert& expert, const Activations& input, bool arriving);
+  void run_wave(const Activations& input, bool arriving);
+  void make_hidden(const Activations& input, bool arriving);
+  void make_hidden_block(const Activations& input, size_t worker, const Segment& block, size_t first_row);
+  void down(bool arriving);
   void combine(float* residual) const;
   size_t n_rows() const { return n_ * n_used_; }
   // Gathering costs a copy: not for one token, nor where every token goes the same way.
@@ -46,6 +56,7 @@ class Moe {
 
   const Model* model_;
   Compute compute_;
+  ExpertSource* source_;
   size_t n_expert_, n_used_, n_embd_, n_ff_;
   size_t n_ = 0;
   std::vector<int32_t> chosen_;     // [n_batch, n_used]
@@ -56,9 +67,12 @@ class Moe {
   std::vector<size_t> cursor_;      // [n_expert]
   AlignedArray<float> logits_;      // [n_batch, n_expert]
   AlignedArray<float> out_;         // [n_batch * n_used, n_embd]
-  std::vector<TokenBlock> blocks_;
+  size_t block_size_ = 0;           // tokens of one task
+  std::vector<Segment> wave_;       // what is computed at once
+  size_t wave_rows_ = 0;
+  std::vector<Segment> blocks_;     // the same in pieces of block_size_
   Activations gathered_;            // [n_batch * n_used, n_embd]
-  Activations hidden_;              // [n_batch * n_used, n_ff]
+  Activations hidden_;              // [rows of a wave, n_ff]
   MatmulQueue queue_;
 };
 

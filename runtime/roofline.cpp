@@ -1,15 +1,13 @@
 #include "runtime/roofline.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <chrono>
 #include <cstring>
 
 #include "base/error.h"
 #include "base/host.h"
+#include "base/pages.h"
 #include "base/parallel.h"
 
 namespace duet {
@@ -30,25 +28,6 @@ void on_all_threads(int n_threads, const Body& body) {
   });
 }
 
-// Anonymous memory, in huge pages where the system gives them.
-class Buffer {
- public:
-  explicit Buffer(uint64_t n_bytes) : n_bytes_(n_bytes) {
-    data_ = ::mmap(nullptr, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (data_ == MAP_FAILED)
-      fail(ErrorKind::memory, "cannot allocate ", n_bytes, " bytes to measure memory with: ", std::strerror(errno));
-    static_cast<void>(::madvise(data_, n_bytes, MADV_HUGEPAGE));  // a kernel without them refuses
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { ::munmap(data_, n_bytes_); }
-  std::byte* data() const { return static_cast<std::byte*>(data_); }
-
- private:
-  uint64_t n_bytes_;
-  void* data_;
-};
-
 uint64_t buffer_size(uint64_t max_bytes, int n_threads) {
   const HostMemory memory = read_host_memory();
   uint64_t room = memory.available_bytes;
@@ -64,12 +43,12 @@ uint64_t buffer_size(uint64_t max_bytes, int n_threads) {
 }
 
 // Each thread writes the part it will read, so that it lies in that thread's memory.
-void fill(const Buffer& buffer, int n_threads, uint64_t n_bytes) {
+void fill(const PageArray& buffer, int n_threads, uint64_t n_bytes) {
   const uint64_t part = n_bytes / static_cast<uint64_t>(n_threads);
   on_all_threads(n_threads, [&](size_t worker) { std::memset(buffer.data() + worker * part, 1, part); });
 }
 
-double best_read_rate(const KernelTable& kernels, const Buffer& buffer, int n_threads, uint64_t n_bytes, int n_runs) {
+double best_read_rate(const KernelTable& kernels, const PageArray& buffer, int n_threads, uint64_t n_bytes, int n_runs) {
   const uint64_t part = n_bytes / static_cast<uint64_t>(n_threads);
   std::atomic<uint64_t> total{0};
   double best = 0;
@@ -112,7 +91,7 @@ double best_mac_rate(MacLoop loop, int n_threads) {
 std::vector<Roofline> measure_rooflines(std::span<const KernelTable* const> tables, int n_threads,
                                         uint64_t max_bytes) {
   const uint64_t n_bytes = buffer_size(max_bytes, n_threads);
-  const Buffer buffer(n_bytes);
+  const PageArray buffer(n_bytes);
   fill(buffer, n_threads, n_bytes);
   std::vector<Roofline> out;
   for (const KernelTable* table : tables)
@@ -127,7 +106,7 @@ struct ReadProbe::Memory {
   explicit Memory(uint64_t n) : n_bytes(n), buffer(n) {}
 
   uint64_t n_bytes;
-  Buffer buffer;
+  PageArray buffer;
 };
 
 ReadProbe::ReadProbe(const KernelTable& kernels, int n_threads, uint64_t max_bytes)

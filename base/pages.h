@@ -1,0 +1,36 @@
+// Anonymous memory in whole pages, in huge ones where the system gives them. Physical pages come
+// when they are first written.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+namespace duet {
+
+class PageArray {
+ public:
+  PageArray() = default;
+  explicit PageArray(uint64_t n_bytes);  // Error(memory)
+  PageArray(PageArray&& other) noexcept
+      : n_bytes_(std::exchange(other.n_bytes_, 0)), data_(std::exchange(other.data_, nullptr)) {}
+  PageArray& operator=(PageArray&& other) noexcept {
+    std::swap(n_bytes_, other.n_bytes_);
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~PageArray();
+
+  std::byte* data() const { return static_cast<std::byte*>(data_); }
+  uint64_t size() const { return n_bytes_; }
+  // Gives the physical pages that lie wholly in [begin, begin + n_bytes) back; contents become zeros.
+  void release(uint64_t begin, uint64_t n_bytes) const;
+  // Asks the system to keep all of it in memory; false where its limits (RLIMIT_MEMLOCK) forbid it.
+  bool lock() const;
+
+ private:
+  uint64_t n_bytes_ = 0;
+  void* data_ = nullptr;
+};
+
+}  // namespace duet

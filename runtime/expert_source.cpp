@@ -1,0 +1,345 @@
+#include "runtime/expert_source.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "base/error.h"
+
+namespace duet {
+namespace {
+
+constexpr std::array kParts{ExpertPart::gate, ExpertPart::up, ExpertPart::down};
+// Tokens from which on a chunk can be taken to need all of 8 experts: each is left out by a token
+// with probability 3/4, so by all of 32 with 1e-4.
+constexpr size_t kAllExpertsTokens = 32;
+
+size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+size_t index_of(ExpertPart part) { return static_cast<size_t>(part); }
+
+Weight& part_of(Expert& expert, ExpertPart part) {
+  return part == ExpertPart::gate ? expert.gate : part == ExpertPart::up ? expert.up : expert.down;
+}
+const Weight& part_of(const Expert& expert, ExpertPart part) { return part_of(const_cast<Expert&>(expert), part); }
+size_t weight_bytes(const Weight& w) { return w.rows * w.row_bytes; }
+// Pages that such a weight can touch, wherever it begins.
+size_t page_bytes(const Weight& w) { return round_up(weight_bytes(w), kReadAlignment) + kReadAlignment; }
+
+enum class Piece : uint8_t { waiting, landed, failed };
+
+}  // namespace
+
+// Memory for one expert, and how much of it has landed.
+struct ExpertSource::Buffer {
+  uint64_t index = 0;
+  std::byte* memory = nullptr;
+  bool is_staging = false;
+  size_t layer = 0;
+  int32_t expert = -1;  // what it holds or is being filled with; -1: nothing
+  Expert weights;
+  std::array<size_t, 4> first_piece{};          // of each part; then their number
+  std::unique_ptr<std::atomic<Piece>[]> pieces; // room for the largest expert
+  std::atomic<uint32_t> n_waiting{0};
+  std::atomic<int> error{0};
+
+  bool holds(size_t l, int32_t e) const { return layer == l && expert == e; }
+  bool complete() const { return n_waiting.load(std::memory_order_acquire) == 0 && error.load() == 0; }
+};
+
+uint64_t ExpertSource::buffer_bytes(const Model& model, size_t layer) {
+  std::array<size_t, 3> largest{};
+  for (const Expert& expert : model.layers()[layer].experts)
+    for (const ExpertPart part : kParts)
+      largest[index_of(part)] = std::max(largest[index_of(part)], page_bytes(part_of(expert, part)));
+  return largest[0] + largest[1] + largest[2];
+}
+
+ExpertSource::ExpertSource(const Model& model, std::vector<uint32_t> slots, uint32_t n_staging, const StreamOptions& options)
+    : model_(&model),
+      n_expert_(model.hparams().n_expert),
+      piece_bytes_(std::max(round_up(options.piece_bytes, kReadAlignment), kReadAlignment)),
+      policy_(n_expert_, slots),
+      current_(n_expert_),
+      ahead_(n_expert_) {
+  DUET_ASSERT(n_expert_ > 0 && n_staging >= 2 && slots.size() == model.layers().size());
+  make_shapes(model);
+  make_buffers(slots, n_staging);
+  reader_ = BlockReader::open(model.file().part_paths(), [this](uint64_t tag, int error) { landed(tag, error); },
+                              {.backend = options.backend, .depth = options.depth, .fault = options.fault});
+}
+
+ExpertSource::~ExpertSource() { reader_.reset(); }
+
+void ExpertSource::make_shapes(const Model& model) {
+  for (size_t l = 0; l < model.layers().size(); ++l) {
+    LayerShape& shape = shapes_.emplace_back();
+    for (const Expert& expert : model.layers()[l].experts) {
+      auto& ranges = shape.ranges.emplace_back();
+      for (const ExpertPart part : kParts) {
+        const Weight& w = part_of(expert, part);
+        const GgufFile::Place place = model.file().place_of(w.data);
+        const size_t head = place.offset % kReadAlignment, n_needed = head + weight_bytes(w);
+        ranges[index_of(part)] = {place.part, place.offset - head, round_up(n_needed, kReadAlignment), n_needed, head};
+      }
+    }
+    for (const ExpertPart part : kParts) {
+      shape.part_at[index_of(part)] = shape.bytes;
+      size_t largest = 0;
+      for (const Expert& expert : model.layers()[l].experts) largest = std::max(largest, page_bytes(part_of(expert, part)));
+      shape.bytes += largest;
+    }
+  }
+}
+
+void ExpertSource::make_buffers(const std::vector<uint32_t>& slots, uint32_t n_staging) {
+  size_t largest = 0, total = 0;
+  for (size_t l = 0; l < shapes_.size(); ++l) {
+    largest = std::max(largest, shapes_[l].bytes);
+    total += slots[l] * shapes_[l].bytes;
+  }
+  memory_ = PageArray(total + n_staging * largest);
+  std::byte* at = memory_.data();
+  const auto add = [&](size_t n_bytes, bool is_staging) {
+    auto buffer = std::make_unique<Buffer>();
+    buffer->index = buffers_.size();
+    buffer->memory = at;
+    buffer->is_staging = is_staging;
+    buffer->pieces = std::make_unique<std::atomic<Piece>[]>(n_bytes / piece_bytes_ + 3);
+    at += n_bytes;
+    buffers_.push_back(std::move(buffer));
+    return buffers_.back().get();
+  };
+  for (size_t l = 0; l < shapes_.size(); ++l) {
+    std::vector<Buffer*>& of_layer = slots_.emplace_back();
+    for (uint32_t i = 0; i < slots[l]; ++i) of_layer.push_back(add(shapes_[l].bytes, false));
+  }
+  for (uint32_t i = 0; i < n_staging; ++i) staging_.push_back(add(largest, true));
+}
+
+ExpertSource::Pass::Pass(ExpertSource* source) : source_(source) {
+  if (source != nullptr) lock_ = std::unique_lock(source->mutex_);
+}
+
+ExpertSource::Pass::~Pass() {
+  if (source_ != nullptr) source_->abandon();
+}
+
+// ---- a layer ---------------------------------------------------------------------------------------
+
+void ExpertSource::begin(size_t layer, std::span<const int32_t> chosen, size_t n_used) {
+  DUET_ASSERT(!in_layer_);
+  in_layer_ = true;
+  layer_ = layer;
+  n_started_ = 0;
+  policy_.use(layer, chosen, n_used, step_);
+  std::fill(current_.begin(), current_.end(), nullptr);
+  for (const int32_t e : step_.hits) current_[static_cast<size_t>(e)] = &slot_buffer(layer, policy_.slot_of(layer, e));
+  adopt_ahead();
+  reads_ahead_ = chosen.size() >= kAllExpertsTokens * n_used && layer + 1 < shapes_.size();
+  start_more();
+}
+
+// What was read ahead for this layer and is where the policy wants it; the rest was a wrong guess.
+void ExpertSource::adopt_ahead() {
+  for (const ExpertPolicy::Load& load : step_.loads) {
+    Buffer*& buffer = ahead_[static_cast<size_t>(load.expert)];
+    if (buffer == nullptr || !buffer->holds(layer_, load.expert)) continue;
+    const bool in_place = load.slot == ExpertPolicy::kStaging ? buffer->is_staging : buffer == &slot_buffer(layer_, load.slot);
+    if (!in_place) continue;
+    for (size_t piece = 0; piece < buffer->first_piece[3]; ++piece)
+      if (buffer->pieces[piece].load(std::memory_order_relaxed) == Piece::waiting)
+        reader_->promote(buffer->index << 32 | piece, ReadClass::demand);
+    current_[static_cast<size_t>(load.expert)] = std::exchange(buffer, nullptr);
+  }
+  for (Buffer*& buffer : ahead_)
+    if (buffer != nullptr) discard(*std::exchange(buffer, nullptr));
+}
+
+// Starts what buffers allow: this layer's loads in their order, then the next layer's.
+void ExpertSource::start_more() {
+  for (; n_started_ < step_.loads.size(); ++n_started_) {
+    const auto [expert, slot] = step_.loads[n_started_];
+    Buffer*& buffer = current_[static_cast<size_t>(expert)];
+    if (buffer != nullptr) continue;  // read ahead
+    buffer = slot == ExpertPolicy::kStaging ? free_staging() : &slot_buffer(layer_, slot);
+    if (buffer == nullptr) return;
+    start(*buffer, layer_, expert, ReadClass::demand);
+  }
+  while (reads_ahead_ && start_ahead()) {
+  }
+}
+
+// The next expert that the next layer lacks, where its policy will want it when all are chosen: free
+// slots first, lowest first, then staging. False: no buffer, or none is missing.
+bool ExpertSource::start_ahead() {
+  const size_t next = layer_ + 1;
+  std::vector<bool> taken(slots_[next].size());
+  for (size_t e = 0; e < n_expert_; ++e)
+    if (const int32_t slot = policy_.slot_of(next, static_cast<int32_t>(e)); slot >= 0) taken[static_cast<size_t>(slot)] = true;
+  size_t free_slot = 0;
+  for (size_t e = 0; e < n_expert_; ++e) {
+    const auto expert = static_cast<int32_t>(e);
+    if (policy_.slot_of(next, expert) >= 0) continue;
+    while (free_slot < policy_.slots(next) && taken[free_slot]) ++free_slot;
+    const bool in_slot = free_slot < policy_.slots(next);
+    if (ahead_[e] != nullptr) {
+      free_slot += in_slot ? 1 : 0;
+      continue;
+    }
+    Buffer* buffer = in_slot ? slots_[next][free_slot] : free_staging();
+    if (buffer == nullptr) return false;
+    ahead_[e] = buffer;
+    start(*buffer, next, expert, ReadClass::ahead);
+    return true;
+  }
+  return false;
+}
+
+ExpertSource::Buffer* ExpertSource::free_staging() {
+  for (Buffer* buffer : staging_)
+    if (buffer->expert < 0 && buffer->n_waiting.load(std::memory_order_acquire) == 0) return buffer;
+  return nullptr;
+}
+
+// Pieces of gate and up take turns, as their rows are used together; then those of down.
+void ExpertSource::start(Buffer& buffer, size_t layer, int32_t expert, ReadClass urgency) {
+  drain(buffer);
+  const LayerShape& shape = shapes_[layer];
+  const auto& ranges = shape.ranges[static_cast<size_t>(expert)];
+  buffer.layer = layer;
+  buffer.expert = expert;
+  buffer.weights = model_->layers()[layer].experts[static_cast<size_t>(expert)];
+  buffer.error.store(0);
+  std::array<size_t, 3> n_pieces{};
+  for (size_t p = 0; p < 3; ++p) {
+    n_pieces[p] = (ranges[p].n_bytes + piece_bytes_ - 1) / piece_bytes_;
+    buffer.first_piece[p + 1] = buffer.first_piece[p] + n_pieces[p];
+    part_of(buffer.weights, kParts[p]).data = buffer.memory + shape.part_at[p] + ranges[p].head;
+  }
+  const size_t n = buffer.first_piece[3];
+  for (size_t i = 0; i < n; ++i) buffer.pieces[i].store(Piece::waiting, std::memory_order_relaxed);
+  buffer.n_waiting.store(static_cast<uint32_t>(n), std::memory_order_release);
+
+  std::vector<ReadRange> reads;
+  reads.reserve(n);
+  const auto add = [&](size_t p, size_t i) {
+    if (i >= n_pieces[p]) return;
+    const Range& range = ranges[p];
+    const size_t at = i * piece_bytes_, n_bytes = std::min(piece_bytes_, range.n_bytes - at);
+    reads.push_back({.file = range.file, .offset = range.offset + at, .n_bytes = n_bytes,
+                     .n_needed = std::min(n_bytes, range.n_needed - std::min(range.n_needed, at)),
+                     .to = buffer.memory + shape.part_at[p] + at, .tag = buffer.index << 32 | (buffer.first_piece[p] + i)});
+  };
+  for (size_t i = 0; i < std::max(n_pieces[0], n_pieces[1]); ++i) {
+    add(0, i);
+    add(1, i);
+  }
+  for (size_t i = 0; i < n_pieces[2]; ++i) add(2, i);
+  reader_->submit(reads, urgency);
+}
+
+void ExpertSource::landed(uint64_t tag, int error) {
+  Buffer& buffer = *buffers_[tag >> 32];
+  if (error != 0) buffer.error.store(error);
+  buffer.pieces[tag & 0xffffffff].store(error == 0 ? Piece::landed : Piece::failed, std::memory_order_release);
+  buffer.n_waiting.fetch_sub(1, std::memory_order_release);
+  epoch_.fetch_add(1, std::memory_order_release);
+  epoch_.notify_all();
+}
+
+// Staging may be held up by reads of a wrong guess that were under way already.
+const Expert& ExpertSource::need(int32_t expert) {
+  Buffer*& buffer = current_[static_cast<size_t>(expert)];
+  for (Buffer* staging : staging_) {
+    if (buffer != nullptr) break;
+    if (staging->expert >= 0) continue;
+    drain(*staging);
+    start_more();
+  }
+  DUET_ASSERT(buffer != nullptr);
+  return buffer->weights;
+}
+
+void ExpertSource::wait(int32_t expert, ExpertPart part, size_t first_row, size_t end_row) {
+  const Buffer& buffer = *current_[static_cast<size_t>(expert)];
+  if (buffer.complete()) return;
+  const size_t p = index_of(part), row_bytes = part_of(buffer.weights, part).row_bytes;
+  const size_t head = shapes_[layer_].ranges[static_cast<size_t>(expert)][p].head;
+  const size_t first = buffer.first_piece[p] + (head + first_row * row_bytes) / piece_bytes_;
+  const size_t last = buffer.first_piece[p] + (head + end_row * row_bytes - 1) / piece_bytes_;
+  for (size_t i = first; i <= last; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    bool waited = false;
+    for (;;) {
+      const uint32_t seen = epoch_.load(std::memory_order_acquire);
+      if (buffer.pieces[i].load(std::memory_order_acquire) != Piece::waiting) break;
+      waited = true;
+      epoch_.wait(seen, std::memory_order_acquire);
+    }
+    if (waited) wait_ns_ += static_cast<uint64_t>((std::chrono::steady_clock::now() - start) / std::chrono::nanoseconds(1));
+    if (buffer.pieces[i].load(std::memory_order_relaxed) == Piece::landed) continue;
+    const int error = buffer.error.load();
+    fail(ErrorKind::io, model_->file().source(), ": cannot read expert ", expert, " of layer ", layer_, ": ",
+         error == ENODATA ? "the file has become shorter" : std::strerror(error));
+  }
+}
+
+void ExpertSource::done(int32_t expert) {
+  Buffer* buffer = current_[static_cast<size_t>(expert)];
+  if (!buffer->is_staging) return;
+  current_[static_cast<size_t>(expert)] = nullptr;
+  buffer->expert = -1;
+  start_more();
+}
+
+void ExpertSource::end() { in_layer_ = false; }
+
+// ---- endings ---------------------------------------------------------------------------------------
+
+void ExpertSource::drain(const Buffer& buffer) const {
+  for (;;) {
+    const uint32_t seen = epoch_.load(std::memory_order_acquire);
+    if (buffer.n_waiting.load(std::memory_order_acquire) == 0) return;
+    epoch_.wait(seen, std::memory_order_acquire);
+  }
+}
+
+// A guess that did not come true: what has not begun is not read.
+void ExpertSource::discard(Buffer& buffer) {
+  reader_->cancel(ReadClass::ahead);
+  buffer.expert = -1;
+}
+
+// The pass is over, by an error in the middle of a layer perhaps: nothing is left under way, and an
+// expert of which something is missing is not there.
+void ExpertSource::abandon() {
+  for (const ReadClass urgency : {ReadClass::demand, ReadClass::ahead, ReadClass::speculative}) reader_->cancel(urgency);
+  for (const auto& buffer : buffers_) drain(*buffer);
+  for (Buffer* buffer : staging_) buffer->expert = -1;
+  std::fill(ahead_.begin(), ahead_.end(), nullptr);
+  if (!in_layer_) return;
+  in_layer_ = false;
+  for (const auto& [expert, slot] : step_.loads)
+    if (slot != ExpertPolicy::kStaging) {
+      const Buffer& buffer = slot_buffer(layer_, slot);
+      if (!buffer.holds(layer_, expert) || !buffer.complete()) policy_.forget(layer_, expert);
+    }
+}
+
+void ExpertSource::shrink(uint32_t n_slots) {
+  const std::lock_guard lock(mutex_);
+  std::vector<int32_t> freed;
+  for (size_t l = 0; l < shapes_.size(); ++l) {
+    if (policy_.slots(l) <= n_slots) continue;
+    freed.clear();
+    policy_.shrink(l, n_slots, freed);
+    for (const int32_t slot : freed)
+      memory_.release(static_cast<uint64_t>(slot_buffer(l, slot).memory - memory_.data()), shapes_[l].bytes);
+  }
+}
+
+StreamStats ExpertSource::stats() const {
+  return {.hits = policy_.hits(), .misses = policy_.misses(), .reads = reader_->stats(), .wait_ns = wait_ns_.load()};
+}
+
+}  // namespace duet

@@ -1,0 +1,118 @@
+// Experts of a model that does not fit in memory. A fixed set of buffers is filled from the file as
+// the router chooses; what is computed first is read first, and rows can be used as soon as they
+// have landed. Which experts stay is runtime/expert_policy's decision; how bytes are read is
+// base/block_reader's.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "base/block_reader.h"
+#include "base/pages.h"
+#include "runtime/engine.h"
+#include "runtime/expert_policy.h"
+#include "runtime/model.h"
+
+namespace duet {
+
+enum class ExpertPart : uint8_t { gate, up, down };
+
+// One chunk of tokens at a time uses it (Pass); within a pass, layers one after the other. wait() may
+// be called by all threads of the team, the rest by one.
+class ExpertSource {
+ public:
+  // Buffers for slots[layer] experts of each layer and n_staging (>= 2) more. The model must outlive
+  // the source. Error: io, unsupported (StreamOptions::backend), memory.
+  ExpertSource(const Model& model, std::vector<uint32_t> slots, uint32_t n_staging, const StreamOptions& options);
+  ~ExpertSource();
+  // Bytes of one buffer of this layer: its largest expert, in pages.
+  static uint64_t buffer_bytes(const Model& model, size_t layer);
+
+  // The right to use the source for one chunk. Whatever ends it, an error included, leaves the
+  // source usable.
+  class Pass {
+   public:
+    explicit Pass(ExpertSource* source);  // null: does nothing
+    ~Pass();
+    Pass(const Pass&) = delete;
+    Pass& operator=(const Pass&) = delete;
+
+   private:
+    ExpertSource* source_;
+    std::unique_lock<std::mutex> lock_;
+  };
+
+  // The chunk has reached a layer; chosen [n_tokens, n_used]. Reads begin. A chunk long enough to
+  // need all experts of the next layer too has them read ahead.
+  void begin(size_t layer, std::span<const int32_t> chosen, size_t n_used);
+  // What is there, and what is being read, in the order in which it arrives.
+  std::span<const int32_t> hits() const { return step_.hits; }
+  std::span<const ExpertPolicy::Load> loads() const { return step_.loads; }
+  // A chosen expert, in memory; of those in loads(), asked for in their order, rows [first, end) only
+  // after wait(). Valid until done(); at most n_staging experts of loads() may be in use at once.
+  const Expert& need(int32_t expert);
+  void wait(int32_t expert, ExpertPart part, size_t first_row, size_t end_row);  // Error(io)
+  // This expert has been computed: its buffer may serve another.
+  void done(int32_t expert);
+  void end();  // of the layer
+
+  // Gives up buffers until each layer holds at most n_slots experts; never taken back.
+  void shrink(uint32_t n_slots);
+
+  StreamStats stats() const;
+
+ private:
+  struct Range {  // of one part of one expert, in whole pages of the file
+    size_t file = 0;
+    uint64_t offset = 0;
+    size_t n_bytes = 0, n_needed = 0, head = 0;  // head: bytes before the first weight
+  };
+  struct LayerShape {
+    std::array<size_t, 3> part_at{};  // of each part in a buffer
+    size_t bytes = 0;
+    std::vector<std::array<Range, 3>> ranges;  // [n_expert]
+  };
+  struct Buffer;
+
+  void make_shapes(const Model& model);
+  void make_buffers(const std::vector<uint32_t>& slots, uint32_t n_staging);
+  Buffer* free_staging();
+  Buffer& slot_buffer(size_t layer, int32_t slot) { return *slots_[layer][static_cast<size_t>(slot)]; }
+  void adopt_ahead();
+  void start_more();
+  bool start_ahead();
+  void start(Buffer& buffer, size_t layer, int32_t expert, ReadClass urgency);
+  void landed(uint64_t tag, int error);
+  void drain(const Buffer& buffer) const;
+  void abandon();
+  void discard(Buffer& buffer);
+
+  const Model* model_;
+  size_t n_expert_, piece_bytes_;
+  std::vector<LayerShape> shapes_;
+  ExpertPolicy policy_;
+  PageArray memory_;
+  std::vector<std::unique_ptr<Buffer>> buffers_;
+  std::vector<std::vector<Buffer*>> slots_;  // [n_layer][slots]
+  std::vector<Buffer*> staging_;
+
+  std::mutex mutex_;
+  // Of the pass and layer at hand.
+  bool in_layer_ = false, reads_ahead_ = false;
+  size_t layer_ = 0, n_started_ = 0;  // of step_.loads
+  ExpertPolicy::Step step_;
+  std::vector<Buffer*> current_;  // [n_expert] null: not chosen or not started
+  std::vector<Buffer*> ahead_;    // [n_expert] of the next layer
+
+  std::atomic<uint32_t> epoch_{0};  // counts landings, for those who wait
+  std::atomic<uint64_t> wait_ns_{0};
+  std::unique_ptr<BlockReader> reader_;  // last: its threads call landed()
+};
+
+}  // namespace duet
