@@ -17,7 +17,7 @@ struct ModelOptions {
   std::string path;
   uint32_t n_ctx = 0;  // 0: the command's default
   int n_threads = 0;   // 0: HostCores::usable()
-  uint32_t n_batch = 512;
+  uint32_t n_batch = 0;  // 0: the memory plan's
   KvType kv_type = KvType::f16;
   std::string isa;  // "": best usable
   PinMode pin = PinMode::automatic;

@@ -39,7 +39,12 @@ Placement place(const HostCores& cores, int n_threads, const EngineOptions& opti
 
 }  // namespace
 
-// Only maps: weights are read when they are first used. No madvise: eager population would read a
+void Engine::State::stream(const StreamOptions& options) {
+  model.own_dense(options);
+  experts = std::make_unique<ExpertSource>(model, plan.slots, plan.n_staging, options);
+}
+
+// Resident: only maps, weights are read when they are first used. No madvise: eager population would read a
 // file larger than memory once for nothing, and MADV_RANDOM would split reads into single pages.
 Engine Engine::open(const std::filesystem::path& path, const EngineOptions& options) {
   if (options.n_threads < 0) fail(ErrorKind::usage, "threads: ", options.n_threads, " is not a number of threads");
@@ -53,6 +58,8 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
   const int n_threads = options.n_threads > 0 ? options.n_threads : cores.usable();
   state->placement = place(cores, n_threads, options, notice);
   state->compute = {.kernels = &kernels, .n_threads = n_threads, .placement = &state->placement};
+  state->plan = plan_memory(model_sizes(file, hparams), options.memory, n_threads, read_host_memory());
+  if (state->plan.streamed) state->stream(options.stream);
   state->tokenizer_error = try_load([&] { state->tokenizer = Tokenizer::load(file, notice); });
   state->template_error = try_load([&] { state->chat_template = ChatTemplate::of_model(file, notice); });
   state->info = {.hparams = hparams,
@@ -73,6 +80,13 @@ Engine& Engine::operator=(Engine&&) noexcept = default;
 Engine::~Engine() = default;
 
 const ModelInfo& Engine::info() const { return state_->info; }
+
+const MemoryPlan& Engine::plan() const { return state_->plan; }
+
+std::optional<StreamStats> Engine::stream_stats() const {
+  if (state_->experts == nullptr) return std::nullopt;
+  return state_->experts->stats();
+}
 
 const Tokenizer& Engine::tokenizer() const {
   if (state_->tokenizer_error) std::rethrow_exception(state_->tokenizer_error);

@@ -63,11 +63,12 @@ struct EngineOptions {
   PinMode pin = PinMode::automatic;
   NumaMode numa = NumaMode::automatic;
   MemoryOptions memory = {};
+  StreamOptions stream = {};
 };
 
 struct SessionOptions {
   uint32_t n_ctx = 0;       // positions; 0: min(model's, 4096); more than the model's is allowed with a notice
-  uint32_t n_batch = 512;   // tokens evaluated at once in prefill
+  uint32_t n_batch = 0;     // tokens evaluated at once in prefill; 0: the memory plan's (512 when all is in memory)
   KvType kv_type = KvType::f16;
   const std::atomic<bool>* cancel = nullptr;  // checked between layers; true -> Error(cancelled)
 };
@@ -94,6 +95,7 @@ struct ModelInfo {
 };
 
 class Session;
+struct MemoryPlan;
 
 // An open model. Immutable after open; thread-compatible; sessions may outlive the Engine object
 // (they share the mapping).
@@ -106,6 +108,8 @@ class Engine {
   ~Engine();
 
   const ModelInfo& info() const;
+  const MemoryPlan& plan() const;                    // runtime/memory_plan.h
+  std::optional<StreamStats> stream_stats() const;   // nothing when all weights are in memory
   // A file without (or with an unusable) tokenizer or template opens all the same, for use by token
   // ids; what is wrong with them is thrown when they are asked for: Error(format), Error(unsupported).
   const Tokenizer& tokenizer() const;

@@ -6,15 +6,21 @@
 
 #include "runtime/compute.h"
 #include "runtime/engine.h"
+#include "runtime/expert_source.h"
+#include "runtime/memory_plan.h"
 #include "runtime/model.h"
 
 namespace duet {
 
 struct Engine::State {
   explicit State(Model m) : model(std::move(m)) {}
+  // Dense weights to memory, experts from the file as the plan says.
+  void stream(const StreamOptions& options);
 
   Model model;
   Placement placement;
+  MemoryPlan plan;
+  std::unique_ptr<ExpertSource> experts;  // null: all in memory
   Compute compute{};  // placement points to the above
   ModelInfo info;
   NoticeFn notice;

@@ -33,6 +33,7 @@ enum class Piece : uint8_t { waiting, landed, failed };
 struct ExpertSource::Buffer {
   uint64_t index = 0;
   std::byte* memory = nullptr;
+  size_t n_bytes = 0;
   bool is_staging = false;
   size_t layer = 0;
   int32_t expert = -1;  // what it holds or is being filled with; -1: nothing
@@ -103,6 +104,7 @@ void ExpertSource::make_buffers(const std::vector<uint32_t>& slots, uint32_t n_s
     auto buffer = std::make_unique<Buffer>();
     buffer->index = buffers_.size();
     buffer->memory = at;
+    buffer->n_bytes = n_bytes;
     buffer->is_staging = is_staging;
     buffer->pieces = std::make_unique<std::atomic<Piece>[]>(n_bytes / piece_bytes_ + 3);
     at += n_bytes;
@@ -139,17 +141,22 @@ void ExpertSource::begin(size_t layer, std::span<const int32_t> chosen, size_t n
   start_more();
 }
 
-// What was read ahead for this layer and is where the policy wants it; the rest was a wrong guess.
+// What was read ahead for this layer waits in staging. Where the policy wants to keep it, the buffers
+// change places, or (of different size) it is copied when it has been computed. The rest was a wrong
+// guess.
 void ExpertSource::adopt_ahead() {
-  for (const ExpertPolicy::Load& load : step_.loads) {
-    Buffer*& buffer = ahead_[static_cast<size_t>(load.expert)];
-    if (buffer == nullptr || !buffer->holds(layer_, load.expert)) continue;
-    const bool in_place = load.slot == ExpertPolicy::kStaging ? buffer->is_staging : buffer == &slot_buffer(layer_, load.slot);
-    if (!in_place) continue;
+  for (const auto& [expert, slot] : step_.loads) {
+    Buffer* buffer = std::exchange(ahead_[static_cast<size_t>(expert)], nullptr);
+    if (buffer == nullptr) continue;
     for (size_t piece = 0; piece < buffer->first_piece[3]; ++piece)
       if (buffer->pieces[piece].load(std::memory_order_relaxed) == Piece::waiting)
         reader_->promote(buffer->index << 32 | piece, ReadClass::demand);
-    current_[static_cast<size_t>(load.expert)] = std::exchange(buffer, nullptr);
+    current_[static_cast<size_t>(expert)] = buffer;
+    if (slot == ExpertPolicy::kStaging || slot_buffer(layer_, slot).n_bytes != buffer->n_bytes) continue;
+    Buffer*& old = slots_[layer_][static_cast<size_t>(slot)];
+    old->expert = -1;
+    std::swap(old->is_staging, buffer->is_staging);
+    std::swap(*std::find(staging_.begin(), staging_.end(), buffer), old);
   }
   for (Buffer*& buffer : ahead_)
     if (buffer != nullptr) discard(*std::exchange(buffer, nullptr));
@@ -169,24 +176,13 @@ void ExpertSource::start_more() {
   }
 }
 
-// The next expert that the next layer lacks, where its policy will want it when all are chosen: free
-// slots first, lowest first, then staging. False: no buffer, or none is missing.
+// The next expert that the next layer lacks. False: no buffer, or none is missing.
 bool ExpertSource::start_ahead() {
   const size_t next = layer_ + 1;
-  std::vector<bool> taken(slots_[next].size());
-  for (size_t e = 0; e < n_expert_; ++e)
-    if (const int32_t slot = policy_.slot_of(next, static_cast<int32_t>(e)); slot >= 0) taken[static_cast<size_t>(slot)] = true;
-  size_t free_slot = 0;
   for (size_t e = 0; e < n_expert_; ++e) {
     const auto expert = static_cast<int32_t>(e);
-    if (policy_.slot_of(next, expert) >= 0) continue;
-    while (free_slot < policy_.slots(next) && taken[free_slot]) ++free_slot;
-    const bool in_slot = free_slot < policy_.slots(next);
-    if (ahead_[e] != nullptr) {
-      free_slot += in_slot ? 1 : 0;
-      continue;
-    }
-    Buffer* buffer = in_slot ? slots_[next][free_slot] : free_staging();
+    if (ahead_[e] != nullptr || policy_.slot_of(next, expert) != ExpertPolicy::kStaging) continue;
+    Buffer* buffer = free_staging();
     if (buffer == nullptr) return false;
     ahead_[e] = buffer;
     start(*buffer, next, expert, ReadClass::ahead);
@@ -287,9 +283,25 @@ void ExpertSource::wait(int32_t expert, ExpertPart part, size_t first_row, size_
 void ExpertSource::done(int32_t expert) {
   Buffer* buffer = current_[static_cast<size_t>(expert)];
   if (!buffer->is_staging) return;
+  const auto load = std::find_if(step_.loads.begin(), step_.loads.end(), [=](const auto& l) { return l.expert == expert; });
+  if (load->slot != ExpertPolicy::kStaging) copy(*buffer, slot_buffer(layer_, load->slot));
   current_[static_cast<size_t>(expert)] = nullptr;
   buffer->expert = -1;
   start_more();
+}
+
+// Both of this layer.
+void ExpertSource::copy(const Buffer& from, Buffer& to) {
+  drain(to);
+  std::memcpy(to.memory, from.memory, shapes_[layer_].bytes);
+  to.layer = from.layer;
+  to.expert = from.expert;
+  to.weights = from.weights;
+  for (const ExpertPart part : kParts) {
+    Weight& w = part_of(to.weights, part);
+    w.data = to.memory + (w.data - from.memory);
+  }
+  to.error.store(0);
 }
 
 void ExpertSource::end() { in_layer_ = false; }

@@ -92,6 +92,7 @@ class ExpertSource {
   void drain(const Buffer& buffer) const;
   void abandon();
   void discard(Buffer& buffer);
+  void copy(const Buffer& from, Buffer& to);
 
   const Model* model_;
   size_t n_expert_, piece_bytes_;

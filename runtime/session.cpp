@@ -44,6 +44,16 @@ void check_memory(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_
        scratch > kv ? " or a smaller batch" : "");
 }
 
+// Where experts are streamed, memory is divided already.
+void check_plan(const MemoryPlan& plan, const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch, KvType type) {
+  const uint64_t planned = plan.kv_bytes + plan.scratch_bytes;
+  const uint64_t needed = KvCache::bytes_needed(hparams, n_ctx, type) + Decoder::bytes_needed(hparams, n_threads, n_ctx, n_batch);
+  if (needed <= planned) return;
+  fail(ErrorKind::memory, "a context of ", n_ctx, " positions in batches of ", n_batch, " needs ", format_size(needed),
+       ", but ", format_size(planned), " were set aside for a context of ", plan.n_ctx, " in batches of ", plan.n_batch,
+       " when the model was opened; open it with the larger context");
+}
+
 }  // namespace
 
 struct Session::State {
@@ -52,7 +62,7 @@ struct Session::State {
         n_vocab(engine->model.hparams().n_vocab),
         n_ctx(n_context),
         cancel(options.cancel),
-        decoder(engine->model, engine->compute, n_ctx, n_batch),
+        decoder(engine->model, engine->compute, n_ctx, n_batch, engine->experts.get()),
         kv(engine->model.hparams(), n_ctx, options.kv_type),
         logits(n_vocab),
         logit_rows(std::min(n_batch, kLogitRows) * n_vocab) {
@@ -125,10 +135,11 @@ void Session::State::deliver(size_t first_row, size_t n_rows, const LogitsSink& 
 
 Session Engine::new_session(const SessionOptions& options) const {
   const HParams& hparams = state_->info.hparams;
-  if (options.n_batch == 0) fail(ErrorKind::usage, "batch: 0 tokens; at least 1");
   const uint32_t n_ctx = context_length(hparams, options.n_ctx, state_->notice);
-  const uint32_t n_batch = std::min(options.n_batch, n_ctx);
-  check_memory(hparams, state_->compute.n_threads, n_ctx, n_batch, options.kv_type);
+  const uint32_t n_batch = std::min(options.n_batch > 0 ? options.n_batch : state_->plan.n_batch, n_ctx);
+  const int n_threads = state_->compute.n_threads;
+  if (state_->plan.streamed) check_plan(state_->plan, hparams, n_threads, n_ctx, n_batch, options.kv_type);
+  else check_memory(hparams, n_threads, n_ctx, n_batch, options.kv_type);
   return Session(std::make_unique<Session::State>(state_, n_ctx, n_batch, options));
 }
 
