@@ -18,6 +18,7 @@
 #include "cli/options.h"
 #include "runtime/kernels/kernels.h"
 #include "runtime/kv_cache.h"
+#include "runtime/memory_plan.h"
 #include "runtime/model_cost.h"
 
 namespace duet::cli {
@@ -114,6 +115,14 @@ double share_of_limit(const BenchResult& result, const Cost& cost, const Rooflin
 // ---- running -----------------------------------------------------------------------------------
 
 // The tests of one number of threads on one model.
+constexpr uint32_t kWarmUpTokens = 128;
+
+// Positions that the longest test needs.
+uint32_t context(const BenchOptions& options) {
+  const auto most = [](const std::vector<uint32_t>& list) { return *std::max_element(list.begin(), list.end()); };
+  return most(options.depths) + std::max({most(options.n_prompt), most(options.n_gen), kWarmUpTokens});
+}
+
 class Runner {
  public:
   Runner(const BenchOptions& options, int n_threads, const Limits& limits, BenchReport& report)
@@ -121,7 +130,7 @@ class Runner {
         limits_(limits),
         report_(report),
         engine_(open(options.model, n_threads)),
-        session_(open_session(engine_, options.model, context(options))),
+        session_(open_session(engine_, options.model)),
         random_(options.seed) {}
 
   void run() {
@@ -140,11 +149,6 @@ class Runner {
   static Engine open(ModelOptions options, int n_threads) {
     options.n_threads = n_threads;
     return open_engine(options);
-  }
-
-  static uint32_t context(const BenchOptions& options) {
-    const auto most = [](const std::vector<uint32_t>& list) { return *std::max_element(list.begin(), list.end()); };
-    return most(options.depths) + std::max({most(options.n_prompt), most(options.n_gen), kWarmUpTokens});
   }
 
   // Reads in a file that is not in memory yet: enough tokens to reach every expert.
@@ -203,7 +207,7 @@ class Runner {
     result.deviation = n > 1 ? std::sqrt(result.deviation / (n - 1)) : 0.0;
     const ModelInfo& info = engine_.info();
     const Cost cost = test.decode ? decode_cost(info, options_.model.kv_type, test)
-                                  : prefill_cost(info, options_.model.kv_type, options_.model.n_batch, test);
+                                  : prefill_cost(info, options_.model.kv_type, report_.n_batch, test);
     result.bytes_per_token = cost.bytes;
     result.macs_per_token = cost.int8_macs + cost.f32_macs;
     result.share_of_limit = share_of_limit(result, cost, limits_.roofline);
@@ -218,7 +222,6 @@ class Runner {
     for (size_t i = 0; i < now.size(); ++i) sum[i] += now[i] - before[i];
   }
 
-  static constexpr uint32_t kWarmUpTokens = 128;
 
   const BenchOptions& options_;
   const Limits& limits_;
@@ -264,22 +267,27 @@ const Limits& limits_of(const BenchReport& report, int n_threads) {
   });
 }
 
-void run_bench(const BenchOptions& options) {
+void describe(const Engine& engine, BenchReport& report) {
+  report.info = engine.info();
+  report.n_batch = engine.plan().n_batch;
+}
+
+void run_bench(BenchOptions options) {
   const BenchFormat format = format_of_output(options);
   const bool has_model = !options.model.path.empty();
   if (!has_model && !options.roofline)
     fail(ErrorKind::usage, "bench: MODEL is required (or --roofline, for the machine's limits only)");
   if (has_model && !any(options.n_prompt) && !any(options.n_gen))
     fail(ErrorKind::usage, "bench: -p 0 and -n 0 leave nothing to measure");
+  options.model.n_ctx = context(options);
   const KernelTable& kernels = select_kernels(options.model.isa);
   BenchReport report;
   report.model = options.model.path;
   report.kv_type = kv_type_name(options.model.kv_type);
-  report.n_batch = options.model.n_batch;
   report.seed = options.seed;
   report.isa = kernels.isa;
   report.threads = options.threads.empty() ? std::vector{read_host_cores().usable()} : options.threads;
-  if (has_model) report.info = open_engine(options.model).info();  // refused before anything is measured
+  if (has_model) describe(open_engine(options.model), report);  // refused before anything is measured
   report.energy_absent = EnergyMeter().why_not();
   measure_limits(options, kernels, report);
   if (has_model)

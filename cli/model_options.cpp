@@ -28,6 +28,29 @@ MemoryOptions::Ram parse_ram(const std::string& text, uint64_t& n_bytes) {
 
 }  // namespace
 
+constexpr std::pair<ReadBackend, const char*> kBackends[] = {{ReadBackend::automatic, "auto"},
+                                                             {ReadBackend::io_uring, "io_uring"},
+                                                             {ReadBackend::pread, "pread"},
+                                                             {ReadBackend::buffered, "buffered"}};
+
+void add_stream_options(CLI::App& command, ModelOptions& options) {
+  command
+      .add_option("--slots", options.memory.slots,
+                  "Stream experts with so many of each layer kept in memory, whatever --ram allows (for experiments)")
+      ->check(CLI::Range(0u, 1024u).description(""))
+      ->type_name("N");
+  const auto set = [&options](const std::string& name) {
+    for (const auto& [backend, backend_name] : kBackends)
+      if (name == backend_name) options.backend = backend;
+  };
+  std::vector<std::string> names;
+  for (const auto& backend : kBackends) names.emplace_back(backend.second);
+  command.add_option_function<std::string>("--io", set, "How streamed experts are read")
+      ->check(CLI::IsMember(names))
+      ->type_name("KIND")
+      ->default_str("auto");
+}
+
 void add_memory_option(CLI::App& command, MemoryOptions& memory) {
   command
       .add_option_function<std::string>(
@@ -40,6 +63,7 @@ void add_memory_option(CLI::App& command, MemoryOptions& memory) {
 void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default) {
   command.add_option("MODEL", options.path, "GGUF file")->required();
   add_memory_option(command, options.memory);
+  add_stream_options(command, options);
   command
       .add_option("-c,--ctx", options.n_ctx,
                   std::string("Context size in tokens [default: ") + ctx_default + "]")
@@ -47,10 +71,10 @@ void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx
       ->type_name("N");
   add_threads_option(command, options.n_threads);
   add_placement_options(command, options.pin, options.numa);
-  command.add_option("-b,--batch", options.n_batch, "Tokens evaluated at once in prefill")
+  command.add_option("-b,--batch", options.n_batch,
+                     "Tokens evaluated at once in prefill [default: 512, more where experts are streamed]")
       ->check(CLI::Range(1u, 1u << 16).description(""))
-      ->type_name("N")
-      ->capture_default_str();
+      ->type_name("N");
   const auto set_kv_type = [&options](const std::string& name) {
     for (const auto& [type, type_name] : kKvTypes)
       if (name == type_name) options.kv_type = type;
@@ -89,7 +113,8 @@ Engine open_engine(const ModelOptions& options) {
                        .notice = notices(),
                        .pin = options.pin,
                        .numa = options.numa,
-                       .memory = memory});
+                       .memory = memory,
+                       .stream = {.backend = options.backend}});
 }
 
 Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx) {

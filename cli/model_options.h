@@ -22,6 +22,7 @@ struct ModelOptions {
   std::string isa;  // "": best usable
   PinMode pin = PinMode::automatic;
   NumaMode numa = NumaMode::automatic;
+  ReadBackend backend = ReadBackend::automatic;
   MemoryOptions memory;  // of --ram; the sizes of the session are copied into it by open_engine
 };
 

@@ -5,6 +5,7 @@
 #include <unordered_map>
 
 #include "base/block_reader.h"
+#include "base/error.h"
 #include "runtime/engine.h"
 #include "runtime/model.h"
 

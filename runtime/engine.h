@@ -36,7 +36,7 @@ struct MemoryOptions {
   uint64_t ram_bytes = 0;
   uint32_t n_ctx = 0, n_batch = 0;  // 0: SessionOptions' default, or chosen by the plan
   KvType kv_type = KvType::f16;
-  std::optional<uint32_t> slots;  // experts held per layer, for tests and experiments; forces streaming
+  std::optional<uint32_t> slots = {};  // experts held per layer, for tests and experiments; forces streaming
 };
 
 // How experts are read when they do not all fit in memory.
@@ -44,7 +44,7 @@ struct StreamOptions {
   ReadBackend backend = ReadBackend::automatic;
   unsigned depth = 8;                       // reads under way
   size_t piece_bytes = size_t{1} << 20;     // of one read
-  ReadFault fault;                          // tests only
+  ReadFault fault = {};                     // tests only
 };
 
 // What streaming has done since the model was opened.

@@ -28,7 +28,7 @@ struct PerplexityResult {
 
 struct PerplexityOptions {
   uint32_t n_ctx = 512;
-  uint32_t n_batch = 512;
+  uint32_t n_batch = 0;  // 0: the memory plan's
   size_t max_chunks = 0;           // 0: all
   KvType kv_type = KvType::f32;
   const std::atomic<bool>* cancel = nullptr;

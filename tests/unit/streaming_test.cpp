@@ -1,0 +1,180 @@
+// Streamed experts give the logits of resident ones, byte for byte.
+#include <doctest/doctest.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+
+#include "base/error.h"
+#include "runtime/engine.h"
+#include "runtime/memory_plan.h"
+#include "tests/support/errors.h"
+#include "tests/support/random_model.h"
+
+using namespace duet;
+using test::RandomModel;
+
+namespace {
+
+HParams mixtral_hparams() {
+  HParams h = test::tiny_hparams();
+  h.n_layer = 3;
+  h.n_embd = 256;
+  h.n_head = 4;
+  h.n_head_kv = 2;
+  h.head_dim = h.n_rot = 64;
+  h.n_ff = 512;
+  h.n_expert = 8;
+  h.n_expert_used = 2;
+  return h;
+}
+
+// Down projections of another type in one layer, as recipes mix them: buffers of two sizes.
+RandomModel mixed_model(bool split_experts) {
+  return {.hparams = mixtral_hparams(), .split_experts = split_experts, .type = [](const std::string& name) {
+            if (name.find("blk.1.ffn_down") != name.npos || name == "output.weight") return DType::Q6_K;
+            return DType::Q4_K;
+          }};
+}
+
+constexpr size_t kTokens = 50;
+
+std::vector<Token> some_tokens(uint32_t n_vocab) {
+  std::vector<Token> out(kTokens);
+  for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<Token>((i * i * 11 + i * 29 + 3) % n_vocab);
+  return out;
+}
+
+std::vector<float> all_logits(const Engine& engine, uint32_t n_batch, std::span<const Token> tokens) {
+  Session session = engine.new_session({.n_ctx = kTokens, .n_batch = n_batch});
+  std::vector<float> out;
+  session.append_all_logits(tokens, [&](size_t, size_t, std::span<const float> logits) {
+    out.insert(out.end(), logits.begin(), logits.end());
+  });
+  return out;
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+Engine open(const std::filesystem::path& path, uint32_t slots, int n_threads = 2, const StreamOptions& stream = {}) {
+  MemoryOptions memory{.n_ctx = kTokens, .n_batch = kTokens};
+  memory.slots = slots;
+  return Engine::open(path, {.n_threads = n_threads, .isa = {}, .notice = {}, .memory = memory, .stream = stream});
+}
+
+struct Way {
+  ReadBackend backend;
+  int n_threads;
+};
+constexpr Way kWays[] = {{ReadBackend::automatic, 2}, {ReadBackend::pread, 1}, {ReadBackend::buffered, 2}};
+
+void check_equal(const RandomModel& model, std::initializer_list<uint32_t> all_slots) {
+  const auto path = test::write_model(model, "stream.gguf");
+  const auto tokens = some_tokens(model.hparams.n_vocab);
+  for (const uint32_t n_batch : {1u, 32u, static_cast<uint32_t>(kTokens)}) {
+    const auto want = all_logits(Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}}), n_batch, tokens);
+    for (const Way& way : kWays)
+      for (const uint32_t slots : all_slots) {
+        CAPTURE(n_batch);
+        CAPTURE(slots);
+        CAPTURE(static_cast<int>(way.backend));
+        const Engine engine = open(path, slots, way.n_threads, {.backend = way.backend, .piece_bytes = 16384});
+        REQUIRE(engine.plan().streamed);
+        CHECK(same_bits(all_logits(engine, n_batch, tokens), want));
+        CHECK(same_bits(all_logits(engine, n_batch, tokens), want));  // again, with what is in memory now
+        CHECK(engine.stream_stats()->misses > 0);
+      }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("streaming: logits equal resident ones, merged experts") { check_equal(mixed_model(false), {0, 1, 2, 3, 7}); }
+TEST_CASE("streaming: logits equal resident ones, per-expert tensors") { check_equal(mixed_model(true), {1, 2, 8}); }
+
+TEST_CASE("streaming: float experts") {
+  check_equal({.hparams = mixtral_hparams(), .type = [](const std::string&) { return DType::F32; }}, {2});
+}
+
+TEST_CASE("streaming: hits and misses are counted, all slots read every expert once") {
+  const RandomModel model = mixed_model(false);
+  const auto path = test::write_model(model, "stream.gguf");
+  const Engine engine = open(path, 8);
+  const auto tokens = some_tokens(model.hparams.n_vocab);
+  all_logits(engine, kTokens, tokens);
+  const StreamStats first = *engine.stream_stats();
+  CHECK(first.hits == 0);
+  CHECK(first.misses == 3 * 8);
+  all_logits(engine, kTokens, tokens);
+  CHECK(engine.stream_stats()->misses == first.misses);
+  CHECK(engine.stream_stats()->hits == 3 * 8);
+  CHECK(engine.stream_stats()->reads.bytes == first.reads.bytes);
+}
+
+TEST_CASE("streaming: a failed read is an error, and the session goes on where it stood") {
+  const RandomModel model = mixed_model(false);
+  const auto path = test::write_model(model, "stream.gguf");
+  const auto tokens = some_tokens(model.hparams.n_vocab);
+  const auto want = all_logits(Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}}), 1, tokens);
+  for (const int error : {EIO, ENODATA}) {
+    std::atomic<bool> armed{false};
+    StreamOptions stream;
+    stream.fault = [&](uint64_t, size_t) { return armed.exchange(false) ? error : 0; };
+    const Engine engine = open(path, 2, 2, stream);
+    Session session = engine.new_session({.n_ctx = kTokens, .n_batch = 1});
+    std::vector<float> got;
+    const auto append = [&](size_t i) {
+      session.append({&tokens[i], 1});
+      got.insert(got.end(), session.logits().begin(), session.logits().end());
+    };
+    for (size_t i = 0; i < 20; ++i) append(i);
+    armed = true;
+    size_t n_failed = 0;
+    for (size_t i = 20; i < kTokens;) {
+      try {
+        append(i);
+        ++i;
+      } catch (const Error& e) {
+        CHECK(e.kind() == ErrorKind::io);
+        CHECK(std::string(e.what()).find("expert") != std::string::npos);
+        ++n_failed;
+      }
+    }
+    CHECK(n_failed == 1);
+    CHECK(same_bits(got, want));
+  }
+}
+
+TEST_CASE("streaming: cancelled in the middle, then continued") {
+  const RandomModel model = mixed_model(false);
+  const auto path = test::write_model(model, "stream.gguf");
+  const auto tokens = some_tokens(model.hparams.n_vocab);
+  const auto want = all_logits(Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}}), 1, tokens);
+  std::atomic<bool> cancel{false};
+  StreamOptions stream;
+  std::atomic<uint64_t> n_reads{0};
+  stream.fault = [&](uint64_t, size_t) {
+    if (++n_reads % 64 == 0) cancel = true;
+    return 0;
+  };
+  const Engine engine = open(path, 2, 2, stream);
+  Session session = engine.new_session({.n_ctx = kTokens, .n_batch = 1, .cancel = &cancel});
+  std::vector<float> got;
+  size_t n_cancelled = 0;
+  for (size_t i = 0; i < kTokens;) {
+    try {
+      session.append({&tokens[i], 1});
+      got.insert(got.end(), session.logits().begin(), session.logits().end());
+      ++i;
+    } catch (const Error& e) {
+      CHECK(e.kind() == ErrorKind::cancelled);
+      cancel = false;
+      ++n_cancelled;
+    }
+  }
+  CHECK(n_cancelled > 0);
+  CHECK(same_bits(got, want));
+}
