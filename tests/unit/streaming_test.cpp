@@ -99,19 +99,21 @@ TEST_CASE("streaming: float experts") {
   check_equal({.hparams = mixtral_hparams(), .type = [](const std::string&) { return DType::F32; }}, {2});
 }
 
-TEST_CASE("streaming: hits and misses are counted, all slots read every expert once") {
+TEST_CASE("streaming: hits and misses are counted, with all slots an expert is read once") {
   const RandomModel model = mixed_model(false);
   const auto path = test::write_model(model, "stream.gguf");
   const Engine engine = open(path, 8);
   const auto tokens = some_tokens(model.hparams.n_vocab);
-  all_logits(engine, kTokens, tokens);
+  const auto run = [&] { all_logits(engine, 10, tokens); };  // too few tokens at once to read ahead
+  run();
   const StreamStats first = *engine.stream_stats();
-  CHECK(first.hits == 0);
-  CHECK(first.misses == 3 * 8);
-  all_logits(engine, kTokens, tokens);
-  CHECK(engine.stream_stats()->misses == first.misses);
-  CHECK(engine.stream_stats()->hits == 3 * 8);
-  CHECK(engine.stream_stats()->reads.bytes == first.reads.bytes);
+  CHECK(first.misses > 0);
+  CHECK(first.misses <= 3 * 8);
+  run();
+  const StreamStats second = *engine.stream_stats();
+  CHECK(second.misses == first.misses);
+  CHECK(second.hits == 2 * first.hits + first.misses);
+  CHECK(second.reads.bytes == first.reads.bytes);
 }
 
 TEST_CASE("streaming: a failed read is an error, and the session goes on where it stood") {
