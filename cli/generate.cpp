@@ -16,6 +16,7 @@
 #include "cli/console.h"
 #include "cli/model_options.h"
 #include "cli/options.h"
+#include "runtime/memory_plan.h"
 
 namespace duet::cli {
 namespace {
@@ -39,6 +40,7 @@ struct Generation {
   size_t n_prompt = 0;
   double prefill_seconds = 0, decode_seconds = 0;
   size_t n_decoded = 0;  // tokens that decode_seconds evaluated
+  StreamStats before_decode;
   Stop stop = Stop::length;
 };
 
@@ -116,10 +118,10 @@ std::vector<Token> prompt_ids(const Tokenizer& tokenizer, const std::optional<Ch
 class Generator {
  public:
   // `is_answer`: the text starts a turn of its own instead of continuing the prompt.
-  Generator(const RunOptions& options, const Tokenizer& tokenizer, Session& session,
-            Sampler sampler, bool is_answer)
+  Generator(const RunOptions& options, const Engine& engine, Session& session, Sampler sampler, bool is_answer)
       : options_(options),
-        tokenizer_(tokenizer),
+        engine_(engine),
+        tokenizer_(engine.tokenizer()),
         session_(session),
         sampler_(std::move(sampler)),
         stream_(tokenizer_, is_answer) {}
@@ -151,6 +153,7 @@ class Generator {
   }
 
   Stop decode() {
+    out_.before_decode = engine_.stream_stats().value_or(StreamStats{});
     const auto start = std::chrono::steady_clock::now();
     while (!length_reached()) {
       if (interrupted()) return Stop::interrupted;
@@ -176,6 +179,7 @@ class Generator {
   }
 
   const RunOptions& options_;
+  const Engine& engine_;
   const Tokenizer& tokenizer_;
   Session& session_;
   Sampler sampler_;
@@ -187,11 +191,37 @@ double per_second(size_t n, double seconds) {
   return seconds > 0 ? static_cast<double>(n) / seconds : 0;
 }
 
-void print_status(const ModelInfo& info, const Session& session) {
+void print_status(const Engine& engine, const Session& session) {
+  const ModelInfo& info = engine.info();
   std::fprintf(stderr, "[%s | %s | %s | %s, %d thread%s | ctx %u, %s KV]\n",
                info.hparams.name.c_str(), info.types.c_str(), format_size(info.file_bytes).c_str(),
                info.isa.c_str(), info.n_threads, info.n_threads == 1 ? "" : "s", session.n_ctx(),
                format_size(session.kv_bytes()).c_str());
+  if (engine.plan().streamed) std::fprintf(stderr, "[%s]\n", describe(engine.plan(), info.hparams).c_str());
+}
+
+// What the disk gave and how often an expert was in memory, while tokens were made.
+struct Streaming {
+  double hit_rate = 0, bytes_per_token = 0, read_gb_s = 0, wait_share = 0;
+  std::string backend;
+};
+
+std::optional<Streaming> streaming(const Engine& engine, const Generation& g) {
+  const std::optional<StreamStats> now = engine.stream_stats();
+  if (!now || g.n_decoded == 0) return std::nullopt;
+  const StreamStats& before = g.before_decode;
+  const double hits = static_cast<double>(now->hits - before.hits), misses = static_cast<double>(now->misses - before.misses);
+  const double bytes = static_cast<double>(now->reads.bytes - before.reads.bytes);
+  return Streaming{.hit_rate = hits / (hits + misses),
+                   .bytes_per_token = bytes / static_cast<double>(g.n_decoded),
+                   .read_gb_s = bytes / g.decode_seconds / 1e9,
+                   .wait_share = static_cast<double>(now->wait_ns - before.wait_ns) * 1e-9 / g.decode_seconds / engine.info().n_threads,
+                   .backend = now->backend};
+}
+
+void print_streaming(const Streaming& s) {
+  std::fprintf(stderr, "[experts in memory %.0f %% of the time, %.2f GB/token read at %.2f GB/s (%s), %.0f %% of the time waiting for the disk]\n",
+               100 * s.hit_rate, s.bytes_per_token / 1e9, s.read_gb_s, s.backend.c_str(), 100 * s.wait_share);
 }
 
 void print_statistics(const RunOptions& options, const Generation& g) {
@@ -203,8 +233,8 @@ void print_statistics(const RunOptions& options, const Generation& g) {
       static_cast<unsigned long long>(options.sampling.seed));
 }
 
-Json to_json(const RunOptions& options, const Generation& g) {
-  return {{"text", g.text},
+Json to_json(const RunOptions& options, const Generation& g, const std::optional<Streaming>& s) {
+  Json out{{"text", g.text},
           {"ids", g.ids},
           {"prompt_tokens", g.n_prompt},
           {"generated_tokens", g.ids.size()},
@@ -213,6 +243,13 @@ Json to_json(const RunOptions& options, const Generation& g) {
           {"decode_tok_s", per_second(g.n_decoded, g.decode_seconds)},
           {"stop", stop_name(g.stop)},
           {"seed", options.sampling.seed}};
+  if (s)
+    out["streaming"] = {{"hit_rate", s->hit_rate},
+                        {"disk_bytes_per_token", s->bytes_per_token},
+                        {"disk_gb_s", s->read_gb_s},
+                        {"disk_wait_share", s->wait_share},
+                        {"backend", s->backend}};
+  return out;
 }
 
 void run_generate(RunOptions options) {
@@ -229,15 +266,17 @@ void run_generate(RunOptions options) {
   if (ids.size() > session.n_ctx())
     fail(ErrorKind::usage, "the prompt has ", ids.size(), " tokens, the context ", session.n_ctx(),
          "; shorten it or give --ctx ", ids.size() + 512);
-  print_status(engine.info(), session);
+  print_status(engine, session);
   const Generation result =
-      Generator(options, engine.tokenizer(), session, sampler, chat.has_value()).run(ids);
+      Generator(options, engine, session, sampler, chat.has_value()).run(ids);
+  const std::optional<Streaming> stream = streaming(engine, result);
   if (options.json)
-    print_json(to_json(options, result));
+    print_json(to_json(options, result, stream));
   else
     print("\n");
   flush_stdout();
   print_statistics(options, result);
+  if (stream) print_streaming(*stream);
   if (result.stop == Stop::interrupted) throw Quit{kExitInterrupted};
 }
 

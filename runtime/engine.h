@@ -52,6 +52,7 @@ struct StreamStats {
   uint64_t hits = 0, misses = 0;  // experts that a chunk needed in a layer and that were, were not in memory
   BlockReaderStats reads;
   uint64_t wait_ns = 0;           // of all threads, for rows that had not landed
+  std::string backend;            // "io_uring, direct"
 };
 
 struct EngineOptions {

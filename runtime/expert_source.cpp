@@ -351,7 +351,7 @@ void ExpertSource::shrink(uint32_t n_slots) {
 }
 
 StreamStats ExpertSource::stats() const {
-  return {.hits = policy_.hits(), .misses = policy_.misses(), .reads = reader_->stats(), .wait_ns = wait_ns_.load()};
+  return {.hits = policy_.hits(), .misses = policy_.misses(), .reads = reader_->stats(), .wait_ns = wait_ns_.load(), .backend = reader_->name()};
 }
 
 }  // namespace duet
