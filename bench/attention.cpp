@@ -3,14 +3,14 @@
 //
 // Prefill: the last tile of tokens of a long prompt, in GMAC/s and as a share of a register-only
 // loop of FP32 multiply-adds of the same run (whole products: scores and mixed values). Decode: one
-// token at a depth, in GB/s of keys and values read. Times are processor time over threads, for a
-// machine that others use too; a memory-bound figure still suffers from them.
+// token at a depth, in GB/s of keys and values read and as a share of a load-and-add loop over the same
+// memory just before.
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <ctime>
 #include <string>
 #include <vector>
 
@@ -31,20 +31,18 @@ struct Options {
 constexpr std::pair<KvType, const char*> kTypes[] = {{KvType::f16, "f16"}, {KvType::f32, "f32"}, {KvType::q8_0, "q8_0"}};
 constexpr size_t kSpan = 2048, kTileRows = 96;
 
-double cpu_seconds() {
-  timespec t;
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 // Best of a few runs, within about half a second.
 template <class Run>
-double best_seconds(int n_threads, const Run& run) {
+double best_seconds(const Run& run) {
   double best = 1e30, total = 0;
   for (int i = 0; i < 9 && (i < 3 || total < 0.5); ++i) {
-    const double start = cpu_seconds();
+    const double start = seconds();
     run();
-    const double s = (cpu_seconds() - start) / n_threads;
+    const double s = seconds() - start;
     best = std::min(best, s);
     total += s;
   }
@@ -54,9 +52,9 @@ double best_seconds(int n_threads, const Run& run) {
 double fma_peak(const KernelTable& kernels) {
   double peak = 0;
   for (int i = 0; i < 5; ++i) {
-    const double start = cpu_seconds();
+    const double start = seconds();
     const uint64_t macs = kernels.peak.f32_macs(2'000'000);
-    peak = std::max(peak, static_cast<double>(macs) / (cpu_seconds() - start));
+    peak = std::max(peak, static_cast<double>(macs) / (seconds() - start));
   }
   return peak;
 }
@@ -93,21 +91,33 @@ struct Problem {
   void run(int n_threads, size_t n_tokens, std::vector<std::vector<float>>& scratch) const {
     const size_t n_spans = (n_keys + kSpan - 1) / kSpan, n_rows = n_tokens * group();
     scratch.resize(static_cast<size_t>(n_threads));
-    parallel_for(n_threads, static_cast<size_t>(n_threads), 1, [&](size_t worker, size_t) {
+    const size_t n_tasks = n_spans * hparams.n_head_kv;
+    parallel_tasks(n_threads, n_tasks, [&](size_t worker, size_t task) {
       auto& own = scratch[worker];
       own.resize(attention_scratch_floats(n_rows, hparams.head_dim) + n_rows * attention_row_floats(hparams.head_dim) + 16);
       float* begin = own.data() + (16 - reinterpret_cast<uintptr_t>(own.data()) / 4 % 16) % 16;
-      for (size_t task = worker; task < n_spans * hparams.n_head_kv; task += static_cast<size_t>(n_threads)) {
-        const size_t head = task / n_spans, span = task % n_spans;
-        kernels.attention({.kv = cache.view(0, head), .q = queries.data() + head * group() * hparams.head_dim,
+      const size_t head = task / n_spans, span = task % n_spans;
+      kernels.attention({.kv = cache.view(0, head), .q = queries.data() + head * group() * hparams.head_dim,
                            .q_stride = size_t{hparams.n_head} * hparams.head_dim, .n_tokens = n_tokens, .group = group(),
                            .head_dim = hparams.head_dim, .first = n_keys - n_tokens, .window = 0, .key_begin = span * kSpan,
                            .key_end = (span + 1) * kSpan, .scale = 0.1f, .scratch = begin,
                            .out = begin + attention_scratch_floats(n_rows, hparams.head_dim)});
-      }
     });
   }
 };
+
+// Bytes per second of a plain load-and-add loop over the same memory, as many threads.
+double read_speed(const Problem& p, int n_threads) {
+  const auto* data = p.cache.view(0, 0).keys;
+  const size_t piece = p.cache.size_bytes() / static_cast<size_t>(n_threads) / 512 * 512;
+  std::vector<uint64_t> sums(static_cast<size_t>(n_threads));
+  const double s = best_seconds([&] {
+    parallel_for(n_threads, sums.size(), 1, [&](size_t begin, size_t end) {
+      for (size_t i = begin; i < end; ++i) sums[i] += p.kernels.peak.read_sum(data + i * piece, piece);
+    });
+  });
+  return static_cast<double>(piece) * n_threads / s;
+}
 
 void bench(const KernelTable& kernels, const Options& options, int n_threads) {
   const double peak = fma_peak(kernels);
@@ -119,11 +129,12 @@ void bench(const KernelTable& kernels, const Options& options, int n_threads) {
       const Problem p(kernels, options, type, n_keys);
       const size_t n_tokens = kTileRows / p.group();
       const double macs = 2.0 * static_cast<double>(n_tokens * options.n_head * options.head_dim) * (static_cast<double>(n_keys) - 0.5 * static_cast<double>(n_tokens));
-      const double many = best_seconds(n_threads, [&] { p.run(n_threads, n_tokens, scratch); });
-      const double one = best_seconds(n_threads, [&] { p.run(n_threads, 1, scratch); });
+      const double many = best_seconds([&] { p.run(n_threads, n_tokens, scratch); });
+      const double read = read_speed(p, n_threads), one = best_seconds([&] { p.run(n_threads, 1, scratch); });
       std::printf("  %-4s %6zu keys  prefill %6.1f GMAC/s", name, n_keys, macs / many * 1e-9);
       if (peak > 0) std::printf(" (%2.0f %%)", 100 * macs / many / (peak * n_threads));
-      std::printf("  decode %6.2f GB/s, %6.1f GMAC/s\n", static_cast<double>(p.cache.size_bytes()) / one * 1e-9,
+      const double speed = static_cast<double>(p.cache.size_bytes()) / one;
+      std::printf("  decode %6.2f GB/s of %6.2f (%2.0f %%), %6.1f GMAC/s\n", speed * 1e-9, read * 1e-9, 100 * speed / read,
                   2e-9 * static_cast<double>(size_t{options.n_head} * options.head_dim * n_keys) / one);
       std::fflush(stdout);
     }

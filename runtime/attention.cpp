@@ -46,7 +46,7 @@ void merge_row(float* row, const float* later, size_t dims) {
     return;
   }
   const float max = std::max(row[dims], later[dims]);
-  const float a = std::exp(row[dims] - max), b = std::exp(later[dims] - max);
+  const float a = std::exp2(row[dims] - max), b = std::exp2(later[dims] - max);
   for (size_t i = 0; i < dims; ++i) row[i] = row[i] * a + later[i] * b;
   row[dims] = max;
   row[dims + 1] = row[dims + 1] * a + later[dims + 1] * b;

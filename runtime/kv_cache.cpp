@@ -82,7 +82,10 @@ void KvCache::store(const KernelTable& kernels, size_t layer, size_t pos, const 
   for (size_t head = 0; head < n_head_kv_; ++head) {
     std::byte* unit = data_.data() + ((layer * n_segments_ + segment) * n_head_kv_ + head) * unit_bytes();
     store_key(kernels, unit + in_segment / kKvBlock * sizes_.key_block, pos % kKvBlock, k + head * head_dim_);
-    store_value(kernels, unit + key_bytes() + in_segment * sizes_.value_row, v + head * head_dim_);
+    if (type_ == DType::Q8_0)
+      store_value_q8(kernels, unit + key_bytes(), in_segment, v + head * head_dim_);
+    else
+      store_value(kernels, unit + key_bytes() + in_segment * sizes_.value_row, v + head * head_dim_);
   }
 }
 
@@ -98,21 +101,24 @@ void KvCache::store_key(const KernelTable& kernels, std::byte* block, size_t lan
   for (size_t g = 0; g < head_dim_ / 32; ++g, block += kKvBlock * sizeof(BlockQ8_0)) {
     const uint16_t d = f32_to_f16(quantized[g].d);
     scatter(&d, 1, block, lane);
-    scatter(quantized[g].qs, 32, block + kKvBlock * sizeof d, lane);
+    std::byte* pairs = block + kKvBlock * sizeof d;
+    for (size_t i = 0; i < 32; i += 2) std::memcpy(pairs + i * kKvBlock + 2 * lane, quantized[g].qs + i, 2);
+  }
+}
+
+void KvCache::store_value_q8(const KernelTable& kernels, std::byte* values, size_t in_segment, const float* v) const {
+  BlockAct32 quantized[kMaxHeadDim / 32];
+  kernels.quantize_act32(v, quantized, head_dim_);
+  const size_t n_groups = head_dim_ / 32;
+  for (size_t g = 0; g < n_groups; ++g) {
+    const uint16_t d = f32_to_f16(quantized[g].d);
+    std::memcpy(values + (g * kKvSegment + in_segment) * sizeof d, &d, sizeof d);
+    std::byte* pair = values + n_groups * kKvSegment * sizeof d + (g * kKvSegment + in_segment / 2 * 2) * 32;
+    for (size_t i = 0; i < 32; ++i) std::memcpy(pair + 2 * i + in_segment % 2, quantized[g].qs + i, 1);
   }
 }
 
 void KvCache::store_value(const KernelTable& kernels, std::byte* row, const float* v) const {
-  if (type_ == DType::Q8_0) {
-    BlockAct32 quantized[kMaxHeadDim / 32];
-    kernels.quantize_act32(v, quantized, head_dim_);
-    for (size_t g = 0; g < head_dim_ / 32; ++g) {
-      BlockQ8_0 block{.d = f32_to_f16(quantized[g].d), .qs = {}};
-      std::memcpy(block.qs, quantized[g].qs, sizeof block.qs);
-      std::memcpy(row + g * sizeof block, &block, sizeof block);
-    }
-    return;
-  }
   const size_t n_bytes = head_dim_ * (type_ == DType::F32 ? sizeof(float) : sizeof(uint16_t));
   if (type_ == DType::F32)
     std::memcpy(row, v, n_bytes);

@@ -28,7 +28,7 @@ class KvCache {
   static uint64_t bytes_needed(const HParams& hparams, size_t n_ctx, KvType type);
 
  private:
-  // Bytes of a block of keys and a row of values of one head.
+  // Bytes of a block of keys and of one position's values of a head.
   struct Sizes {
     size_t key_block, value_row;
   };
@@ -37,6 +37,7 @@ class KvCache {
   size_t unit_bytes() const { return key_bytes() + kKvSegment * sizes_.value_row; }
   void store_key(const KernelTable& kernels, std::byte* block, size_t lane, const float* k) const;
   void store_value(const KernelTable& kernels, std::byte* row, const float* v) const;
+  void store_value_q8(const KernelTable& kernels, std::byte* values, size_t in_segment, const float* v) const;
 
   size_t n_ctx_, n_segments_, head_dim_, n_head_kv_;
   DType type_;

@@ -52,15 +52,16 @@ using MatmulFn = void (*)(const MatmulArgs&) noexcept;
 //
 // Keys of a segment: blocks of kKvBlock positions, element i of key j of a block (j = pos % 16) at
 //   F32, F16   [i][j]                                     64, 32 bytes per i
-//   Q8_0       groups of 32 elements: half-precision scales [j], then int8 [i % 32][j]
+//   Q8_0       groups of 32 elements: half-precision scales [j], then int8 [i % 32 / 2][j][i % 2]
 // Values of a segment: a row per position, head_dim elements and zeros up to a multiple of 16;
-// Q8_0: blocks of BlockQ8_0. Q8_0 only where head_dim is a multiple of 32.
+// Q8_0: half-precision scales [i / 32][pos % 256], then int8 [i / 32][pos % 256 / 2][i % 32][pos % 2].
+// Q8_0 only where head_dim is a multiple of 32.
 // Positions that were never written may hold anything.
 inline constexpr size_t kKvBlock = 16, kKvSegment = 256;
 struct KvView {
   const std::byte *keys, *values;  // of segment 0
   size_t segment_bytes;            // from segment to segment of both
-  size_t key_block_bytes, value_row_bytes;
+  size_t key_block_bytes, value_row_bytes;  // the second: not with Q8_0
   DType type;  // F32, F16, Q8_0
 };
 
@@ -79,12 +80,13 @@ struct AttentionArgs {
 };
 // Floats of a row of results: sum of weight * value [head_dim, padded to 16], then the largest score
 // max (-infinity: the row sees none of the keys, the rest is not set), then the sum of the weights
-// exp(score - max).
+// 2^(score - max). Scores are in units of kScoreUnit: query * key * scale * log2(e).
+inline constexpr float kScoreUnit = 1.44269504f;
 inline size_t attention_row_dims(size_t head_dim) { return (head_dim + 15) / 16 * 16; }
 inline size_t attention_row_floats(size_t head_dim) { return attention_row_dims(head_dim) + 16; }
 inline size_t attention_scratch_floats(size_t n_rows, size_t head_dim) {
   const size_t dims = attention_row_dims(head_dim);
-  return (n_rows * (2 * dims + kKvSegment + 2) + dims * kKvSegment + 15) / 16 * 16;
+  return (n_rows * (2 * dims + kKvSegment * 3 / 2 + 5) + dims * kKvSegment + 31) / 16 * 16;
 }
 
 // What the processor can do at most with this table's instructions, for measurements. The first two
@@ -129,9 +131,16 @@ struct KernelTable {
   void (*f16_to_f32)(const uint16_t* x, float* y, size_t n) noexcept;
 
   // A row has the same bits whatever shares the call: its segments are evaluated one by one (score =
-  // one chain of multiply-adds over the head, from 0; weights exp(score - max of the segment); their
+  // one chain of multiply-adds over the head, from 0; weights 2^(score - max of the segment); their
   // sum: keys 16 apart first, then a tree; mixed values one chain over the keys, from 0) and merged
   // in order. Keys that a row does not see take no part.
+  // 8-bit: queries and weights become 16-bit integers, sums of products with integers are exact.
+  //   query * scale ~= u * Q, u = max|.| / 32767; score = u * s, s a chain of multiply-adds over the
+  //   groups of 32 elements, from 0, of float(sum of Q * key) with the scales of the keys
+  //   m = largest weight * (largest scale of the value's groups) of the keys seen;
+  //   W = weight * (32767 / m) * scale, to the nearest; mixed value = (m / 32767) * float(sum of W * value)
+  // One unit for all 256 keys of a segment rounds no weight by more than 2^-16 of what the largest
+  // one contributes: far below the rounding of the values themselves.
   void (*attention)(const AttentionArgs& args) noexcept;
 };
 

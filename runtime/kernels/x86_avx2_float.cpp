@@ -22,16 +22,26 @@ struct Avx2 {
   }
   static DUET_INLINE Batch fma(Batch a, Batch b, Batch c) { return _mm256_fmadd_ps(a, b, c); }
   static DUET_INLINE Batch fnma(Batch a, Batch b, Batch c) { return _mm256_fnmadd_ps(a, b, c); }
-  static DUET_INLINE Batch load_i8(const void* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
-  }
-  static DUET_INLINE Batch broadcast_f16(const void* p) {
-    int16_t half;
-    __builtin_memcpy(&half, p, sizeof half);
-    return _mm256_cvtph_ps(_mm_set1_epi16(half));
-  }
   static DUET_INLINE void store_f16(void* p, Batch v) {
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  // 16-bit integers, two to a lane.
+  using Int = __m256i;
+  static DUET_INLINE Int zero() { return _mm256_setzero_si256(); }
+  static DUET_INLINE Int pair(int32_t two) { return _mm256_set1_epi32(two); }
+  static DUET_INLINE Int widen(const void* p) { return _mm256_cvtepi8_epi16(load16x8(p)); }
+  static DUET_INLINE Int dot(Int acc, Int a, Int b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+  static DUET_INLINE Batch to_float(Int v) { return _mm256_cvtepi32_ps(v); }
+  static DUET_INLINE void store_low16(void* p, __m256 a, __m256 b) {
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    const __m256i packed = _mm256_packus_epi32(_mm256_and_si256(_mm256_castps_si256(a), low),
+                                               _mm256_and_si256(_mm256_castps_si256(b), low));
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+  static DUET_INLINE float lane_max(__m256 v) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
   }
   // (a, b) -> (a c - b s, b c + a s)
   static DUET_INLINE Batch rotate_pairs(__m256 x, __m256 cs) {

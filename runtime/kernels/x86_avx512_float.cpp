@@ -22,19 +22,27 @@ struct Avx512 {
   }
   static DUET_INLINE Batch fma(Batch a, Batch b, Batch c) { return _mm512_fmadd_ps(a, b, c); }
   static DUET_INLINE Batch fnma(Batch a, Batch b, Batch c) { return _mm512_fnmadd_ps(a, b, c); }
-  static DUET_INLINE Batch load_i8(const void* p) {
-    return _mm512_cvtepi32_ps(
-        _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
-  }
-  static DUET_INLINE Batch broadcast_f16(const void* p) {
-    int16_t half;
-    __builtin_memcpy(&half, p, sizeof half);
-    return _mm512_cvtph_ps(_mm256_set1_epi16(half));
-  }
   static DUET_INLINE void store_f16(void* p, Batch v) {
     _mm256_storeu_si256(static_cast<__m256i*>(p),
                         _mm512_maskz_cvtps_ph(__mmask16{0xffff}, v, _MM_FROUND_TO_NEAREST_INT));
   }
+  // 16-bit integers, two to a lane.
+  using Int = __m512i;
+  static DUET_INLINE Int zero() { return _mm512_setzero_si512(); }
+  static DUET_INLINE Int pair(int32_t two) { return _mm512_set1_epi32(two); }
+  static DUET_INLINE Int widen(const void* p) { return _mm512_cvtepi8_epi16(load16x16(p)); }
+  // GCC 12 copies the sums of the intrinsic from register to register, to memory when many.
+  static DUET_INLINE Int dot(Int acc, Int a, Int b) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+  }
+  static DUET_INLINE Batch to_float(Int v) { return _mm512_cvtepi32_ps(v); }
+  static DUET_INLINE void store_low16(void* p, __m512 a, __m512 b) {
+    const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32,
+                                          30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(_mm512_castps_si512(a), even, _mm512_castps_si512(b)));
+  }
+  static DUET_INLINE float lane_max(__m512 v) { return _mm512_reduce_max_ps(v); }
   // (a, b) -> (a c - b s, b c + a s)
   static DUET_INLINE Batch rotate_pairs(__m512 x, __m512 cs) {
     const __m512 swapped = _mm512_permute_ps(x, 0xb1);

@@ -169,7 +169,9 @@ void check_many(const KernelTable& table) {
     const Problem p(table, c);
     CAPTURE(c.n_keys);
     CAPTURE(c.head_dim);
-    CHECK(worst_error(table, p, c.type == KvType::f32 ? unchanged : c.type == KvType::f16 ? halves : eights) <= 4e-6);
+    // 8-bit: queries and weights are rounded to 16 bits.
+    const double bound = c.type == KvType::q8_0 ? 2e-4 : 4e-6;
+    CHECK(worst_error(table, p, c.type == KvType::f32 ? unchanged : c.type == KvType::f16 ? halves : eights) <= bound);
   }
 }
 TEST_CASE("attention of many tokens equals doubles: scalar") { with_isa("scalar", check_many); }
