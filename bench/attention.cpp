@@ -1,5 +1,5 @@
 // Speed of the attention kernel: bench_attention [--threads N] [--isa NAME] [--kv f16|f32|q8_0]
-// [--heads N] [--kv-heads N] [--dim N]
+// [--heads N] [--kv-heads N] [--dim N] [--keys N]
 //
 // Prefill: the last tile of tokens of a long prompt, in GMAC/s and as a share of a register-only
 // loop of FP32 multiply-adds of the same run (whole products: scores and mixed values). Decode: one
@@ -26,6 +26,7 @@ struct Options {
   std::vector<int> threads;
   std::string isa, kv;
   uint32_t n_head = 32, n_head_kv = 8, head_dim = 128;
+  std::vector<size_t> n_keys = {512, 2048, 16384, 32768};
 };
 
 constexpr std::pair<KvType, const char*> kTypes[] = {{KvType::f16, "f16"}, {KvType::f32, "f32"}, {KvType::q8_0, "q8_0"}};
@@ -125,7 +126,7 @@ void bench(const KernelTable& kernels, const Options& options, int n_threads) {
   std::vector<std::vector<float>> scratch;
   for (const auto& [type, name] : kTypes) {
     if (!options.kv.empty() && options.kv != name) continue;
-    for (const size_t n_keys : {512u, 2048u, 16384u, 32768u}) {
+    for (const size_t n_keys : options.n_keys) {
       const Problem p(kernels, options, type, n_keys);
       const size_t n_tokens = kTileRows / p.group();
       const double macs = 2.0 * static_cast<double>(n_tokens * options.n_head * options.head_dim) * (static_cast<double>(n_keys) - 0.5 * static_cast<double>(n_tokens));
@@ -142,7 +143,7 @@ void bench(const KernelTable& kernels, const Options& options, int n_threads) {
 }
 
 int usage() {
-  std::fprintf(stderr, "usage: bench_attention [--threads N] [--isa NAME] [--kv f16|f32|q8_0] [--heads N] [--kv-heads N] [--dim N]\n");
+  std::fprintf(stderr, "usage: bench_attention [--threads N] [--isa NAME] [--kv f16|f32|q8_0] [--heads N] [--kv-heads N] [--dim N] [--keys N]\n");
   return 2;
 }
 
@@ -159,6 +160,7 @@ int main(int argc, char** argv) {
     else if (flag == "--heads") options.n_head = number();
     else if (flag == "--kv-heads") options.n_head_kv = number();
     else if (flag == "--dim") options.head_dim = number();
+    else if (flag == "--keys") options.n_keys = {std::max<size_t>(number(), kTileRows)};
     else return usage();
   }
   if (argc % 2 == 0 || options.n_head % options.n_head_kv != 0 || options.n_head > kTileRows) return usage();
