@@ -96,45 +96,85 @@ DUET_INLINE void unpack_columns(const BlockIQ4_XS*, const std::byte* const* rows
 }
 
 // Bytes 2 i and 2 i + 1 of each word as 16-bit lanes.
-template <bool kSigned>
 DUET_INLINE __m512i byte_pair(__m512i v, int i) {
   const auto first = static_cast<char>(2 * i), second = static_cast<char>(2 * i + 1);
-  // In word k of a lane: bytes 4 k + first and 4 k + second, each below or above a zero (-1).
-  const __m128i word = kSigned ? _mm_setr_epi8(-1, first, -1, second, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-                               : _mm_setr_epi8(first, -1, second, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-  const __m512i at = _mm512_or_si512(
-      _mm512_broadcastd_epi32(word),
-      every_lane(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
-  const __m512i pair = _mm512_shuffle_epi8(v, at);
-  return kSigned ? _mm512_srai_epi16(pair, 8) : pair;
+  // In word k of a lane: bytes 4 k + first and 4 k + second, each below a zero (-1).
+  const __m128i word = _mm_setr_epi8(first, -1, second, -1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m512i at = _mm512_or_si512(_mm512_broadcastd_epi32(word),
+                                     every_lane(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+  return _mm512_shuffle_epi8(v, at);
 }
 
-constexpr bool fits16(int largest, int n) { return largest * 127 * n < 32768; }
+// Quants of 2 and 3 bits are multiplied by their scales when they are unpacked: the products fit a
+// byte (scale * q of Q2_K up to 45; scale * (4 - q) of Q3_K, -128 .. 124, plus 128). Sums of them
+// need no scales.
+template <class Block>
+constexpr bool kScaled = std::is_same_v<Block, BlockQ2_K> || std::is_same_v<Block, BlockQ3_K>;
+// The sums come out negated.
+template <class Block>
+constexpr bool kNegated = std::is_same_v<Block, BlockQ3_K>;
+
+// For vpshufb: a[g] * lower factor + b[g] * upper factor for eight words of factors, for g = first, then
+// g = first + 1; a and b: a signed byte for each group in every lane.
+DUET_INLINE __m512i pair_products(__m512i a, __m512i b, int first, __m512i factors) {
+  const __m512i words = first < 8 ? _mm512_unpacklo_epi8(a, b) : _mm512_unpackhi_epi8(a, b);
+  const auto word = [&](int g) {
+    const int at = 2 * (g % 8);
+    const __m512i everywhere = _mm512_set1_epi16(static_cast<int16_t>(at | (at + 1) << 8));
+    return _mm512_maddubs_epi16(factors, _mm512_shuffle_epi8(words, everywhere));
+  };
+  return _mm512_packs_epi16(word(first), word(first + 1));
+}
+DUET_INLINE __m512i products(const BlockQ2_K*, __m512i lanes, int pair) {
+  const __m512i factors = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 1, 2, 3, 0, 0, 0, 0));
+  return pair_products(masked(lanes, 15), __m512i{}, 2 * pair, factors);
+}
+DUET_INLINE __m512i products(const BlockQ3_K*, __m512i lanes, int pair) {
+  const __m512i minus = _mm512_sub_epi8(__m512i{}, lanes);
+  const __m512i factors = _mm512_broadcast_i32x4(
+      _mm_setr_epi16(0x400, 0x401, 0x402, 0x403, 0x404, 0x405, 0x406, 0x407));
+  return _mm512_xor_si512(pair_products(minus, lanes, 2 * pair, factors), _mm512_set1_epi8(-128));
+}
 
 template <class Block>
 struct KPanel {
   static constexpr size_t kStepBytes = sizeof(BlockAct256), kWeightBytes = sizeof(Block);
-  static constexpr bool kWide = !fits16(kLargest<Block>, 16);  // 32-bit multiplication by the scale
-  // Columns between multiplications by a scale: as many as share it and fit.
-  static constexpr int kRun = kWide ? kGroup<Block> : 16;
-  static constexpr int kPairs = 128 / kGroup<Block>;
+  static constexpr int kGroups = 256 / kGroup<Block>, kPairs = kGroups / 2;
   static constexpr bool kBytes = !std::is_same_v<Block, BlockIQ4_XS>;  // scale_lanes of bytes
+  static constexpr const Block* kTag = nullptr;
 
   static void unpack(const PanelRowsAt& rows, size_t step, size_t, Panel& panel) {
     for (size_t half = 0; half < 2; ++half) {
       const std::byte* row[16];
       for (size_t r = 0; r < 16; ++r) row[r] = rows.row[16 * half + r] + step * sizeof(Block);
-      unpack_columns(static_cast<const Block*>(nullptr), row,
-                     [&](size_t column, const Quad& q) {
-                       store_words(panel, half, column, q.transposed());
-                     });
-      unpack_scales(row, half, panel);
+      const Quad scales = load_scale_lanes(row);
+      if constexpr (kScaled<Block>) unpack_scaled(row, scales, half, panel);
+      else unpack_columns(kTag, row, [&](size_t column, const Quad& q) {
+        store_words(panel, half, column, q.transposed());
+      });
+      unpack_scales(scales.transposed(), half, panel);
       store_halves(panel.d[0], half, row, offsetof(Block, d));
       if constexpr (kHasMinimum<Block>) store_halves(panel.m[0], half, row, offsetof(Block, dmin));
     }
   }
 
-  static DUET_INLINE void unpack_scales(const std::byte* const* row, size_t half, Panel& panel) {
+  // Two groups share a table, so the quants of the second one point to its upper half.
+  static DUET_INLINE void unpack_scaled(const std::byte* const* row, const Quad& scales,
+                                        size_t half, Panel& panel) {
+    Quad tables[8];
+#pragma GCC unroll 8
+    for (int p = 0; p < 8; ++p)
+      tables[p] = scales.map([p](__m512i lanes) { return products(kTag, lanes, p); });
+    unpack_columns(kTag, row, [&](size_t column, const Quad& q) {
+      const __m512i upper = _mm512_set1_epi8(static_cast<char>(column % 32 / 2));
+      const Quad scaled = q.zip(tables[column / 32], [&](__m512i v, __m512i table) {
+        return _mm512_shuffle_epi8(table, _mm512_or_si512(v, upper));
+      });
+      store_words(panel, half, column, scaled.transposed());
+    });
+  }
+
+  static DUET_INLINE Quad load_scale_lanes(const std::byte* const* row) {
     Quad lanes;
 #pragma GCC unroll 4
     for (size_t i = 0; i < 4; ++i) {
@@ -142,40 +182,32 @@ struct KPanel {
       for (size_t l = 0; l < 4; ++l) four[l] = reinterpret_cast<const Block*>(row[4 * l + i]);
       lanes.v[i] = scale_lanes(four);
     }
-    const Quad words = lanes.transposed();
+    return lanes;
+  }
+
+  static DUET_INLINE void unpack_scales(const Quad& words, size_t half, Panel& panel) {
     const auto store = [half](int32_t* to, __m512i value) {
       _mm512_store_si512(to + 16 * half, value);
     };
-    constexpr int kScales = 256 / kGroup<Block>;
 #pragma GCC unroll 16
-    for (int g = 0; g < kScales; ++g) store(panel.scale[g], scale_of(words, g));
+    for (int g = 0; g < kGroups && !kScaled<Block>; ++g) store(panel.scale[g], scale_of(words, g));
 #pragma GCC unroll 8
-    for (int p = 0; p < kPairs; ++p) {
-      if constexpr (kOffsetShift<Block> != 0) {
-        const __m512i pair = kBytes ? byte_pair<true>(words.v[p / 2], p % 2) : words.v[p];
-        const __m512i offset = _mm512_slli_epi16(pair, kOffsetShift<Block>);
-        store(panel.offset[p], _mm512_sub_epi16(__m512i{}, offset));
-      }
-      if constexpr (kHasMinimum<Block>) {
-        // Q2_K: the upper nibbles; Q4_K, Q5_K: the upper eight bytes.
-        const __m512i v = kGroup<Block> == 16 ? high_nibbles(words.v[p / 2]) : words.v[2 + p / 2];
-        store(panel.min[p], byte_pair<false>(v, p % 2));
-      }
+    for (int p = 0; p < kPairs && kHasMinimum<Block>; ++p) {
+      // Q2_K: the upper nibbles; Q4_K, Q5_K: the upper eight bytes.
+      const __m512i v = kGroup<Block> == 16 ? high_nibbles(words.v[p / 2]) : words.v[2 + p / 2];
+      store(panel.min[p], byte_pair(v, p % 2));
     }
   }
 
-  // Scale g of the rows: in the lower 16 bits for vpdpwssd, with its sign for vpmulld.
+  // Scale g of the rows.
   static DUET_INLINE __m512i scale_of(const Quad& words, int g) {
     constexpr int kPerWord = kBytes ? 4 : 2, kBits = 32 / kPerWord;
     const __m512i word = words.v[g / kPerWord];
     const auto at = static_cast<unsigned>(kBits * (g % kPerWord));
     constexpr auto kAbove = static_cast<unsigned>(32 - kBits);
-    if constexpr (std::is_same_v<Block, BlockQ2_K>)
-      return _mm512_and_si512(_mm512_srli_epi32(word, at), _mm512_set1_epi32(15));
-    if constexpr (kGroup<Block> == 32 && kBytes)
+    if constexpr (kHasMinimum<Block>)
       return _mm512_and_si512(_mm512_srli_epi32(word, at), _mm512_set1_epi32(255));
-    const __m512i scale = _mm512_srai_epi32(_mm512_slli_epi32(word, kAbove - at), kAbove);
-    return kWide ? scale : _mm512_and_si512(scale, _mm512_set1_epi32(0xffff));
+    return _mm512_srai_epi32(_mm512_slli_epi32(word, kAbove - at), kAbove);
   }
 
   template <size_t T>
@@ -185,32 +217,9 @@ struct KPanel {
     for (size_t t = 0; t < T; ++t)
       x[t] = reinterpret_cast<const BlockAct256*>(x0 + t * x_stride);
     __m512i dot[2][T] = {};
-#pragma GCC unroll 1
-    for (int column = 0; column < 256; column += kRun) {
-      __m512i part[2][T] = {};
-#pragma GCC unroll 8
-      for (int c = 0; c < kRun; c += 4) {
-        const uint8_t* q = panel.q[(column + c) / 4];
-        const __m512i q0 = _mm512_load_si512(q), q1 = _mm512_load_si512(q + 64);
-#pragma GCC unroll 6
-        for (size_t t = 0; t < T; ++t) {
-          const __m512i four = broadcast4(x[t]->qs + column + c);
-          part[0][t] = _mm512_dpbusd_epi32(part[0][t], q0, four);
-          part[1][t] = _mm512_dpbusd_epi32(part[1][t], q1, four);
-        }
-      }
-#pragma GCC unroll 2
-      for (size_t r = 0; r < 2; ++r) {
-        const __m512i scale = _mm512_load_si512(panel.scale[column / kGroup<Block>] + 16 * r);
-#pragma GCC unroll 6
-        for (size_t t = 0; t < T; ++t) {
-          dot[r][t] = kWide ? _mm512_add_epi32(dot[r][t], _mm512_mullo_epi32(part[r][t], scale))
-                            : _mm512_dpwssd_epi32(dot[r][t], part[r][t], scale);
-        }
-      }
-    }
-    if constexpr (kOffsetShift<Block> != 0) add_pairs<T>(panel.offset, x, dot);
-    add_step<false, T>(panel.d[0], x, dot, sums);
+    if constexpr (kScaled<Block>) scaled_dots<T>(panel, x, dot);
+    else group_dots<T>(panel, x, dot);
+    add_step<kNegated<Block>, T>(panel.d[0], x, dot, sums);
     if constexpr (kHasMinimum<Block>) {
       __m512i mins[2][T] = {};
       add_pairs<T>(panel.min, x, mins);
@@ -218,7 +227,82 @@ struct KPanel {
     }
   }
 
-  // dot += pairs of factors times pairs of sums of activations
+  // part += products of kColumns columns
+  template <int kColumns, size_t T>
+  static DUET_INLINE void add_columns(const Panel& panel, const BlockAct256* const* x, int column,
+                                      __m512i (&part)[2][T]) {
+#pragma GCC unroll 8
+    for (int c = column; c < column + kColumns; c += 4) {
+      const uint8_t* q = panel.q[c / 4];
+      const __m512i q0 = _mm512_load_si512(q), q1 = _mm512_load_si512(q + 64);
+#pragma GCC unroll 6
+      for (size_t t = 0; t < T; ++t) {
+        const __m512i four = broadcast4(x[t]->qs + c);
+        part[0][t] = _mm512_dpbusd_epi32(part[0][t], q0, four);
+        part[1][t] = _mm512_dpbusd_epi32(part[1][t], q1, four);
+      }
+    }
+  }
+
+  // Quants that carry their scales.
+  template <size_t T>
+  static DUET_INLINE void scaled_dots(const Panel& panel, const BlockAct256* const* x,
+                                      __m512i (&dot)[2][T]) {
+    if constexpr (kNegated<Block>) {
+#pragma GCC unroll 6
+      for (size_t t = 0; t < T; ++t) dot[0][t] = dot[1][t] = minus_128(*x[t]);
+    }
+#pragma GCC unroll 1
+    for (int column = 0; column < 256; column += 32) add_columns<32, T>(panel, x, column, dot);
+  }
+  // -128 * sum of the activations
+  static DUET_INLINE __m512i minus_128(const BlockAct256& x) {
+    __m128i v = _mm_madd_epi16(load128(x.bsums32), _mm_set1_epi16(-128));
+    v = _mm_add_epi32(v, _mm_shuffle_epi32(v, 0x4e));
+    return _mm512_broadcastd_epi32(_mm_add_epi32(v, _mm_shuffle_epi32(v, 0xb1)));
+  }
+
+  // What the offset of the quants adds to the sums of each group, negated.
+  static DUET_INLINE void minus_offsets(const BlockAct256& x, int32_t* out) {
+    constexpr int kShift = kOffsetShift<Block>;
+    if constexpr (kGroups == 16) {
+      const __m512i sums = _mm512_cvtepi16_epi32(load256(x.bsums));
+      _mm512_store_si512(out, _mm512_sub_epi32(__m512i{}, _mm512_slli_epi32(sums, kShift)));
+    } else {
+      const __m256i sums = _mm256_cvtepi16_epi32(load128(x.bsums32));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out),
+                         _mm256_sub_epi32(__m256i{}, _mm256_slli_epi32(sums, kShift)));
+    }
+  }
+
+  // Sums of a group at a time, times its scale.
+  template <size_t T>
+  static DUET_INLINE void group_dots(const Panel& panel, const BlockAct256* const* x,
+                                     __m512i (&dot)[2][T]) {
+    alignas(64) int32_t start[T][static_cast<size_t>(kGroups)];
+    if constexpr (kOffsetShift<Block> != 0) {
+#pragma GCC unroll 6
+      for (size_t t = 0; t < T; ++t) minus_offsets(*x[t], start[t]);
+    }
+#pragma GCC unroll 1
+    for (int g = 0; g < kGroups; ++g) {
+      __m512i part[2][T] = {};
+      if constexpr (kOffsetShift<Block> != 0) {
+#pragma GCC unroll 6
+        for (size_t t = 0; t < T; ++t) part[0][t] = part[1][t] = broadcast4(&start[t][g]);
+      }
+      add_columns<kGroup<Block>, T>(panel, x, g * kGroup<Block>, part);
+#pragma GCC unroll 2
+      for (size_t r = 0; r < 2; ++r) {
+        const __m512i scale = _mm512_load_si512(panel.scale[g] + 16 * r);
+#pragma GCC unroll 6
+        for (size_t t = 0; t < T; ++t)
+          dot[r][t] = _mm512_add_epi32(dot[r][t], _mm512_mullo_epi32(part[r][t], scale));
+      }
+    }
+  }
+
+  // dot += pairs of minimums times pairs of sums of activations
   template <size_t T>
   static DUET_INLINE void add_pairs(const int32_t (*pairs)[kPanelRows],
                                     const BlockAct256* const* x, __m512i (&dot)[2][T]) {

@@ -19,7 +19,6 @@ constexpr size_t kPanelTokens = 256;
 struct Panel {
   alignas(64) uint8_t q[kPanelCols / 4][kPanelRows * 4];  // [column / 4][row][column % 4]
   alignas(64) int32_t scale[16][kPanelRows];    // of each group of columns, for the integer part
-  alignas(64) int32_t offset[8][kPanelRows];    // pairs of int16: -scale * offset of two groups
   alignas(64) int32_t min[8][kPanelRows];       // pairs of int16: minimums of two groups
   alignas(64) float d[8][kPanelRows], m[8][kPanelRows];
 };
