@@ -3,7 +3,7 @@
 // activations takes it out again.
 #include <cstddef>
 
-#include "runtime/kernels/x86_avx512_panel.h"
+#include "runtime/kernels/x86_avx512_rows.h"
 
 namespace duet {
 namespace {
@@ -209,7 +209,6 @@ struct Panel32 {
   // ---- decode: 16 rows x 16 blocks, so that the sums of a row fill a register -------------------
   // Then lanes are blocks; a transpose makes them rows, and the chains of 16 rows run side by side.
   static constexpr size_t kRows = 16;
-  static size_t n_steps(size_t cols) { return (cols / 32 + 15) / 16; }
 
   // Sixteen blocks of the token. Register j holds four blocks 4 j + lane; sums come out as
   // [lane][j], place i is block order(i).
@@ -221,11 +220,15 @@ struct Panel32 {
   static constexpr size_t order(size_t i) { return 4 * (i % 4) + i / 4; }
 
   static void decode(const std::byte* const* rows, const std::byte* act, size_t cols,
-                     NextRows& next, float* y) {
+                     Ahead ahead, float* y) {
     const size_t n_blocks = cols / 32;
     __m512 sum = {};
     for (size_t b = 0; b < n_blocks; b += 16) {
-      next.fetch_share();
+#pragma GCC unroll 1
+      for (size_t i = 0; i < 16; ++i) {
+        ahead.fetch<16 * sizeof(Block), 1>(0);
+        ahead.next(16 * sizeof(Block));
+      }
       const auto* x = reinterpret_cast<const BlockAct32*>(act) + b;
       sum = n_blocks - b >= 16 ? add_blocks<true>(rows, b, 16, x, sum)
                                : add_blocks<false>(rows, b, n_blocks - b, x, sum);

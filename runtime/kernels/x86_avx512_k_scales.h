@@ -17,9 +17,7 @@ DUET_INLINE __m512i every_lane(int a, int b, int c, int d) {
 }
 
 // The first 16 bytes are d, dmin and 12 bytes of scales: words s0, s1, s2 (docs/kernels.md).
-template <class Block>
-DUET_INLINE __m512i scale_lanes_6bit(const Block* const* b) {
-  const __m512i v = four_lanes(b[0], b[1], b[2], b[3]);
+DUET_INLINE __m512i six_bit_lanes(__m512i v) {
   const __m512i low = _mm512_srlv_epi32(_mm512_shuffle_epi32(v, _MM_PERM_DCDB),  // s0 s2 s1 s2
                                         every_lane(0, 0, 0, 4));
   const __m512i high = _mm512_srli_epi32(_mm512_shuffle_epi32(v, _MM_PERM_CABA), 2);  // . s0 . s1
@@ -27,8 +25,12 @@ DUET_INLINE __m512i scale_lanes_6bit(const Block* const* b) {
       _mm512_and_si512(low, every_lane(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f)),
       _mm512_and_si512(high, every_lane(0, 0x30303030, 0, 0x30303030)));
 }
-DUET_INLINE __m512i scale_lanes(const BlockQ4_K* const* b) { return scale_lanes_6bit(b); }
-DUET_INLINE __m512i scale_lanes(const BlockQ5_K* const* b) { return scale_lanes_6bit(b); }
+DUET_INLINE __m512i scale_lanes(const BlockQ4_K* const* b) {
+  return six_bit_lanes(four_lanes(b[0], b[1], b[2], b[3]));
+}
+DUET_INLINE __m512i scale_lanes(const BlockQ5_K* const* b) {
+  return six_bit_lanes(four_lanes(b[0], b[1], b[2], b[3]));
+}
 
 DUET_INLINE __m512i scale_lanes(const BlockQ2_K* const* b) {
   return four_lanes(b[0]->scales, b[1]->scales, b[2]->scales, b[3]->scales);

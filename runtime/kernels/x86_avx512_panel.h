@@ -205,50 +205,5 @@ void matmul_panels(const MatmulArgs& a) noexcept {
   }
 }
 
-// Brings n bytes at p into the L2 cache, a part of them with each of n_steps calls. Decode reads
-// several rows at once, more streams than hardware prefetchers follow: while it computes on one
-// group of rows, it fetches the next one in address order.
-class NextRows {
- public:
-  DUET_INLINE NextRows(const std::byte* p, size_t n, size_t n_steps)
-      : p_(reinterpret_cast<const char*>(p)), end_(p_ + n), share_((n / n_steps + 63) / 64 * 64) {}
-  DUET_INLINE void fetch_share() {
-    const char* end = p_ + share_ < end_ ? p_ + share_ : end_;
-    for (; p_ < end; p_ += 64) _mm_prefetch(p_, _MM_HINT_T1);
-  }
-
- private:
-  const char *p_, *end_;
-  size_t share_;
-};
-
-// Kernel::decode(rows, x, cols, next, y): Kernel::kRows rows with one token; `next`: rows to fetch.
-// More tokens find the weights in the L1 cache.
-template <class Kernel>
-void matmul_rows(const MatmulArgs& a) noexcept {
-  constexpr size_t kRows = Kernel::kRows;
-  alignas(64) float y[kRows];
-  NextRows(a.w, kRows * a.w_stride, 1).fetch_share();  // all of the first rows
-  for (size_t row = 0; row < a.n_rows; row += kRows) {
-    const std::byte* rows[kRows];
-    for (size_t r = 0; r < kRows; ++r)
-      rows[r] = a.w + (row + r < a.n_rows ? row + r : a.n_rows - 1) * a.w_stride;
-    NextRows next(a.w + (row + kRows) * a.w_stride, kRows * a.w_stride, Kernel::n_steps(a.cols));
-    const size_t n = a.n_rows - row < kRows ? a.n_rows - row : kRows;
-    for (size_t t = 0; t < a.n_tokens; ++t) {
-      Kernel::decode(rows, a.x + t * a.x_stride, a.cols, next, y);
-      __builtin_memcpy(a.y + t * a.y_stride + row, y, n * sizeof(float));
-    }
-  }
-}
-
-// Up to here unpacking a panel costs more than going over the rows once per token.
-constexpr size_t kRowTokens = 3;
-
-template <class Kernel>
-void matmul512(const MatmulArgs& a) noexcept {
-  a.n_tokens <= kRowTokens ? matmul_rows<Kernel>(a) : matmul_panels<Kernel>(a);
-}
-
 }  // namespace
 }  // namespace duet
