@@ -12,6 +12,7 @@
 #include "base/error.h"
 #include "base/host.h"
 #include "base/rapl.h"
+#include "base/read_rate.h"
 #include "cli/commands.h"
 #include "cli/console.h"
 #include "cli/model_options.h"
@@ -180,19 +181,22 @@ class Runner {
     result.test = test.name();
     result.n_threads = limits_.n_threads;
     const std::vector<uint64_t> before = uses();
-    double joules = 0, read_rates = 0;
+    const StreamMeter stream(engine_);
+    double joules = 0, read_rates = 0, total_seconds = 0;
     for (uint32_t i = 0; i < options_.n_repetitions; ++i) {
       const double joules_before = meter_.joules();
-      result.tok_s.push_back(test.n_tokens / seconds(test));
+      const double t = seconds(test);
+      total_seconds += t;
+      result.tok_s.push_back(test.n_tokens / t);
       joules += meter_.joules() - joules_before;
-      if (test.decode) read_rates += probe().bytes_per_s();
+      if (test.decode && !stream.active()) read_rates += probe().bytes_per_s();
       session_.truncate(test.depth);
     }
     const double n_tokens = double{1} * test.n_tokens * options_.n_repetitions;
     if (meter_.available()) result.joules_per_token = joules / n_tokens;
-    if (test.decode) result.read_bytes_per_s = read_rates / options_.n_repetitions;
+    if (test.decode && !stream.active()) result.read_bytes_per_s = read_rates / options_.n_repetitions;
     count_uses(before, test.decode ? report_.decode_uses : report_.prefill_uses);
-    finish(test, result);
+    finish(test, result, stream, total_seconds);
   }
 
   const ReadProbe& probe() {
@@ -200,7 +204,7 @@ class Runner {
     return *probe_;
   }
 
-  void finish(const Test& test, BenchResult& result) {
+  void finish(const Test& test, BenchResult& result, const StreamMeter& stream, double total_seconds) {
     const double n = static_cast<double>(result.tok_s.size());
     result.mean = std::accumulate(result.tok_s.begin(), result.tok_s.end(), 0.0) / n;
     for (const double x : result.tok_s) result.deviation += (x - result.mean) * (x - result.mean);
@@ -210,7 +214,9 @@ class Runner {
                                   : prefill_cost(info, options_.model.kv_type, report_.n_batch, test);
     result.bytes_per_token = cost.bytes;
     result.macs_per_token = cost.int8_macs + cost.f32_macs;
-    result.share_of_limit = share_of_limit(result, cost, limits_.roofline);
+    if (stream.active())
+      result.streamed = stream.end(n * test.n_tokens, total_seconds, cost.bytes, limits_.roofline.read_bytes_per_s, *report_.disk_bytes_per_s);
+    result.share_of_limit = result.streamed && test.decode ? result.streamed->eff_sched : share_of_limit(result, cost, limits_.roofline);
     report_.results.push_back(std::move(result));
   }
 
@@ -267,9 +273,10 @@ const Limits& limits_of(const BenchReport& report, int n_threads) {
   });
 }
 
-void describe(const Engine& engine, BenchReport& report) {
+void describe_model(const Engine& engine, BenchReport& report) {
   report.info = engine.info();
   report.n_batch = engine.plan().n_batch;
+  report.plan = engine.plan().streamed ? describe(engine.plan(), engine.info().hparams) : "";
 }
 
 void run_bench(BenchOptions options) {
@@ -287,9 +294,10 @@ void run_bench(BenchOptions options) {
   report.seed = options.seed;
   report.isa = kernels.isa;
   report.threads = options.threads.empty() ? std::vector{read_host_cores().usable()} : options.threads;
-  if (has_model) describe(open_engine(options.model), report);  // refused before anything is measured
+  if (has_model) describe_model(open_engine(options.model), report);  // refused before anything is measured
   report.energy_absent = EnergyMeter().why_not();
   measure_limits(options, kernels, report);
+  if (!report.plan.empty()) report.disk_bytes_per_s = measure_read_rate(options.model.path, {.seconds = 1.0}).bytes_per_second;
   if (has_model)
     for (const int n : report.threads) Runner(options, n, limits_of(report, n), report).run();
   print_report(report, format);

@@ -20,6 +20,17 @@ struct Limits {
   Roofline roofline;
 };
 
+// How a test fared that streamed experts, per token (prefill: of the prompt), and the times that its own
+// misses allow: T_io = bytes from disk / disk rate, T_mem = bytes of weights in use / memory rate,
+// T_perfect = max(T_io, T_mem), T_demand = T_io + the rest of T_mem (no reading before the router has chosen).
+struct StreamShare {
+  double hit_rate = 0, disk_bytes = 0, disk_bytes_per_s = 0, wait_share = 0;
+  double t_perfect = 0, t_demand = 0, eff_sched = 0, eff_disk = 0;  // seconds; T_perfect / measured; disk duty
+  double major_faults = 0;
+  uint64_t peak_bytes = 0;  // of the process so far
+  std::string backend;
+};
+
 struct BenchResult {
   std::string test;  // "pp512", "tg32", "tg32@d8192"
   int n_threads = 1;
@@ -28,6 +39,7 @@ struct BenchResult {
   double bytes_per_token = 0, macs_per_token = 0;
   double share_of_limit = 0;
   std::optional<double> read_bytes_per_s;  // decode: the limit, measured beside each repetition
+  std::optional<StreamShare> streamed;     // absent: all weights in memory
   std::optional<double> joules_per_token;  // absent where the counters cannot be read
 };
 
@@ -36,14 +48,30 @@ struct BenchReport {
   std::optional<ModelInfo> info;  // absent: limits only
   std::string kv_type;
   uint32_t n_batch = 0;
+  std::string plan;                   // of memory, where experts are streamed
   uint64_t seed = 0;
   std::string isa;
   std::vector<int> threads;
   std::string energy_absent;          // why there are no joules
   std::vector<Limits> limits;         // by number of threads; with --roofline by instruction set too
+  std::optional<double> disk_bytes_per_s;  // measured with the engine's reader; only when experts are streamed
   std::vector<BenchResult> results;
   // How often each expert was chosen in the runs that count, [n_layer, n_expert].
   std::vector<uint64_t> prefill_uses, decode_uses;
+};
+
+// Measures one test that streams experts: begin before, end after.
+class StreamMeter {
+ public:
+  explicit StreamMeter(const Engine& engine);
+  bool active() const { return before_.has_value(); }
+  // weight_bytes: in use per token, from wherever.
+  StreamShare end(double n_tokens, double seconds, double weight_bytes, double memory_bytes_per_s, double disk_bytes_per_s) const;
+
+ private:
+  const Engine& engine_;
+  std::optional<StreamStats> before_;
+  uint64_t faults_before_ = 0;
 };
 
 enum class BenchFormat { table, markdown, csv, json };

@@ -117,6 +117,11 @@ Json result_json(const BenchResult& result) {
                {"read_gb_s", result.read_bytes_per_s ? Json(*result.read_bytes_per_s / kGiga) : Json()},
                {"joules_per_token", nullptr}};
   if (result.joules_per_token) json["joules_per_token"] = *result.joules_per_token;
+  if (!result.streamed) return json;
+  const StreamShare& s = *result.streamed;
+  json.update({{"hit_rate", s.hit_rate}, {"disk_bytes_per_token", s.disk_bytes}, {"disk_gb_s", s.disk_bytes_per_s / kGiga},
+               {"wait_share", s.wait_share}, {"t_perfect_s", s.t_perfect}, {"t_demand_s", s.t_demand}, {"eff_sched", s.eff_sched},
+               {"eff_disk", s.eff_disk}, {"majflt_per_token", s.major_faults}, {"peak_bytes", s.peak_bytes}, {"backend", s.backend}});
   return json;
 }
 
@@ -133,9 +138,19 @@ void print_bench_json(const BenchReport& r) {
   if (r.info)
     json["model"] = {{"path", r.model}, {"types", r.info->types}, {"layers", r.info->hparams.n_layer}, {"file_bytes", r.info->file_bytes},
                      {"kv_type", r.kv_type}, {"batch", r.n_batch}, {"seed", r.seed}};
+  if (r.disk_bytes_per_s) json["limits"]["disk_gb_s"] = *r.disk_bytes_per_s / kGiga;
   if (r.info) json["expert_uses"] = {{"prefill", expert_counts(r, r.prefill_uses)}, {"decode", expert_counts(r, r.decode_uses)}};
   if (!r.energy_absent.empty()) json["joules_absent"] = r.energy_absent;
   print_json(json);
+}
+
+std::string streaming_text(const BenchReport& r, const BenchResult& x) {
+  const StreamShare& s = *x.streamed;
+  return concat(x.test, ": experts in memory ", percent(s.hit_rate), ", ", figure(s.disk_bytes / kGiga), " GB/token from disk at ",
+                figure(s.disk_bytes_per_s / kGiga), " of ", figure(*r.disk_bytes_per_s / kGiga), " GB/s (", s.backend, "); T_perfect ",
+                figure(s.t_perfect), " s, T_demand ", figure(s.t_demand), " s, measured ", figure(1 / x.mean), " s: ", percent(s.eff_sched),
+                " of the perfect schedule; waiting ", percent(s.wait_share), "; ", figure(s.major_faults), " major faults/token; peak ",
+                format_size(s.peak_bytes), "\n");
 }
 
 using Row = std::vector<std::string>;
@@ -181,6 +196,9 @@ void print_text(const BenchReport& r, bool markdown) {
   print(concat(item, model_text(r), "\n\n", table_text(rows_of(r), markdown), "\n"));
   for (const std::string& line : {experts_text(r, "prefill", r.prefill_uses), experts_text(r, "decode", r.decode_uses)})
     if (!line.empty()) print(concat(item, line));
+  if (!r.plan.empty()) print(concat(item, r.plan, "\n"));
+  for (const BenchResult& x : r.results)
+    if (x.streamed) print(concat(item, streaming_text(r, x)));
   if (!r.energy_absent.empty()) print(concat(item, "no energy figures: ", r.energy_absent, "\n"));
 }
 
