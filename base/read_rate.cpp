@@ -23,15 +23,14 @@ double seconds_between(Clock::time_point a, Clock::time_point b) {
   return std::chrono::duration<double>(b - a).count();
 }
 
-// Large pages where there are any, as the reads of a model go to.
 class Buffers {
  public:
-  explicit Buffers(size_t n_bytes) : n_bytes_(n_bytes) {
+  Buffers(size_t n_bytes, bool large_pages) : n_bytes_(n_bytes) {
     void* p = ::mmap(nullptr, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED)
       fail(ErrorKind::memory, "cannot get ", n_bytes, " bytes to measure the disk with");
     data_ = static_cast<std::byte*>(p);
-    static_cast<void>(::madvise(data_, n_bytes, MADV_HUGEPAGE));
+    static_cast<void>(::madvise(data_, n_bytes, large_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE));
     std::memset(data_, 0, n_bytes);  // page faults are not the disk's
   }
   Buffers(const Buffers&) = delete;
@@ -147,7 +146,7 @@ ReadRate measure_read_rate(const fs::path& file, const ReadRateOptions& o) {
   const size_t block = std::min<size_t>(
       o.block_bytes, (size + kReadAlignment - 1) / kReadAlignment * kReadAlignment);
   const size_t n_buffers = 2 * size_t{o.depth};
-  const Buffers buffers(n_buffers * block);
+  const Buffers buffers(n_buffers * block, o.large_pages);
   BlockOrder order(std::max<size_t>(size / block, 1), o.blocks_in_a_row);
   Times times;
   auto reader =

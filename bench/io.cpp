@@ -1,10 +1,12 @@
 // Read rate of a disk through the engine's own reader:
 //   bench_io FILE [--backend automatic|io_uring|pread|buffered] [--block 1MiB] [--depth 8]
-//            [--random|--sequential|--matrices] [--seconds 3] [--sweep]
+//            [--random|--sequential|--matrices] [--seconds 3] [--small-pages]
+//            [--sweep]
 //
 // Default: blocks in runs of 32 MiB at random places, as experts are read (--matrices). --sweep
-// measures block sizes from 256 KiB to 4 MiB at depths from 1 to 32. What fio measures with the
-// same block size, depth, engine and O_DIRECT is comparable to --random and --sequential.
+// measures block sizes from 256 KiB to 4 MiB at depths from 1 to 32. --small-pages reads into 4 KiB
+// pages, as fio does: with it, --random and --sequential compare with fio at the same block size,
+// depth, engine and O_DIRECT.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -61,6 +63,8 @@ Options parse(int argc, char** argv) {
       o.pattern = Pattern::sequential;
     else if (name == "--matrices")
       o.pattern = Pattern::matrices;
+    else if (name == "--small-pages")
+      o.read.large_pages = false;
     else if (name == "--sweep")
       o.sweep = true;
     else if (!name.starts_with("-") && o.file.empty())
