@@ -25,7 +25,6 @@ struct Neon {
     return vreinterpretq_f32_u32(vshll_n_u16(load16x4(p), 16));
   }
   static DUET_INLINE Batch fma(Batch a, Batch b, Batch c) { return vfmaq_f32(c, a, b); }
-  static DUET_INLINE Batch fnma(Batch a, Batch b, Batch c) { return vfmsq_f32(c, a, b); }
   static DUET_INLINE void store_f16(void* p, Batch v) {
     const uint16x4_t half = vreinterpret_u16_f16(vcvt_f16_f32(v));
     __builtin_memcpy(p, &half, 8);

@@ -17,7 +17,7 @@ template <class Isa>
 struct AttentionQ8 {
   using Base = AttentionRows<Isa>;
   using Batch = typename Base::Batch;
-  using IntBatch = typename Base::IntBatch;
+  using UintBatch = xsimd::batch<uint32_t, typename Isa::Arch>;
   using Int = typename Isa::Int;
   using Range = typename Base::Range;
   static constexpr size_t kWidth = Base::kWidth, kVecs = Base::kVecs;
@@ -114,10 +114,10 @@ struct AttentionQ8 {
     typename Base::Rows rows;
     const AttentionArgs& a;
     size_t n_groups;
-    int32_t* q;                     // by row groups: [head_dim / 2, R]
-    float *q_units, *units, *to16;  // [n_rows]: of queries, of weights, and what makes these integers
-    float *scales, *largest;        // [n_groups, kKvSegment], [kKvSegment]
-    int16_t* weights;               // of a group: [n_rows, kKvSegment]
+    int32_t* q;               // by row groups: [head_dim / 2, R]
+    float *q_units, *units;   // [n_rows]: of queries, of weights
+    float *scales, *largest;  // [n_groups, kKvSegment], [kKvSegment]
+    int16_t* weights;         // of a group: [n_rows, kKvSegment]
 
     explicit DUET_INLINE Call(const AttentionArgs& args)
         : rows(args),
@@ -126,8 +126,7 @@ struct AttentionQ8 {
           q(reinterpret_cast<int32_t*>(rows.rest)),
           q_units(rows.rest + rows.n_rows * args.head_dim / 2),
           units(q_units + rows.n_rows),
-          to16(units + rows.n_rows),
-          scales(to16 + rows.n_rows),
+          scales(units + rows.n_rows),
           largest(scales + n_groups * kKvSegment),
           weights(reinterpret_cast<int16_t*>(largest + kKvSegment)) {}
 
@@ -179,7 +178,7 @@ struct AttentionQ8 {
       rows.weigh(begin, t0, t1);
       load_scales(a.kv.values + offset, blocks, hi);
       for (size_t row = t0 * a.group; row < t1 * a.group; ++row)
-        find_unit(row, rows.range(begin, row / a.group), blocks);
+        scale_weights(row, rows.range(begin, row / a.group), blocks);
       for (size_t g = 0; g < n_groups; ++g)
         mix_group<kFetch>(a.kv.values + offset, g, blocks, t0 * a.group, t1 * a.group);
     }
@@ -209,43 +208,52 @@ struct AttentionQ8 {
       }
     }
 
-    // Scales of the values as floats, and the largest over the groups: NaN if one is. Positions from
-    // hi on may never have been written.
+    // The larger of numbers that are not negative by their bits: NaN is the largest.
+    static DUET_INLINE Batch larger(Batch a, Batch b) {
+      return xsimd::bitwise_cast<Batch>(xsimd::max(xsimd::bitwise_cast<UintBatch>(a), xsimd::bitwise_cast<UintBatch>(b)));
+    }
+    static DUET_INLINE float largest_lane(Batch v) {
+      uint32_t lanes[kWidth], top = 0;
+      xsimd::bitwise_cast<UintBatch>(v).store_unaligned(lanes);
+      for (const uint32_t lane : lanes) top = lane > top ? lane : top;
+      float out;
+      __builtin_memcpy(&out, &top, sizeof out);
+      return out;
+    }
+
+    // Scales of the values as floats, and the largest over the groups. Positions from hi on may never
+    // have been written.
     void load_scales(const std::byte* values, Range blocks, size_t hi) {
-      const Batch zero(0.0f);
       for (size_t j = blocks.lo * kKvBlock; j < blocks.hi * kKvBlock; j += kWidth) {
-        Batch top = zero, poison = zero;
+        const bool whole = j + kWidth <= hi;
+        Batch top(0.0f);
         for (size_t g = 0; g < n_groups; ++g) {
           Batch d = Isa::load_f16(values + 2 * (g * kKvSegment + j));
-          if (j + kWidth > hi) d = Base::at_seen(j, 0, hi, d, zero);
+          if (!whole) d = Base::at_seen(j, 0, hi, d, Batch(0.0f));
           store(scales + g * kKvSegment + j, d);
-          top = xsimd::max(top, d);
-          poison = Isa::fma(d, zero, poison);
+          top = larger(top, d);
         }
-        store(largest + j, top + poison);
+        store(largest + j, top);
       }
     }
 
-    // Weights times scales of a row become 16-bit integers, the largest of them 32767. Blocks without
-    // keys that the row sees get weight 0.
-    void find_unit(size_t row, Range seen, Range blocks) {
+    // Weights of a row get the factor by which they, times scales, become 16-bit integers, the largest
+    // of them 32767. Blocks without keys that the row sees get weight 0.
+    void scale_weights(size_t row, Range seen, Range blocks) {
       float* p = rows.scores + row * kKvSegment;
-      const size_t begin = seen.lo / kKvBlock, end = (seen.hi + kKvBlock - 1) / kKvBlock;
+      const size_t begin = seen.lo / kKvBlock * kKvBlock;
+      const size_t end = (seen.hi + kKvBlock - 1) / kKvBlock * kKvBlock;
       const Batch zero(0.0f);
-      const auto clear = [&](size_t from, size_t to) {
-        for (size_t j = from * kKvBlock; j < to * kKvBlock; j += kWidth) store(p + j, zero);
-      };
-      clear(blocks.lo, begin < blocks.hi ? begin : blocks.hi);
-      clear(end > blocks.lo ? end : blocks.lo, blocks.hi);
-      Batch top = zero, poison = zero;
-      for (size_t j = begin * kKvBlock; j < end * kKvBlock; j += kWidth) {
-        const Batch weight = load(p + j);
-        const Batch x = xsimd::select(weight == zero, zero, weight * load(largest + j));
-        top = xsimd::max(top, x);
-        poison = Isa::fma(x, zero, poison);
+      for (size_t j = blocks.lo * kKvBlock; j < begin; j += kWidth) store(p + j, zero);
+      for (size_t j = end; j < blocks.hi * kKvBlock; j += kWidth) store(p + j, zero);
+      Batch top = zero;
+      for (size_t j = begin; j < end; j += kWidth) {
+        const Batch weight = load(p + j), x = weight * load(largest + j);
+        top = larger(top, xsimd::select(weight == zero, zero, x));
       }
-      const float max = Isa::lane_max(top) + Isa::lane_sum(poison);
-      to16[row] = max >= kActFloor ? 32767.0f / max : 0.0f;
+      const float max = largest_lane(top);
+      const Batch factor(max >= kActFloor ? 32767.0f / max : 0.0f);
+      for (size_t j = begin; j < end; j += kWidth) store(p + j, load(p + j) * factor);
       units[row] = max / 32767.0f;
     }
 
@@ -254,10 +262,9 @@ struct AttentionQ8 {
     void mix_group(const std::byte* values, size_t g, Range blocks, size_t r0, size_t r1) {
       const size_t j0 = blocks.lo * kKvBlock, j1 = blocks.hi * kKvBlock;
       for (size_t row = r0; row < r1; ++row) {
-        const Batch factor(to16[row]);
         for (size_t j = j0 / (2 * kWidth) * (2 * kWidth); j < j1; j += 2 * kWidth) {
           const auto integers = [&](size_t k) {
-            return Isa::fma(load(rows.scores + row * kKvSegment + k) * factor,
+            return Isa::fma(load(rows.scores + row * kKvSegment + k),
                             load(scales + g * kKvSegment + k), Batch(kMagic));
           };
           // Both ends may lie outside the blocks, never outside the segment; nobody reads them.

@@ -1,8 +1,8 @@
 // Attention of the SIMD tables (contract: kernels.h): what all element types share, over xsimd
 // batches: which keys a row sees, weights of scores, merging of segments.
 //
-// `Isa` supplies: Arch, kRegisters, fma(a, b, c) = a b + c rounded once (xsimd 8 rounds twice on
-// AVX-512), lane_max and lane_sum, and what attention_float.h and attention_q8.h name.
+// `Isa` supplies: Arch, kRegisters, fma (float_ops.h), lane_max and lane_sum, and what
+// attention_float.h and attention_q8.h name.
 #pragma once
 
 #include <xsimd/xsimd.hpp>

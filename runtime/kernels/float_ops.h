@@ -2,7 +2,8 @@
 //
 // `Isa` supplies the xsimd architecture and the few operations xsimd has no name for:
 //   using Arch;  load_f16(const void*), load_bf16(const void*), store_f16(void*, Batch),
-//   rotate_pairs(x, cs), lane_sum(Batch).
+//   rotate_pairs(x, cs), lane_sum(Batch), fma(a, b, c) = a b + c rounded once (xsimd 8 rounds twice on
+//   AVX-512).
 // Ends of rows go through zero-padded copies, so nothing outside a row is read. Symbols stay inside
 // each file: unnamed namespace, builtins instead of <cmath>, xsimd's own functions carry the
 // architecture in their name.
@@ -83,7 +84,7 @@ struct FloatOps {
       if (const size_t rest = a.cols - i; rest > 0) {
         const Batch w = part_at<Type>(a.w + i * Type::kBytes, rest);
         for (size_t t = 0; t < T; ++t)
-          acc[t][s] = xsimd::fma(w, load_part(token(a, t) + i, rest), acc[t][s]);
+          acc[t][s] = Isa::fma(w, load_part(token(a, t) + i, rest), acc[t][s]);
       }
       for (size_t t = 0; t < T; ++t) {
         a.y[t * a.y_stride] = Isa::lane_sum((acc[t][0] + acc[t][2]) + (acc[t][1] + acc[t][3]));
@@ -97,7 +98,7 @@ struct FloatOps {
     static DUET_INLINE void step(const MatmulArgs& a, size_t i, Batch w, Batch (&acc)[T][kSums],
                                  size_t s) {
 #pragma GCC unroll 4
-      for (size_t t = 0; t < T; ++t) acc[t][s] = xsimd::fma(w, load(token(a, t) + i), acc[t][s]);
+      for (size_t t = 0; t < T; ++t) acc[t][s] = Isa::fma(w, load(token(a, t) + i), acc[t][s]);
     }
   };
 
@@ -120,7 +121,7 @@ struct FloatOps {
     Batch sum(0.0f);
     for_batches(n, [&](size_t i, size_t m) {
       const Batch v = load_n(x + i, m);
-      sum = xsimd::fma(v, v, sum);
+      sum = Isa::fma(v, v, sum);
     });
     const float mean = Isa::lane_sum(sum) / static_cast<float>(n);
     const Batch scale(1.0f / __builtin_sqrtf(mean + eps));
@@ -166,7 +167,7 @@ struct FloatOps {
 
   static void add_scaled(float* y, const float* x, float s, size_t n) noexcept {
     for_batches(n, [&](size_t i, size_t m) {
-      store_n(y + i, xsimd::fma(Batch(s), load_n(x + i, m), load_n(y + i, m)), m);
+      store_n(y + i, Isa::fma(Batch(s), load_n(x + i, m), load_n(y + i, m)), m);
     });
   }
 

@@ -21,7 +21,6 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16x8(p)), 16));
   }
   static DUET_INLINE Batch fma(Batch a, Batch b, Batch c) { return _mm256_fmadd_ps(a, b, c); }
-  static DUET_INLINE Batch fnma(Batch a, Batch b, Batch c) { return _mm256_fnmadd_ps(a, b, c); }
   static DUET_INLINE void store_f16(void* p, Batch v) {
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }

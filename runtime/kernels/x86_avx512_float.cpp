@@ -21,7 +21,6 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load16x16(p)), 16));
   }
   static DUET_INLINE Batch fma(Batch a, Batch b, Batch c) { return _mm512_fmadd_ps(a, b, c); }
-  static DUET_INLINE Batch fnma(Batch a, Batch b, Batch c) { return _mm512_fnmadd_ps(a, b, c); }
   static DUET_INLINE void store_f16(void* p, Batch v) {
     _mm256_storeu_si256(static_cast<__m256i*>(p),
                         _mm512_maskz_cvtps_ph(__mmask16{0xffff}, v, _MM_FROUND_TO_NEAREST_INT));
