@@ -9,42 +9,29 @@ namespace duet {
 namespace {
 
 // ---- unpacking -----------------------------------------------------------------------------------
-// Prefill takes two blocks in their order; decode takes four, the first 16 values of each in one
-// register, the last 16 in another, which are added up in place. Values are unsigned: above their
-// own by 1 << kOffsetShift (0: no offset but a minimum m).
-struct Halves {
-  __m512i first, last;
-};
-
-template <class Block>
-DUET_INLINE Halves nibble_halves(const Block* const* b) {
-  const __m512i v = four_lanes(b[0]->qs, b[1]->qs, b[2]->qs, b[3]->qs);
-  return {masked(v, 15), high_nibbles(v)};
+// Values are unsigned: above their own by 1 << kOffsetShift (0: no offset but a minimum m).
+DUET_INLINE __m256i masked256(__m256i v, int mask) {
+  return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(mask)));
+}
+// 16 bytes -> their lower nibbles, then their upper ones.
+DUET_INLINE __m256i nibbles32(const uint8_t* qs) {
+  const __m256i both = _mm256_broadcastsi128_si256(load128(qs));
+  return masked256(_mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)), 15);
 }
 
-DUET_INLINE uint32_t word_at(const uint8_t* p) {
-  uint32_t v;
-  __builtin_memcpy(&v, p, 4);
-  return v;
-}
-DUET_INLINE __m512i add_16(__m512i q, uint64_t where) {
-  return _mm512_mask_add_epi8(q, where, q, _mm512_set1_epi8(16));
-}
-template <class Block>
-DUET_INLINE Halves fifth_halves(Halves q, const Block* const* b) {
-  const uint64_t w01 = word_at(b[0]->qh) | static_cast<uint64_t>(word_at(b[1]->qh)) << 32;
-  const uint64_t w23 = word_at(b[2]->qh) | static_cast<uint64_t>(word_at(b[3]->qh)) << 32;
-  const auto pack = [](uint64_t v) { return (v & 0xffff) | (v >> 16 & 0xffff0000); };
-  return {add_16(q.first, pack(w01) | pack(w23) << 32),
-          add_16(q.last, pack(w01 >> 16) | pack(w23 >> 16) << 32)};
-}
-
+// quants(block): its 32 values, the upper half 1 << kUpperShift times as large.
 // store(column, quad): 16 columns of 16 rows, of the block that starts `at` bytes behind them.
 template <class B, int kShift>
 struct Nibbles {
   using Block = B;
   static constexpr int kOffsetShift = kShift;
-  static DUET_INLINE Halves halves(const Block* const* b) { return nibble_halves(b); }
+  static constexpr int kUpperShift = 4;
+  static DUET_INLINE __m256i quants(const Block& b) {
+    const __m256i mask = _mm256_setr_epi64x(0x0f0f0f0f0f0f0f0f, 0x0f0f0f0f0f0f0f0f,
+                                            static_cast<int64_t>(0xf0f0f0f0f0f0f0f0),
+                                            static_cast<int64_t>(0xf0f0f0f0f0f0f0f0));
+    return _mm256_and_si256(_mm256_broadcastsi128_si256(load128(b.qs)), mask);
+  }
   template <class Store>
   static DUET_INLINE void columns(const std::byte* const* rows, size_t at, Store store) {
     const Quad q = load_quad(rows, at + offsetof(Block, qs));
@@ -57,8 +44,12 @@ template <class B, int kShift>
 struct FiveBits {
   using Block = B;
   static constexpr int kOffsetShift = kShift;
-  static DUET_INLINE Halves halves(const Block* const* b) {
-    return fifth_halves(nibble_halves(b), b);
+  static constexpr int kUpperShift = 0;
+  static DUET_INLINE __m256i quants(const Block& b) {
+    __mmask32 bits;
+    __builtin_memcpy(&bits, b.qh, 4);
+    const __m256i q = nibbles32(b.qs);
+    return _mm256_mask_add_epi8(q, bits, q, _mm256_set1_epi8(16));
   }
   template <class Store>
   static DUET_INLINE void columns(const std::byte* const* rows, size_t at, Store store) {
@@ -90,9 +81,9 @@ struct Q8_0 {
   static DUET_INLINE __m512i above(__m512i v) {
     return _mm512_xor_si512(v, _mm512_set1_epi8(-128));
   }
-  static DUET_INLINE Halves halves(const Block* const* b) {
-    return {above(four_lanes(b[0]->qs, b[1]->qs, b[2]->qs, b[3]->qs)),
-            above(four_lanes(b[0]->qs + 16, b[1]->qs + 16, b[2]->qs + 16, b[3]->qs + 16))};
+  static constexpr int kUpperShift = 0;
+  static DUET_INLINE __m256i quants(const Block& b) {
+    return _mm256_xor_si256(load256(b.qs), _mm256_set1_epi8(-128));
   }
   template <class Store>
   static DUET_INLINE void columns(const std::byte* const* rows, size_t at, Store store) {
@@ -110,9 +101,10 @@ struct IQ4_NL {
     const __m128i table = _mm_xor_si128(load128(kIq4Levels), _mm_set1_epi8(-128));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), q);
   }
-  static DUET_INLINE Halves halves(const Block* const* b) {
-    const Halves q = nibble_halves(b);
-    return {levels(q.first), levels(q.last)};
+  static constexpr int kUpperShift = 0;
+  static DUET_INLINE __m256i quants(const Block& b) {
+    const __m128i table = _mm_xor_si128(load128(kIq4Levels), _mm_set1_epi8(-128));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), nibbles32(b.qs));
   }
   template <class Store>
   static DUET_INLINE void columns(const std::byte* const* rows, size_t at, Store store) {
@@ -206,150 +198,68 @@ struct Panel32 {
     return _mm512_sub_epi32(__m512i{}, _mm512_slli_epi32(sum, F::kOffsetShift));
   }
 
-  // ---- decode: 16 rows x 16 blocks, so that the sums of a row fill a register -------------------
-  // Then lanes are blocks; a transpose makes them rows, and the chains of 16 rows run side by side.
+  // ---- decode: a block of 16 rows at a time ------------------------------------------------------
   static constexpr size_t kRows = 16;
 
-  // Sixteen blocks of the token. Register j holds four blocks 4 j + lane; sums come out as
-  // [lane][j], place i is block order(i).
-  struct Token16 {
-    alignas(64) int8_t first[4][64], last[4][64];  // activations 0..15 and 16..31 of four blocks
-    alignas(64) int32_t offset[4][16];             // per lane of the dot products
-    alignas(64) float d[16], total[16];
-  };
-  static constexpr size_t order(size_t i) { return 4 * (i % 4) + i / 4; }
-
-  static void decode(const std::byte* const* rows, const std::byte* act, size_t cols,
-                     Ahead ahead, float* y) {
-    const size_t n_blocks = cols / 32;
+  static void decode(const std::byte* const* rows, const std::byte* act, size_t cols, Ahead ahead,
+                     float* y) {
+    const auto* x = reinterpret_cast<const BlockAct32*>(act);
     __m512 sum = {};
-    for (size_t b = 0; b < n_blocks; b += 16) {
-#pragma GCC unroll 1
-      for (size_t i = 0; i < 16; ++i) {
-        ahead.fetch<16 * sizeof(Block), 1>(0);
-        ahead.next(16 * sizeof(Block));
-      }
-      const auto* x = reinterpret_cast<const BlockAct32*>(act) + b;
-      sum = n_blocks - b >= 16 ? add_blocks<true>(rows, b, 16, x, sum)
-                               : add_blocks<false>(rows, b, n_blocks - b, x, sum);
+    for (size_t at = 0; at < cols / 32 * sizeof(Block); at += sizeof(Block), ++x) {
+      sum = add_rows(rows, at, *x, sum);
+      ahead.fetch<kRows * sizeof(Block), 1>(0);
+      ahead.next(kRows * sizeof(Block));
     }
     _mm512_store_ps(y, sum);
   }
 
-  static DUET_INLINE void load_token(const BlockAct32* x, size_t n, Token16& token) {
-    for (size_t i = 0; i < 16; ++i) {
-      const bool there = order(i) < n;
-      token.d[i] = there ? x[order(i)].d : 0.0f;
-      token.total[i] = there ? token.d[i] * static_cast<float>(x[order(i)].sum) : 0.0f;
-    }
-    for (size_t b = 0; b < 16; ++b) {
-      const __m256i v = b < n ? load256(x[b].qs) : __m256i{};
-      const auto at = [b](int8_t (&to)[4][64]) {
-        return reinterpret_cast<__m128i*>(to[b / 4] + 16 * (b % 4));
-      };
-      _mm_store_si128(at(token.first), _mm256_castsi256_si128(v));
-      _mm_store_si128(at(token.last), _mm256_extracti128_si256(v, 1));
-    }
-    const __m512i off = _mm512_set1_epi8(static_cast<char>(1 << F::kOffsetShift));
-    for (size_t j = 0; j < 4 && !kHasMinimum; ++j) {
-      const __m512i dot = _mm512_dpbusd_epi32(
-          _mm512_dpbusd_epi32(__m512i{}, off, _mm512_load_si512(token.first[j])), off,
-          _mm512_load_si512(token.last[j]));
-      _mm512_store_si512(token.offset[j], _mm512_sub_epi32(__m512i{}, dot));
-    }
-  }
-
-  // kFull: n is 16. Blocks that are not there count 0.
-  template <bool kFull>
-  static DUET_INLINE __m512 add_blocks(const std::byte* const* rows, size_t first, size_t n,
-                                       const BlockAct32* x, __m512 sum) {
-    Token16 token;
-    load_token(x, n, token);
-    alignas(64) uint16_t d[16][16], m[16][16];
-    for (size_t r = 0; r < 16; ++r) {
-      const auto* block = reinterpret_cast<const Block*>(rows[r]) + first;
-      copy_halves<kFull>(&block->d, n, d[r]);
-      if constexpr (kHasMinimum) copy_halves<kFull>(&block->m, n, m[r]);
-    }
-    __m512i dot[16];
-    for (size_t r = 0; r < 16; ++r) {
-      const auto* block = reinterpret_cast<const Block*>(rows[r]) + first;
-      dot[r] = row_dots<kFull>(block, n, token);
-    }
-    return add_chains(dot, d, m, token, n, sum);
-  }
-
-  // out[i] = the half that stands at p in block order(i)
-  template <bool kFull>
-  static DUET_INLINE void copy_halves(const uint16_t* p, size_t n, uint16_t* out) {
-    constexpr size_t kWords = sizeof(Block) / 2;
-    if constexpr (kFull && kWords <= 10) {  // four blocks in 64 bytes: permute instead of copying
-      const __m256i blocks = _mm256_setr_epi16(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-      const __m512i at = _mm512_castsi256_si512(
-          _mm256_mullo_epi16(blocks, _mm256_set1_epi16(static_cast<int16_t>(kWords))));
-      __m512i v = {};
+  static DUET_INLINE __m512 add_rows(const std::byte* const* rows, size_t at, const BlockAct32& x,
+                                     __m512 sum) {
+    const __m256i v = load256(x.qs);
+    __m256i four[4];
+    const Block* block[16];
 #pragma GCC unroll 4
-      for (size_t j = 0; j < 4; ++j) {
-        // Not from the very end: the last load must stay inside the block.
-        const __m512i four = j < 3 ? load512(p + 4 * j * kWords)
-                                   : _mm512_maskz_loadu_epi16((1u << (3 * kWords + 1)) - 1,
-                                                              p + 4 * j * kWords);
-        v = _mm512_mask_permutexvar_epi16(v, 0x1111u << j, at, four);
+    for (size_t s = 0; s < 4; ++s) {
+      __m256i dot[4];
+#pragma GCC unroll 4
+      for (size_t r = 0; r < 4; ++r) {
+        block[4 * s + r] = reinterpret_cast<const Block*>(rows[4 * s + r] + at);
+        dot[r] = _mm256_dpbusd_epi32(__m256i{}, F::quants(*block[4 * s + r]), v);
       }
-      _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(v));
-      return;
+      four[s] = fold_four(dot);
     }
-#pragma GCC unroll 16
-    for (size_t i = 0; i < 16; ++i) out[i] = p[(kFull || order(i) < n ? order(i) : 0) * kWords];
-  }
-
-  // The 16 integer sums of a row, place i for block order(i). Beyond the end of the row the
-  // activations are 0, any block will do.
-  template <bool kFull>
-  static DUET_INLINE __m512i row_dots(const Block* block, size_t n, const Token16& token) {
-    __m512i v[4];
-#pragma GCC unroll 4
-    for (size_t j = 0; j < 4; ++j) {
-      const Block* four[4];
-#pragma GCC unroll 4
-      for (size_t i = 0; i < 4; ++i) four[i] = block + (kFull || 4 * j + i < n ? 4 * j + i : 0);
-      const Halves q = F::halves(four);
-      v[j] = kHasMinimum ? __m512i{} : _mm512_load_si512(token.offset[j]);
-      v[j] = _mm512_dpbusd_epi32(v[j], q.first, _mm512_load_si512(token.first[j]));
-      v[j] = _mm512_dpbusd_epi32(v[j], q.last, _mm512_load_si512(token.last[j]));
-    }
-    const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]),
-                                         _mm512_unpackhi_epi32(v[0], v[1]));
-    const __m512i high = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]),
-                                          _mm512_unpackhi_epi32(v[2], v[3]));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
-  }
-
-  static DUET_INLINE __m512 add_chains(__m512i (&dot)[16], const uint16_t (&d)[16][16],
-                                       const uint16_t (&m)[16][16], const Token16& token, size_t n,
-                                       __m512 sum) {
-    __m512i scale[16], minimum[16];
-    const __m512 dx = _mm512_load_ps(token.d);
-#pragma GCC unroll 16
-    for (size_t r = 0; r < 16; ++r) {
-      dot[r] = _mm512_castps_si512(_mm512_cvtepi32_ps(dot[r]));
-      scale[r] = _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtph_ps(load256(d[r])), dx));
-      if constexpr (kHasMinimum) minimum[r] = _mm512_castps_si512(_mm512_cvtph_ps(load256(m[r])));
-    }
-    transpose16(dot);
-    transpose16(scale);
-    if constexpr (kHasMinimum) transpose16(minimum);
-#pragma GCC unroll 16
-    for (size_t b = 0; b < 16; ++b) {
-      if (b >= n) break;
-      const size_t i = 4 * (b % 4) + b / 4;  // the inverse of order() is itself
-      sum = _mm512_fmadd_ps(_mm512_castsi512_ps(dot[i]), _mm512_castsi512_ps(scale[i]), sum);
-      if constexpr (kHasMinimum) {
-        const __m512 t = _mm512_set1_ps(token.total[i]);
-        sum = _mm512_fmadd_ps(_mm512_castsi512_ps(minimum[i]), t, sum);
-      }
+    const __m512i n = _mm512_add_epi32(
+        _mm512_inserti64x4(_mm512_castsi256_si512(fold_eight(four[0], four[1])),
+                           fold_eight(four[2], four[3]), 1),
+        offset(_mm512_set1_epi32(x.sum)));
+    const __m512 d = gather(block, [](const Block* b) { return b->d; });
+    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(n), _mm512_mul_ps(d, _mm512_set1_ps(x.d)), sum);
+    if constexpr (kHasMinimum) {
+      const __m512 total = _mm512_set1_ps(x.d * static_cast<float>(x.sum));
+      sum = _mm512_fmadd_ps(gather(block, [](const Block* b) { return b->m; }), total, sum);
     }
     return sum;
+  }
+
+  // Lane i of both halves: what lanes of the half of v[i] add up to.
+  static DUET_INLINE __m256i fold_four(const __m256i (&v)[4]) {
+    const __m256i a = _mm256_add_epi32(_mm256_unpacklo_epi32(v[0], v[1]),
+                                       _mm256_unpackhi_epi32(v[0], v[1]));
+    const __m256i b = _mm256_add_epi32(_mm256_unpacklo_epi32(v[2], v[3]),
+                                       _mm256_unpackhi_epi32(v[2], v[3]));
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+  }
+  static DUET_INLINE __m256i fold_eight(__m256i a, __m256i b) {
+    const __m256i upper = _mm256_permute2x128_si256(a, b, 0x31);
+    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20),
+                            _mm256_srai_epi32(upper, F::kUpperShift));
+  }
+  template <class Half>
+  static DUET_INLINE __m512 gather(const Block* const* b, Half half) {
+    const auto at = [&](int i) { return static_cast<int16_t>(half(b[i])); };
+    return _mm512_cvtph_ps(_mm256_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7),
+                                             at(8), at(9), at(10), at(11), at(12), at(13), at(14),
+                                             at(15)));
   }
 };
 
