@@ -232,11 +232,11 @@ struct Panel32 {
         _mm512_inserti64x4(_mm512_castsi256_si512(fold_eight(four[0], four[1])),
                            fold_eight(four[2], four[3]), 1),
         offset(_mm512_set1_epi32(x.sum)));
-    const __m512 d = gather(block, [](const Block* b) { return b->d; });
+    const __m512 d = gather_halves(block, [](const Block* b) { return b->d; });
     sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(n), _mm512_mul_ps(d, _mm512_set1_ps(x.d)), sum);
     if constexpr (kHasMinimum) {
       const __m512 total = _mm512_set1_ps(x.d * static_cast<float>(x.sum));
-      sum = _mm512_fmadd_ps(gather(block, [](const Block* b) { return b->m; }), total, sum);
+      sum = _mm512_fmadd_ps(gather_halves(block, [](const Block* b) { return b->m; }), total, sum);
     }
     return sum;
   }
@@ -253,13 +253,6 @@ struct Panel32 {
     const __m256i upper = _mm256_permute2x128_si256(a, b, 0x31);
     return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20),
                             _mm256_srai_epi32(upper, F::kUpperShift));
-  }
-  template <class Half>
-  static DUET_INLINE __m512 gather(const Block* const* b, Half half) {
-    const auto at = [&](int i) { return static_cast<int16_t>(half(b[i])); };
-    return _mm512_cvtph_ps(_mm256_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7),
-                                             at(8), at(9), at(10), at(11), at(12), at(13), at(14),
-                                             at(15)));
   }
 };
 

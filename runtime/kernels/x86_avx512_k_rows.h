@@ -367,17 +367,10 @@ struct KRows : KPanel<Block> {
               _mm512_cvtph_ps(_mm256_permute2x128_si256(a, b, 0x31))};
     } else {
       Factors f;
-      f.d = gather(block, [](const Block* b) { return b->d; });
-      if constexpr (kHasMinimum<Block>) f.dmin = gather(block, [](const Block* b) { return b->dmin; });
+      f.d = gather_halves(block, [](const Block* b) { return b->d; });
+      if constexpr (kHasMinimum<Block>) f.dmin = gather_halves(block, [](const Block* b) { return b->dmin; });
       return f;
     }
-  }
-  template <class Half>
-  static DUET_INLINE __m512 gather(const Block* const* b, Half half) {
-    const auto at = [&](int i) { return static_cast<int16_t>(half(b[i])); };
-    return _mm512_cvtph_ps(_mm256_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7),
-                                             at(8), at(9), at(10), at(11), at(12), at(13), at(14),
-                                             at(15)));
   }
 };
 

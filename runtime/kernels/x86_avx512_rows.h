@@ -30,6 +30,18 @@ class Ahead {
   const char* p_;
 };
 
+// half(block) of sixteen blocks, half-precision bits, as floats. Put together by integer units, which
+// have nothing else to do.
+template <class Block, class Half>
+DUET_INLINE __m512 gather_halves(const Block* const* b, Half half) {
+  const auto four = [&](size_t i) {
+    const uint64_t low = half(b[i]) | static_cast<uint32_t>(half(b[i + 1])) << 16;
+    const uint64_t high = half(b[i + 2]) | static_cast<uint32_t>(half(b[i + 3])) << 16;
+    return static_cast<int64_t>(low | high << 32);
+  };
+  return _mm512_cvtph_ps(_mm256_setr_epi64x(four(0), four(4), four(8), four(12)));
+}
+
 // Kernel::decode(rows, x, cols, ahead, y): Kernel::kRows rows with one token. More tokens find the
 // weights in the L1 cache.
 template <class Kernel>
