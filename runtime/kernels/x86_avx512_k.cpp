@@ -6,11 +6,20 @@
 #include "runtime/kernels/x86_avx512_k_rows.h"
 
 namespace duet {
+namespace {
+
+bool cheap_mulld() {
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") != 0;
+}
+
+}  // namespace
 
 void add_avx512_k(KernelTable& table) {
   table.matmul[static_cast<size_t>(DType::Q2_K)] = matmul512<KRows<BlockQ2_K>>;
   table.matmul[static_cast<size_t>(DType::Q3_K)] = matmul512<KRows<BlockQ3_K>>;
-  table.matmul[static_cast<size_t>(DType::Q4_K)] = matmul512<KRows<BlockQ4_K>>;
+  table.matmul[static_cast<size_t>(DType::Q4_K)] =
+      cheap_mulld() ? matmul512<KRows<BlockQ4_K>> : matmul512<KRows<BlockQ4_K, false>>;
   table.matmul[static_cast<size_t>(DType::Q5_K)] = matmul512<KRows<BlockQ5_K>>;
   table.matmul[static_cast<size_t>(DType::Q6_K)] = matmul512<KRows<BlockQ6_K>>;
   table.matmul[static_cast<size_t>(DType::IQ4_XS)] = matmul512<KRows<BlockIQ4_XS>>;

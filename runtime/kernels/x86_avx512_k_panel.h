@@ -114,8 +114,8 @@ constexpr bool kScaled = std::is_same_v<Block, BlockQ2_K> || std::is_same_v<Bloc
 template <class Block>
 constexpr bool kNegated = std::is_same_v<Block, BlockQ3_K>;
 
-// For vpshufb: a[g] * lower factor + b[g] * upper factor for eight words of factors, for g = first, then
-// g = first + 1; a and b: a signed byte for each group in every lane.
+// For vpshufb: a[g] * lower factor + b[g] * upper factor for eight words of factors, for g = first,
+// then g = first + 1; a and b: a signed byte for each group in every lane.
 DUET_INLINE __m512i pair_products(__m512i a, __m512i b, int first, __m512i factors) {
   const __m512i words = first < 8 ? _mm512_unpacklo_epi8(a, b) : _mm512_unpackhi_epi8(a, b);
   const auto word = [&](int g) {
@@ -136,8 +136,12 @@ DUET_INLINE __m512i products(const BlockQ3_K*, __m512i lanes, int pair) {
   return _mm512_xor_si512(pair_products(minus, lanes, 2 * pair, factors), _mm512_set1_epi8(-128));
 }
 
-template <class Block>
+// kMulld: vpmulld is as cheap as vpdpwssd (AMD; on Intel it costs two), so that all columns of a
+// group are multiplied by the scale at once; else 16 at a time, whose sums fit 16 bits (Q4_K).
+template <class Block, bool kMulld>
 struct KPanel {
+  static constexpr bool kNarrow = !kMulld && std::is_same_v<Block, BlockQ4_K>;
+  static constexpr int kRun = kNarrow ? 16 : kGroup<Block>;  // columns
   static constexpr size_t kStepBytes = sizeof(BlockAct256), kWeightBytes = sizeof(Block);
   static constexpr int kGroups = 256 / kGroup<Block>, kPairs = kGroups / 2;
   static constexpr bool kBytes = !std::is_same_v<Block, BlockIQ4_XS>;  // scale_lanes of bytes
@@ -285,19 +289,21 @@ struct KPanel {
       for (size_t t = 0; t < T; ++t) minus_offsets(*x[t], start[t]);
     }
 #pragma GCC unroll 1
-    for (int g = 0; g < kGroups; ++g) {
+    for (int column = 0; column < 256; column += kRun) {
+      const int g = column / kGroup<Block>;
       __m512i part[2][T] = {};
       if constexpr (kOffsetShift<Block> != 0) {
 #pragma GCC unroll 6
         for (size_t t = 0; t < T; ++t) part[0][t] = part[1][t] = broadcast4(&start[t][g]);
       }
-      add_columns<kGroup<Block>, T>(panel, x, g * kGroup<Block>, part);
+      add_columns<kRun, T>(panel, x, column, part);
 #pragma GCC unroll 2
       for (size_t r = 0; r < 2; ++r) {
         const __m512i scale = _mm512_load_si512(panel.scale[g] + 16 * r);
 #pragma GCC unroll 6
         for (size_t t = 0; t < T; ++t)
-          dot[r][t] = _mm512_add_epi32(dot[r][t], _mm512_mullo_epi32(part[r][t], scale));
+          dot[r][t] = kNarrow ? _mm512_dpwssd_epi32(dot[r][t], part[r][t], scale)
+                              : _mm512_add_epi32(dot[r][t], _mm512_mullo_epi32(part[r][t], scale));
       }
     }
   }

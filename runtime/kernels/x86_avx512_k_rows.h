@@ -312,8 +312,8 @@ struct RowFormat<BlockIQ4_XS> {
   }
 };
 
-template <class Block>
-struct KRows : KPanel<Block> {
+template <class Block, bool kMulld = true>
+struct KRows : KPanel<Block, kMulld> {
   static constexpr size_t kRows = 16;
 
   static void decode(const std::byte* const* rows, const std::byte* act, size_t cols, Ahead ahead,

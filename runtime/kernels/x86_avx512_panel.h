@@ -166,20 +166,39 @@ class NextBlocks {
   size_t offset_, n_lines_, row_ = 0;
 };
 
+// Tokens are dealt out evenly to tiles of up to 6: from 4 tokens on, none is smaller than 3, which
+// would leave the units waiting for their own sums.
+template <class Kernel>
+DUET_INLINE void panel_tiles(const Panel& panel, const std::byte* x, size_t x_stride,
+                             size_t n_tokens, size_t n_cols, NextBlocks& next, PanelSums& sums) {
+  const size_t n_tiles = (n_tokens + 5) / 6;
+  for (size_t tile = 0, t = 0; tile < n_tiles; ++tile) {
+    next.fetch((kPanelRows + n_tiles - 1) / n_tiles);
+    const size_t n = (n_tokens + tile) / n_tiles;
+    const std::byte* at = x + t * x_stride;
+    if (n == 6) Kernel::template tile<6>(panel, at, x_stride, n_cols, sums.at[t]);
+    if (n == 5) Kernel::template tile<5>(panel, at, x_stride, n_cols, sums.at[t]);
+    if (n == 4) Kernel::template tile<4>(panel, at, x_stride, n_cols, sums.at[t]);
+    if (n == 3) Kernel::template tile<3>(panel, at, x_stride, n_cols, sums.at[t]);
+    t += n;
+  }
+}
+
 // Kernel::unpack(rows, step, n_cols, panel) and Kernel::tile<T>(panel, x, n_cols, sums) for 256
-// columns at a time (n_cols: fewer at the end of a row); x: T tokens at these columns.
+// columns at a time (n_cols: fewer at the end of a row); x: T tokens at these columns. At least 4
+// tokens.
 template <class Kernel>
 void matmul_panels(const MatmulArgs& a) noexcept {
   Panel panel;
   PanelSums sums;
   const size_t n_steps = (a.cols + kPanelCols - 1) / kPanelCols;
+  const size_t n_blocks = (a.n_tokens + kPanelTokens - 1) / kPanelTokens;
   PanelRowsAt next = panel_rows(a, 0);
   for (size_t row = 0; row < a.n_rows; row += kPanelRows) {
     const PanelRowsAt rows = next;
     next = panel_rows(a, row + kPanelRows);
-    for (size_t token = 0; token < a.n_tokens; token += kPanelTokens) {
-      const size_t n = a.n_tokens - token < kPanelTokens ? a.n_tokens - token : kPanelTokens;
-      const size_t rows_per_tile = (kPanelRows * 6 + n - 1) / n;
+    for (size_t block = 0, token = 0; block < n_blocks; ++block) {
+      const size_t n = (a.n_tokens + block) / n_blocks;
       __builtin_memset(sums.at, 0, n * sizeof sums.at[0]);
       for (size_t step = 0; step < n_steps; ++step) {
         const size_t left = a.cols - step * kPanelCols;
@@ -189,18 +208,10 @@ void matmul_panels(const MatmulArgs& a) noexcept {
         NextBlocks blocks(last ? next : rows, last ? 0 : (step + 1) * Kernel::kWeightBytes,
                           Kernel::kWeightBytes);
         const std::byte* x = a.x + token * a.x_stride + step * Kernel::kStepBytes;
-        size_t t = 0;
-        for (; t + 6 <= n; t += 6) {
-          blocks.fetch(rows_per_tile);
-          Kernel::template tile<6>(panel, x + t * a.x_stride, a.x_stride, n_cols, sums.at[t]);
-        }
-        blocks.fetch(kPanelRows);
-        for (; t + 2 <= n; t += 2)
-          Kernel::template tile<2>(panel, x + t * a.x_stride, a.x_stride, n_cols, sums.at[t]);
-        if (t < n)
-          Kernel::template tile<1>(panel, x + t * a.x_stride, a.x_stride, n_cols, sums.at[t]);
+        panel_tiles<Kernel>(panel, x, a.x_stride, n, n_cols, blocks, sums);
       }
       store_sums(a, sums, row, token, n);
+      token += n;
     }
   }
 }
