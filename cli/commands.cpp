@@ -5,6 +5,7 @@ namespace duet::cli {
 void add_commands(CLI::App& app) {
   add_run(app);
   add_inspect(app);
+  add_plan(app);
   add_doctor(app);
   add_convert(app);
   add_quantize(app);

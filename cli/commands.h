@@ -25,6 +25,7 @@ void add_quantize(CLI::App& app);
 void add_make_synthetic(CLI::App& app);
 void add_run(CLI::App& app);
 void add_inspect(CLI::App& app);
+void add_plan(CLI::App& app);
 void add_doctor(CLI::App& app);
 void add_tokenize(CLI::App& app);
 void add_detokenize(CLI::App& app);

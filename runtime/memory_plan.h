@@ -22,6 +22,7 @@ struct ModelSizes {
   std::vector<uint64_t> expert_bytes;      // [n_layer] one slot: the largest expert of the layer with its read padding; empty: dense model
   std::vector<uint64_t> expert_file_bytes; // [n_layer] all experts of the layer, as in the file
   uint64_t bytes_per_token = 0;            // weights that one token reads
+  uint64_t int8_macs = 0, f32_macs = 0;    // multiply-adds of one token in the layers, by kind of its activations
 };
 
 // Of a file, in either layout of experts. Error(format) when a tensor is missing.

@@ -25,14 +25,16 @@ class Counter {
     sizes_.expert_file_bytes.resize(hparams.n_layer);
   }
 
-  void add_dense(const TensorSpec& spec, uint64_t n_bytes) {
+  void add_dense(const TensorSpec& spec, const Format& format, uint64_t n_bytes) {
     sizes_.dense_bytes += n_bytes;
+    if (spec.layer >= 0 && spec.shape.size() > 1) macs_of(format) += spec.shape[0] * spec.shape[1];
     const bool row_only = spec.kind == TensorKind::token_embd && !sizes_.hparams.tied_output;
     sizes_.bytes_per_token += row_only ? n_bytes / spec.shape[0] : n_bytes;
   }
   // One tensor of experts: all of them, and the largest.
-  void add_experts(const TensorSpec& spec, uint64_t n_bytes, uint64_t largest) {
+  void add_experts(const TensorSpec& spec, const Format& format, uint64_t n_bytes, uint64_t largest) {
     const auto layer = static_cast<size_t>(spec.layer);
+    macs_of(format) += n_used_ * spec.shape[1] * spec.shape[2];
     sizes_.expert_bytes[layer] += padded(largest);
     sizes_.expert_file_bytes[layer] += n_bytes;
     sizes_.bytes_per_token += n_bytes / n_expert_ * n_used_;
@@ -43,27 +45,31 @@ class Counter {
   }
 
  private:
+  uint64_t& macs_of(const Format& format) { return format.act == ActFormat::f32 ? sizes_.f32_macs : sizes_.int8_macs; }
+
   ModelSizes sizes_;
   uint64_t n_expert_, n_used_;
 };
 
-uint64_t bytes_of(const GgufFile& file, const std::string& name) {
+const TensorView& find(const GgufFile& file, const std::string& name) {
   const TensorView* tensor = file.find_tensor(name);
   if (tensor == nullptr) fail(ErrorKind::format, file.source(), ": tensor '", name, "' is missing");
-  return tensor->data.size();
+  return *tensor;
 }
 
 void add_experts(Counter& counter, const GgufFile& file, const TensorSpec& spec) {
   const uint64_t n_expert = spec.shape[0];
   if (const TensorView* merged = file.find_tensor(spec.gguf_name))
-    return counter.add_experts(spec, merged->data.size(), merged->data.size() / n_expert);
+    return counter.add_experts(spec, *merged->format, merged->data.size(), merged->data.size() / n_expert);
   uint64_t n_bytes = 0, largest = 0;
+  const Format* format = nullptr;
   for (uint64_t e = 0; e < n_expert; ++e) {
-    const uint64_t one = bytes_of(file, split_expert_name(spec.kind, spec.layer, static_cast<int>(e)));
-    n_bytes += one;
-    largest = std::max(largest, one);
+    const TensorView& one = find(file, split_expert_name(spec.kind, spec.layer, static_cast<int>(e)));
+    n_bytes += one.data.size();
+    largest = std::max<uint64_t>(largest, one.data.size());
+    format = one.format;
   }
-  counter.add_experts(spec, n_bytes, largest);
+  counter.add_experts(spec, *format, n_bytes, largest);
 }
 
 }  // namespace
@@ -71,10 +77,12 @@ void add_experts(Counter& counter, const GgufFile& file, const TensorSpec& spec)
 ModelSizes model_sizes(const GgufFile& file, const HParams& hparams) {
   Counter counter(hparams);
   for (const TensorSpec& spec : tensor_table(hparams)) {
-    if (is_expert_kind(spec.kind))
+    if (is_expert_kind(spec.kind)) {
       add_experts(counter, file, spec);
-    else if (!spec.optional || file.find_tensor(spec.gguf_name) != nullptr)
-      counter.add_dense(spec, bytes_of(file, spec.gguf_name));
+    } else if (!spec.optional || file.find_tensor(spec.gguf_name) != nullptr) {
+      const TensorView& tensor = find(file, spec.gguf_name);
+      counter.add_dense(spec, *tensor.format, tensor.data.size());
+    }
   }
   return counter.finish(file.file_bytes());
 }
@@ -83,13 +91,14 @@ ModelSizes model_sizes(const HParams& hparams, const std::function<const Format&
   Counter counter(hparams);
   uint64_t total = 0;
   for (const TensorSpec& spec : tensor_table(hparams)) {
-    uint64_t n_bytes = row_bytes(format_of(spec), spec.shape.back());
+    const Format& format = format_of(spec);
+    uint64_t n_bytes = row_bytes(format, spec.shape.back());
     for (size_t i = 0; i + 1 < spec.shape.size(); ++i) n_bytes *= spec.shape[i];
     total += n_bytes;
     if (is_expert_kind(spec.kind))
-      counter.add_experts(spec, n_bytes, n_bytes / spec.shape[0]);
+      counter.add_experts(spec, format, n_bytes, n_bytes / spec.shape[0]);
     else
-      counter.add_dense(spec, n_bytes);
+      counter.add_dense(spec, format, n_bytes);
   }
   return counter.finish(total);
 }

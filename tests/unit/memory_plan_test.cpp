@@ -379,6 +379,8 @@ TEST_CASE("memory plan: sizes of files, both layouts, equal those of the recipe"
     CHECK(known.dense_bytes == sizes.dense_bytes);
     CHECK(known.expert_bytes == sizes.expert_bytes);
     CHECK(known.bytes_per_token == sizes.bytes_per_token);
+    CHECK(sizes.int8_macs == 4 * (2 * 256 * 256 + 2 * 64 * 256 + 2 * 3 * 256 * 512));
+    CHECK(sizes.f32_macs == 4 * 8 * 256);  // the router
   }
 }
 

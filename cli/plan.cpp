@@ -1,0 +1,285 @@
+// plan: what fits into memory, what streams, how fast it will be; nothing is loaded.
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <optional>
+
+#include "base/error.h"
+#include "base/host.h"
+#include "base/json.h"
+#include "base/mapped_file.h"
+#include "base/units.h"
+#include "cli/commands.h"
+#include "cli/console.h"
+#include "cli/measure.h"
+#include "cli/model_options.h"
+#include "cli/options.h"
+#include "converters/recipe.h"
+#include "runtime/memory_plan.h"
+#include "runtime/roofline.h"
+#include "runtime/speed_estimate.h"
+
+namespace duet::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct PlanOptions {
+  ModelOptions model;
+  std::string recipe, path;
+  bool json = false;
+};
+
+// One model file, or one that could be made.
+struct Candidate {
+  std::string type;  // recipe; "" for a file
+  ModelSizes sizes;
+};
+
+struct Outcome {
+  const Candidate* candidate;
+  MemoryPlan plan;
+  SpeedEstimate speed;
+  std::string refusal;  // why there is no plan
+};
+
+struct Report {
+  std::string model;
+  std::vector<Outcome> outcomes;
+  MachineRates rates;
+  std::string reader, rates_missing;  // "pread, direct"; why there are no rates
+  int n_threads = 1;
+  bool has_speed() const { return rates_missing.empty(); }
+};
+
+// ---- candidates --------------------------------------------------------------------------------
+
+std::vector<Candidate> of_recipes(const HParams& hparams, const std::string& recipe) {
+  std::vector<Candidate> out;
+  const auto add = [&](const Recipe& r) {
+    out.push_back({r.name, model_sizes(hparams, [&](const TensorSpec& spec) -> const Format& { return recipe_format(r, hparams, spec); })});
+  };
+  if (!recipe.empty())
+    add(find_recipe(recipe));
+  else
+    for (const Recipe& r : all_recipes()) add(r);
+  return out;
+}
+
+std::vector<Candidate> find_candidates(const PlanOptions& options) {
+  const fs::path path = options.model.path;
+  constexpr std::string_view kKnown = "mixtral-";
+  if (options.model.path.starts_with(kKnown) && !fs::exists(path))
+    if (const auto hparams = mixtral_hparams(options.model.path.substr(kKnown.size()))) return of_recipes(*hparams, options.recipe);
+  if (fs::is_directory(path)) {
+    const fs::path config = path / "config.json";
+    constexpr uint64_t kMaxConfig = 1 << 20;
+    return of_recipes(read_hf_config(parse_json(read_file(config, kMaxConfig), config.string()), config.string(), notices()), options.recipe);
+  }
+  if (!options.recipe.empty()) fail(ErrorKind::usage, "--type: a GGUF file has its types already; leave it out");
+  const GgufFile file = GgufFile::open(path);
+  return {{"", model_sizes(file, read_hparams(file, notices()))}};
+}
+
+// ---- rates -------------------------------------------------------------------------------------
+
+// What stands for the disk: the file itself, the largest weights of a folder, else a folder.
+fs::path disk_path(const PlanOptions& options) {
+  if (!options.path.empty()) return options.path;
+  const fs::path model = options.model.path;
+  if (!fs::exists(model)) return ".";
+  if (!fs::is_directory(model)) return model;
+  fs::path largest = model;
+  uintmax_t most = 0;
+  for (const auto& entry : fs::directory_iterator(model)) {
+    if (!entry.is_regular_file() || entry.path().extension() != ".safetensors" || entry.file_size() <= most) continue;
+    most = entry.file_size();
+    largest = entry.path();
+  }
+  return largest;
+}
+
+void measure_rates(Report& report, const PlanOptions& options) {
+  const KernelTable* kernels = &select_kernels(options.model.isa);
+  const Roofline roofline = measure_rooflines({&kernels, 1}, report.n_threads, uint64_t{512} << 20).front();
+  report.rates = {.read_bytes_per_s = roofline.read_bytes_per_s,
+                  .int8_macs_per_s = roofline.int8_macs_per_s,
+                  .f32_macs_per_s = roofline.f32_macs_per_s};
+  try {
+    const ReadRate disk = measure_disk(disk_path(options));
+    report.rates.disk_bytes_per_s = disk.bytes_per_second;
+    report.reader = disk.reader;
+  } catch (const Error& e) {
+    report.rates_missing = concat("disk not measured (name a folder on it with --path): ", e.what());
+  }
+}
+
+// ---- forms -------------------------------------------------------------------------------------
+
+std::string fixed(double value, int digits) {
+  char text[64];
+  std::snprintf(text, sizeof(text), "%.*f", digits, value);
+  return text;
+}
+std::string rate(double value) { return fixed(value, value < 1 ? 3 : value < 100 ? 2 : 0); }
+std::string gigabytes(double n_bytes) { return fixed(n_bytes / 1e9, 2); }
+
+std::string slots_text(const MemoryPlan& plan) {
+  if (!plan.streamed) return "all";
+  const auto [least, most] = std::minmax_element(plan.slots.begin(), plan.slots.end());
+  return *least == *most ? concat(*least) : concat(*least, "-", *most);
+}
+
+Json plan_json(const Outcome& o, const Report& report) {
+  const MemoryPlan& p = o.plan;
+  Json json = {{"type", o.candidate->type.empty() ? Json() : Json(o.candidate->type)},
+               {"file_bytes", o.candidate->sizes.file_bytes},
+               {"bytes_per_token", o.candidate->sizes.bytes_per_token}};
+  if (!o.refusal.empty()) {
+    json["error"] = o.refusal;
+    return json;
+  }
+  json["plan"] = {{"streamed", p.streamed}, {"budget_bytes", p.budget_bytes}, {"budget_reason", p.budget_reason},
+                  {"total_bytes", p.total_bytes}, {"program_bytes", p.program_bytes}, {"dense_bytes", p.dense_bytes},
+                  {"kv_bytes", p.kv_bytes}, {"scratch_bytes", p.scratch_bytes}, {"io_bytes", p.io_bytes},
+                  {"expert_bytes", p.expert_bytes}, {"ctx", p.n_ctx}, {"batch", p.n_batch}, {"staging", p.n_staging},
+                  {"slots", p.slots}, {"resident_share", p.resident_share}};
+  if (!report.has_speed()) return json;
+  const SpeedEstimate& s = o.speed;
+  json["speed"] = {{"hit_rate", s.hit_rate}, {"disk_bytes_per_token", s.disk_bytes_per_token}, {"t_io_s", s.t_io_s},
+                   {"t_mem_s", s.t_mem_s}, {"t_perfect_s", s.t_perfect_s}, {"t_demand_s", s.t_demand_s},
+                   {"decode_tok_s", s.decode_tok_s}, {"prefill_read_s", s.prefill_read_s},
+                   {"prefill_compute_s", s.prefill_compute_s}, {"prefill_tok_s", s.prefill_tok_s}};
+  return json;
+}
+
+void print_plan_json(const Report& report) {
+  Json plans = Json::array();
+  for (const Outcome& o : report.outcomes) plans.push_back(plan_json(o, report));
+  Json rates;
+  if (report.has_speed())
+    rates = {{"disk_bytes_per_s", report.rates.disk_bytes_per_s}, {"reader", report.reader},
+             {"read_bytes_per_s", report.rates.read_bytes_per_s}, {"int8_macs_per_s", report.rates.int8_macs_per_s},
+             {"f32_macs_per_s", report.rates.f32_macs_per_s}, {"threads", report.n_threads}};
+  print_json({{"model", report.model}, {"rates", rates}, {"plans", plans}});
+}
+
+std::string line(const char* name, uint64_t n_bytes, const std::string& remark = {}) {
+  char text[128];
+  std::snprintf(text, sizeof(text), "  %-18s %10s", name, format_size(n_bytes).c_str());
+  return concat(text, remark.empty() ? "" : "  ", remark, "\n");
+}
+
+std::string expert_remark(const MemoryPlan& p, const HParams& hparams) {
+  if (!p.streamed) return "all of them";
+  const std::string held = concat(slots_text(p), " of ", hparams.n_expert, " in each layer, ", fixed(100 * p.resident_share, 0), " %; the others stream");
+  return *std::min_element(p.slots.begin(), p.slots.end()) < 2 ? held + "; below two in each, expect little of them" : held;
+}
+
+std::string memory_text(const Outcome& o) {
+  const MemoryPlan& p = o.plan;
+  std::string text = concat(p.streamed ? "streamed: " : "resident: ", format_size(p.total_bytes), " of memory, ",
+                            p.budget_bytes > 0 ? concat("budget ", format_size(p.budget_bytes)) : "no limit", " (", p.budget_reason, ")\n");
+  text += line("dense weights", p.dense_bytes);
+  text += line("keys and values", p.kv_bytes, concat(p.n_ctx, " positions"));
+  text += line("working memory", p.scratch_bytes, concat("batch of ", p.n_batch));
+  text += line("program", p.program_bytes);
+  if (p.streamed) text += line("staging", p.io_bytes, concat(p.n_staging, " experts on their way"));
+  if (p.expert_bytes > 0 || p.streamed) text += line("experts", p.expert_bytes, expert_remark(p, o.candidate->sizes.hparams));
+  return text;
+}
+
+std::string speed_text(const Outcome& o, const Report& report) {
+  const SpeedEstimate& s = o.speed;
+  std::string text = concat("measured: disk ", gigabytes(report.rates.disk_bytes_per_s), " GB/s (", report.reader, "), memory ",
+                            gigabytes(report.rates.read_bytes_per_s), " GB/s with ", report.n_threads, " threads\n");
+  text += concat("expected: decode ", rate(s.decode_tok_s), " tok/s");
+  if (o.plan.streamed)
+    text += concat(" (", rate(1 / s.t_perfect_s), " with perfect look-ahead; hit rate ", fixed(s.hit_rate, 2), ", ",
+                   gigabytes(s.disk_bytes_per_token), " GB from disk per token)");
+  text += concat("; prefill ", rate(s.prefill_tok_s), " tok/s, ", o.plan.n_batch, " at once");
+  if (o.plan.streamed) text += concat(" (reading ", fixed(s.prefill_read_s, 1), " s, arithmetic ", fixed(s.prefill_compute_s, 1), " s)");
+  return text + "\n";
+}
+
+void print_one(const Report& report) {
+  const Outcome& o = report.outcomes.front();
+  const std::string type = o.candidate->type.empty() ? "" : concat(" in ", o.candidate->type);
+  print(concat(report.model, type, ": ", format_size(o.candidate->sizes.file_bytes), ", ",
+               gigabytes(static_cast<double>(o.candidate->sizes.bytes_per_token)), " GB read per token\n", memory_text(o)));
+  if (report.has_speed()) print(speed_text(o, report));
+}
+
+void print_table(const Report& report) {
+  print(concat(report.model, ", one row per type; budget ", report.outcomes.front().plan.budget_reason, "\n"));
+  if (report.has_speed())
+    print(concat("measured: disk ", gigabytes(report.rates.disk_bytes_per_s), " GB/s (", report.reader, "), memory ",
+                 gigabytes(report.rates.read_bytes_per_s), " GB/s with ", report.n_threads, " threads\n"));
+  print("type         file GiB  experts held  per layer  hit rate  decode tok/s  prefill tok/s\n");
+  for (const Outcome& o : report.outcomes) {
+    char text[256];
+    const double file = static_cast<double>(o.candidate->sizes.file_bytes) / (uint64_t{1} << 30);
+    if (!o.refusal.empty()) {
+      std::snprintf(text, sizeof(text), "%-10s %10.1f  ", o.candidate->type.c_str(), file);
+      print(concat(text, o.refusal, "\n"));
+      continue;
+    }
+    std::snprintf(text, sizeof(text), "%-10s %10.1f  %10.0f %%  %9s", o.candidate->type.c_str(), file,
+                  100 * o.plan.resident_share, slots_text(o.plan).c_str());
+    std::string row = text;
+    if (report.has_speed()) {
+      std::snprintf(text, sizeof(text), "  %8.2f  %12s  %13s", o.speed.hit_rate, rate(o.speed.decode_tok_s).c_str(),
+                    rate(o.speed.prefill_tok_s).c_str());
+      row += text;
+    }
+    print(row + "\n");
+  }
+}
+
+Outcome plan_one(const Candidate& candidate, const MemoryOptions& options, const Report& report, const HostMemory& memory) {
+  Outcome out{.candidate = &candidate, .plan = {}, .speed = {}, .refusal = {}};
+  try {
+    out.plan = plan_memory(candidate.sizes, options, report.n_threads, memory);
+    if (report.has_speed()) out.speed = estimate_speed(candidate.sizes, out.plan, report.rates);
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::memory) throw;
+    out.refusal = e.what();
+  }
+  return out;
+}
+
+void run_plan(const PlanOptions& options) {
+  const std::vector<Candidate> candidates = find_candidates(options);
+  Report report;
+  report.model = options.model.path;
+  report.n_threads = options.model.n_threads > 0 ? options.model.n_threads : read_host_cores().usable();
+  MemoryOptions memory_options = options.model.memory;
+  memory_options.n_ctx = options.model.n_ctx;
+  memory_options.n_batch = options.model.n_batch;
+  memory_options.kv_type = options.model.kv_type;
+  const HostMemory memory = read_host_memory();
+  if (candidates.size() == 1) plan_memory(candidates.front().sizes, memory_options, report.n_threads, memory);  // refused before measuring
+  measure_rates(report, options);
+  for (const Candidate& candidate : candidates) report.outcomes.push_back(plan_one(candidate, memory_options, report, memory));
+  if (!report.has_speed()) note(report.rates_missing);
+  if (options.json) return print_plan_json(report);
+  if (candidates.size() == 1) return print_one(report);
+  print_table(report);
+}
+
+}  // namespace
+
+void add_plan(CLI::App& app) {
+  CLI::App& command = *app.add_subcommand("plan", "What fits into memory, what streams from disk, how fast it will be");
+  auto options = std::make_shared<PlanOptions>();
+  options->model.n_batch = 0;
+  add_model_options(command, options->model, "the model's, at most 4096");
+  command.get_option("MODEL")->description("GGUF file, Hugging Face folder, mixtral-8x7b or mixtral-8x22b");
+  command.add_option("--type", options->recipe, "Plan for this type only, for instance Q4_K_M [default: all]")->type_name("TYPE");
+  command.add_option("--path", options->path, "Folder or file whose disk is measured [default: the model's; of a name, where you are]")->type_name("PATH");
+  command.add_flag("--json", options->json, "One JSON document");
+  add_environment(command);
+  command.callback([options] { run_plan(*options); });
+}
+
+}  // namespace duet::cli

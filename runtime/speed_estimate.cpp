@@ -1,0 +1,85 @@
+#include "runtime/speed_estimate.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "runtime/model_cost.h"
+
+namespace duet {
+namespace {
+
+constexpr double kReachedOfRead = 0.85, kReachedOfPeak = 0.55;
+constexpr double kPieceBytes = 1 << 20;  // of a read: computation waits for the first
+
+double as_double(uint64_t n) { return static_cast<double>(n); }
+
+double experts_bytes(const ModelSizes& sizes) {
+  double sum = 0;
+  for (const uint64_t n : sizes.expert_file_bytes) sum += as_double(n);
+  return sum;
+}
+
+// P(k of n miss).
+double binomial(uint32_t n, uint32_t k, double miss) {
+  double p = std::pow(miss, k) * std::pow(1 - miss, n - k);
+  for (uint32_t i = 0; i < k; ++i) p *= static_cast<double>(n - i) / (i + 1);
+  return p;
+}
+
+// Time of the chosen experts of a layer, each of n_bytes.
+double experts_time(const HParams& hparams, double n_bytes, double hit_rate, const MachineRates& rates) {
+  const uint32_t n_used = hparams.n_expert_used;
+  double time = 0;
+  for (uint32_t n_missed = 0; n_missed <= n_used; ++n_missed) {
+    const double disk = (n_missed * n_bytes + (n_missed > 0 ? kPieceBytes : 0)) / rates.disk_bytes_per_s;
+    const double memory = n_used * n_bytes / (rates.read_bytes_per_s * kReachedOfRead);
+    time += binomial(n_used, n_missed, 1 - hit_rate) * std::max(disk, memory);
+  }
+  return time;
+}
+
+void estimate_decode(SpeedEstimate& out, const ModelSizes& sizes, const MemoryPlan& plan, const MachineRates& rates) {
+  const HParams& hparams = sizes.hparams;
+  const double memory = rates.read_bytes_per_s * kReachedOfRead;
+  double used = 0, layers_time = 0;
+  for (size_t layer = 0; plan.streamed && layer < plan.slots.size(); ++layer) {
+    const double one = as_double(sizes.expert_file_bytes[layer]) / hparams.n_expert;
+    const double hit_rate = expected_hit_rate(hparams, plan.slots[layer]);
+    used += one * hparams.n_expert_used;
+    out.disk_bytes_per_token += one * hparams.n_expert_used * (1 - hit_rate);
+    layers_time += experts_time(hparams, one, hit_rate, rates);
+  }
+  if (used > 0) out.hit_rate = 1 - out.disk_bytes_per_token / used;
+  out.t_io_s = plan.streamed ? out.disk_bytes_per_token / rates.disk_bytes_per_s : 0;
+  out.t_mem_s = (as_double(sizes.bytes_per_token) + out.disk_bytes_per_token) / memory;
+  out.t_perfect_s = std::max(out.t_io_s, out.t_mem_s);
+  out.t_demand_s = std::max(out.t_perfect_s, (as_double(sizes.bytes_per_token) - used) / memory + layers_time);
+  out.decode_tok_s = 1 / out.t_demand_s;
+}
+
+void estimate_prefill(SpeedEstimate& out, const ModelSizes& sizes, const MemoryPlan& plan, const MachineRates& rates) {
+  const double n = plan.n_batch;
+  const double attention = as_double(attention_macs(sizes.hparams, plan.n_batch / 2));
+  if (plan.streamed) out.prefill_read_s = experts_bytes(sizes) * (1 - plan.resident_share) / rates.disk_bytes_per_s;
+  out.prefill_compute_s = n * (as_double(sizes.int8_macs) / rates.int8_macs_per_s +
+                               (as_double(sizes.f32_macs) + attention) / rates.f32_macs_per_s) / kReachedOfPeak;
+  out.prefill_tok_s = n / std::max(out.prefill_read_s, out.prefill_compute_s);
+}
+
+}  // namespace
+
+double expected_hit_rate(const HParams& hparams, uint32_t slots) {
+  constexpr std::array kMixtral = {0.0, 0.125, 0.31, 0.42, 0.54, 0.66, 0.77, 0.89, 1.0};
+  if (hparams.n_expert == 8 && hparams.n_expert_used == 2) return kMixtral[std::min<size_t>(slots, 8)];
+  return std::min(1.0, static_cast<double>(slots) / hparams.n_expert);
+}
+
+SpeedEstimate estimate_speed(const ModelSizes& sizes, const MemoryPlan& plan, const MachineRates& rates) {
+  SpeedEstimate out;
+  estimate_decode(out, sizes, plan, rates);
+  estimate_prefill(out, sizes, plan, rates);
+  return out;
+}
+
+}  // namespace duet
