@@ -101,19 +101,23 @@ void require_model_file(const std::filesystem::path& path) {
          " -q Q4_K_M -o model.gguf");
 }
 
-Engine open_engine(const ModelOptions& options) {
-  require_model_file(options.path);
+MemoryOptions memory_options_of(const ModelOptions& options) {
   MemoryOptions memory = options.memory;
   memory.n_ctx = options.n_ctx;
   memory.n_batch = options.n_batch;
   memory.kv_type = options.kv_type;
+  return memory;
+}
+
+Engine open_engine(const ModelOptions& options) {
+  require_model_file(options.path);
   return Engine::open(options.path,
                       {.n_threads = options.n_threads,
                        .isa = options.isa,
                        .notice = notices(),
                        .pin = options.pin,
                        .numa = options.numa,
-                       .memory = memory,
+                       .memory = memory_options_of(options),
                        .stream = {.backend = options.backend}});
 }
 

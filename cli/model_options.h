@@ -33,6 +33,8 @@ void add_memory_option(CLI::App& command, MemoryOptions& memory);
 void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default);
 // Error(io) with the next step when `path` is a folder.
 void require_model_file(const std::filesystem::path& path);
+// options.memory with the sizes of the session.
+MemoryOptions memory_options_of(const ModelOptions& options);
 Engine open_engine(const ModelOptions& options);
 // A session of the options' sizes; n_ctx 0 takes `default_ctx` (0: the library's default).
 Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx = 0);

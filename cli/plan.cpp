@@ -253,10 +253,7 @@ void run_plan(const PlanOptions& options) {
   Report report;
   report.model = options.model.path;
   report.n_threads = options.model.n_threads > 0 ? options.model.n_threads : read_host_cores().usable();
-  MemoryOptions memory_options = options.model.memory;
-  memory_options.n_ctx = options.model.n_ctx;
-  memory_options.n_batch = options.model.n_batch;
-  memory_options.kv_type = options.model.kv_type;
+  const MemoryOptions memory_options = memory_options_of(options.model);
   const HostMemory memory = read_host_memory();
   if (candidates.size() == 1) plan_memory(candidates.front().sizes, memory_options, report.n_threads, memory);  // refused before measuring
   measure_rates(report, options);
@@ -272,7 +269,6 @@ void run_plan(const PlanOptions& options) {
 void add_plan(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("plan", "What fits into memory, what streams from disk, how fast it will be");
   auto options = std::make_shared<PlanOptions>();
-  options->model.n_batch = 0;
   add_model_options(command, options->model, "the model's, at most 4096");
   command.get_option("MODEL")->description("GGUF file, Hugging Face folder, mixtral-8x7b or mixtral-8x22b");
   command.add_option("--type", options->recipe, "Plan for this type only, for instance Q4_K_M [default: all]")->type_name("TYPE");

@@ -32,6 +32,15 @@ void add_make_synthetic(CLI::App& app) {
       ->capture_default_str();
   command.add_option("-o,--output", args->output, "GGUF file to write")->required();
   command.add_flag("--split-experts", options.split_experts, "Old layout: one tensor per expert");
+  const auto set_routing = [&options](const std::string& name) {
+    options.routing = name == "mixtral" ? SyntheticRouting::mixtral : SyntheticRouting::uniform;
+  };
+  command
+      .add_option_function<std::string>("--routing", set_routing,
+                                        "Experts of consecutive tokens: uniform: independent; mixtral: shared as often as in Mixtral")
+      ->check(CLI::IsMember({"uniform", "mixtral"}))
+      ->type_name("KIND")
+      ->default_str("uniform");
   command.add_option("--seed", options.seed, "Same seed, same file")->capture_default_str();
   command.add_flag("--force", options.overwrite, "Replace an existing output file");
   add_threads_option(command, options.n_threads);

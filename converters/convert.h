@@ -61,12 +61,15 @@ ConvertPlan plan_quantize(const std::filesystem::path& input, const ConvertOptio
 void quantize(const std::filesystem::path& input, const std::filesystem::path& output,
               const ConvertOptions& options);
 
-// A model of random weights for benchmarks.
+// A model of random weights for benchmarks. Routing of random tokens: uniform: of its own for each;
+// mixtral: consecutive tokens share experts as often as in Mixtral (converters/synthetic_routing.h).
+enum class SyntheticRouting { uniform, mixtral };
 struct SyntheticOptions {
   std::string shape = "8x7b";  // "8x7b", "8x22b", "tiny"
   uint32_t n_layer = 0;        // 0: the shape's own
   std::string type = "Q4_K";   // a Format name
   bool split_experts = false;  // old per-expert layout
+  SyntheticRouting routing = SyntheticRouting::uniform;
   uint64_t seed = 1;
   bool overwrite = false;
   int n_threads = 0;

@@ -17,6 +17,7 @@
 #include "converters/convert.h"
 #include "converters/hf_tokenizer.h"
 #include "converters/quantize.h"
+#include "converters/synthetic_routing.h"
 #include "converters/write_queue.h"
 #include "quant/f16.h"
 
@@ -39,9 +40,9 @@ uint64_t random_word(uint64_t key, uint64_t index) {
 }
 
 // One stream per tensor and expert; the same in both layouts.
-uint64_t stream_key(uint64_t seed, const TensorSpec& spec, uint64_t expert) {
-  uint64_t key = random_word(seed, static_cast<uint64_t>(spec.kind) + 1);
-  key = random_word(key, static_cast<uint64_t>(spec.layer + 1));
+uint64_t stream_key(uint64_t seed, TensorKind kind, int layer, uint64_t expert) {
+  uint64_t key = random_word(seed, static_cast<uint64_t>(kind) + 1);
+  key = random_word(key, static_cast<uint64_t>(layer + 1));
   return random_word(key, expert);
 }
 
@@ -190,12 +191,59 @@ void fill(const Payload& part, float unit, uint64_t first, size_t n, std::byte* 
   std::memcpy(out, ones.data(), n * sizeof(float));
 }
 
+// ---- routing mixtral (synthetic_routing.h)
+// ---------------------------------------------------------------
+
+// Replaces the columns that rows share in blocks [first, first + n) of `part` at out.
+void share_columns(const ContextRouting& routing, const Payload& part, uint64_t seed, float unit, uint64_t first, size_t n,
+                   std::byte* out) {
+  const uint64_t row_blocks = part.spec->shape.back() / part.format->block_elems;
+  const uint64_t n_shared = routing.n_constant() / part.format->block_elems;
+  const bool embedding = part.spec->kind == TensorKind::token_embd;
+  const uint64_t key = stream_key(seed, embedding ? TensorKind::token_embd : TensorKind::attn_k, part.spec->layer, 1);
+  Payload shared = part;
+  std::vector<std::byte> columns(n_shared * part.format->block_bytes);
+  for (uint64_t row = first / row_blocks; row * row_blocks < first + n; ++row) {
+    shared.key = random_word(key, routing.shared_row(part.spec->kind, row));
+    fill(shared, unit, 0, n_shared, columns.data());
+    const uint64_t begin = std::max(first, row * row_blocks), end = std::min(first + n, row * row_blocks + n_shared);
+    if (begin >= end) continue;
+    const size_t block_bytes = part.format->block_bytes;
+    std::memcpy(out + (begin - first) * block_bytes, columns.data() + (begin - row * row_blocks) * block_bytes, (end - begin) * block_bytes);
+  }
+}
+
+void fill_router(const ContextRouting& routing, const Payload& part, uint64_t first, size_t n, std::byte* out) {
+  std::vector<float> values(n);
+  const uint64_t cols = part.spec->shape.back();
+  for (size_t i = 0; i < n; ++i) {
+    const float weight = routing.router_weight(part.spec->layer, (first + i) % cols);
+    values[i] = random_word(part.key, first + i) >> 63 != 0 ? weight : -weight;
+  }
+  std::memcpy(out, values.data(), n * sizeof(float));
+}
+
+// Gives blocks [first, first + n) of `part`, random so far, their part in the routing.
+void shape_routing(const ContextRouting& routing, const Payload& part, uint64_t seed, float unit, uint64_t first, size_t n,
+                   std::byte* out) {
+  const TensorKind kind = part.spec->kind;
+  if (part.spec->shape.size() < 2) return;
+  if (kind == TensorKind::ffn_gate_inp) return fill_router(routing, part, first, n, out);
+  if (routing.has_shared_columns(kind)) share_columns(routing, part, seed, unit, first, n, out);
+  const uint64_t row_blocks = part.spec->shape.back() / part.format->block_elems;
+  for (size_t i = 0; i < n; ++i) {
+    const uint64_t row = (first + i) / row_blocks, column = (first + i) % row_blocks * part.format->block_elems;
+    if (!routing.is_kept(kind, row, column)) std::memset(out + i * part.format->block_bytes, 0, part.format->block_bytes);
+  }
+}
+
 bool adds_to_residual(TensorKind kind) {
   return kind == TensorKind::attn_output || kind == TensorKind::ffn_down_exps;
 }
 
-float deviation_of(const HParams& hparams, const TensorSpec& spec) {
+float deviation_of(const HParams& hparams, const TensorSpec& spec, const ContextRouting* routing) {
   if (spec.shape.size() < 2) return 0;
+  if (routing != nullptr && (spec.kind == TensorKind::attn_q || spec.kind == TensorKind::attn_k)) return routing->query_deviation();
   if (spec.kind == TensorKind::token_embd) return 1;
   double deviation = 1 / std::sqrt(static_cast<double>(spec.shape.back()));
   if (adds_to_residual(spec.kind)) deviation /= std::sqrt(2.0 * hparams.n_layer);
@@ -210,7 +258,8 @@ const Format& format_for(const TensorSpec& spec, const Format& type) {
 }
 
 std::vector<OutputTensor> lay_out(const HParams& hparams, const std::vector<TensorSpec>& specs,
-                                  const Format& type, const SyntheticOptions& options) {
+                                  const Format& type, const SyntheticOptions& options,
+                                  const ContextRouting* routing) {
   std::vector<OutputTensor> tensors;
   for (const TensorSpec& spec : specs) {
     const bool experts = spec.shape.size() == 3;
@@ -227,8 +276,8 @@ std::vector<OutputTensor> lay_out(const HParams& hparams, const std::vector<Tens
       else if (own_tensor)
         tensors.push_back({spec.gguf_name, spec.shape, {}});
       tensors.back().parts.push_back({&spec, &format_for(spec, type), n_elems,
-                                      stream_key(options.seed, spec, e),
-                                      deviation_of(hparams, spec)});
+                                      stream_key(options.seed, spec.kind, spec.layer, e),
+                                      deviation_of(hparams, spec, routing)});
     }
   }
   return tensors;
@@ -253,7 +302,7 @@ HParams tiny_hparams() {
 HParams shape_of(const SyntheticOptions& options) {
   std::optional<HParams> h = options.shape == "tiny" ? tiny_hparams() : mixtral_hparams(options.shape);
   if (!h) fail(ErrorKind::usage, "unknown shape '", options.shape, "'; choose one of: 8x7b 8x22b tiny");
-  h->name = concat("synthetic ", options.shape, " ", options.type);
+  h->name = concat("synthetic ", options.shape, " ", options.type, options.routing == SyntheticRouting::mixtral ? " mixtral routing" : "");
   if (options.n_layer > 0) h->n_layer = options.n_layer;
   return *h;
 }
@@ -341,8 +390,9 @@ void declare(GgufWriter& writer, const HParams& hparams, const Format& type,
 
 class Generator {
  public:
-  Generator(GgufWriter& writer, const SyntheticOptions& options)
+  Generator(GgufWriter& writer, const SyntheticOptions& options, const ContextRouting* routing)
       : options_(options),
+        routing_(routing),
         n_threads_(thread_count(options.n_threads)),
         queue_(3, [&writer](std::span<const std::byte> bytes) { writer.write(bytes); }) {
     for (const Format& format : all_formats()) {
@@ -379,9 +429,11 @@ class Generator {
       const size_t n = std::min(step, part.n_blocks() - first);
       WriteQueue::Buffer buffer = queue_.take();
       buffer.resize(n * block_bytes);
+      const float unit = unit_[static_cast<size_t>(part.format->dtype)];
       parallel_for(n_threads_, n, kGrainBlocks, [&](size_t begin, size_t end) {
-        fill(part, unit_[static_cast<size_t>(part.format->dtype)], first + begin, end - begin,
-             buffer.data() + begin * block_bytes);
+        std::byte* out = buffer.data() + begin * block_bytes;
+        fill(part, unit, first + begin, end - begin, out);
+        if (routing_ != nullptr) shape_routing(*routing_, part, options_.seed, unit, first + begin, end - begin, out);
       });
       progress_.done_bytes += buffer.size();
       queue_.put(std::move(buffer));
@@ -390,6 +442,7 @@ class Generator {
   }
 
   const SyntheticOptions& options_;
+  const ContextRouting* routing_;  // null: uniform
   int n_threads_;
   std::array<float, kDTypeSlots> unit_{};  // unit_deviation of each format
   ConvertProgress progress_;
@@ -403,11 +456,14 @@ void make_synthetic(const std::filesystem::path& output, const SyntheticOptions&
   const Format& type = find_type(options.type);
   const HParams hparams = shape_of(options);
   const std::vector<TensorSpec> specs = tensor_table(hparams);
-  const std::vector<OutputTensor> tensors = lay_out(hparams, specs, type, options);
+  std::optional<ContextRouting> routing;
+  if (options.routing == SyntheticRouting::mixtral)
+    routing.emplace(hparams, type.block_elems);
+  const std::vector<OutputTensor> tensors = lay_out(hparams, specs, type, options, routing ? &*routing : nullptr);
   GgufWriter writer(output);
   declare(writer, hparams, type, tensors);
   writer.begin();
-  Generator(writer, options).run(tensors);
+  Generator(writer, options, routing ? &*routing : nullptr).run(tensors);
   writer.finish();
 }
 

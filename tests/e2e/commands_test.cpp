@@ -63,7 +63,7 @@ TEST_CASE("duet alone lists its verbs and two examples, and exits 2") {
   CHECK(result.exit_code == 2);
   CHECK(result.out.empty());
   for (const char* verb :
-       {"convert", "quantize", "run", "inspect", "doctor", "tokenize", "detokenize", "template",
+       {"convert", "quantize", "run", "inspect", "plan", "doctor", "tokenize", "detokenize", "template",
         "logits", "perplexity", "make-synthetic", "duet run ", "duet convert "})
     CHECK_MESSAGE(result.err.find(verb) != std::string::npos, verb);
 }
