@@ -42,7 +42,7 @@ struct MemoryOptions {
 // How experts are read when they do not all fit in memory.
 struct StreamOptions {
   ReadBackend backend = ReadBackend::automatic;
-  unsigned depth = 8;                       // reads under way
+  unsigned depth = 4;                       // reads under way: more only lengthens each one's wait (measurements.md)
   size_t piece_bytes = size_t{1} << 20;     // of one read
   ReadFault fault = {};                     // tests only
 };
