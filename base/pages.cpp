@@ -17,7 +17,7 @@ constexpr uint64_t kPage = 4096, kHugePage = uint64_t{2} << 20;
 
 // Begins on a huge page: a disk takes so many pieces per request, and small pages make a read of
 // 1 MiB 256 of them.
-PageArray::PageArray(uint64_t n_bytes) : n_bytes_(n_bytes) {
+PageArray::PageArray(uint64_t n_bytes, bool huge) : n_bytes_(n_bytes) {
   if (n_bytes == 0) return;
   const uint64_t mapped = n_bytes + kHugePage;
   void* at = ::mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -28,7 +28,7 @@ PageArray::PageArray(uint64_t n_bytes) : n_bytes_(n_bytes) {
   if (begin > first) ::munmap(at, begin - first);
   if (first + mapped > end) ::munmap(reinterpret_cast<void*>(end), first + mapped - end);
   data_ = reinterpret_cast<void*>(begin);
-  static_cast<void>(::madvise(data_, n_bytes, MADV_HUGEPAGE));  // a kernel without them refuses
+  static_cast<void>(::madvise(data_, n_bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE));  // a kernel without them refuses
 }
 
 PageArray::~PageArray() {

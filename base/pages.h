@@ -1,5 +1,5 @@
-// Anonymous memory in whole pages, in huge ones where the system gives them. Physical pages come
-// when they are first written.
+// Anonymous memory in whole pages, from a huge page's border on. Physical pages come when they are
+// first written.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,8 @@ namespace duet {
 class PageArray {
  public:
   PageArray() = default;
-  explicit PageArray(uint64_t n_bytes);  // Error(memory)
+  // huge: in huge pages where the system gives them; else not even there. Error(memory).
+  explicit PageArray(uint64_t n_bytes, bool huge = true);
   PageArray(PageArray&& other) noexcept
       : n_bytes_(std::exchange(other.n_bytes_, 0)), data_(std::exchange(other.data_, nullptr)) {}
   PageArray& operator=(PageArray&& other) noexcept {

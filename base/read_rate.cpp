@@ -1,7 +1,6 @@
 #include "base/read_rate.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
@@ -12,6 +11,7 @@
 
 #include "base/error.h"
 #include "base/file_descriptor.h"
+#include "base/pages.h"
 
 namespace duet {
 namespace {
@@ -23,25 +23,12 @@ double seconds_between(Clock::time_point a, Clock::time_point b) {
   return std::chrono::duration<double>(b - a).count();
 }
 
-class Buffers {
- public:
-  Buffers(size_t n_bytes, bool large_pages) : n_bytes_(n_bytes) {
-    void* p = ::mmap(nullptr, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED)
-      fail(ErrorKind::memory, "cannot get ", n_bytes, " bytes to measure the disk with");
-    data_ = static_cast<std::byte*>(p);
-    static_cast<void>(::madvise(data_, n_bytes, large_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE));
-    std::memset(data_, 0, n_bytes);  // page faults are not the disk's
-  }
-  Buffers(const Buffers&) = delete;
-  Buffers& operator=(const Buffers&) = delete;
-  ~Buffers() { ::munmap(data_, n_bytes_); }
-  std::byte* at(size_t offset) const { return data_ + offset; }
-
- private:
-  size_t n_bytes_;
-  std::byte* data_;
-};
+// Written once: page faults are not the disk's.
+PageArray touched_memory(size_t n_bytes, bool huge) {
+  PageArray memory(n_bytes, huge);
+  std::memset(memory.data(), 0, n_bytes);
+  return memory;
+}
 
 // The blocks of a file in the order in which they are read, without end.
 class BlockOrder {
@@ -146,7 +133,7 @@ ReadRate measure_read_rate(const fs::path& file, const ReadRateOptions& o) {
   const size_t block = std::min<size_t>(
       o.block_bytes, (size + kReadAlignment - 1) / kReadAlignment * kReadAlignment);
   const size_t n_buffers = 2 * size_t{o.depth};
-  const Buffers buffers(n_buffers * block, o.large_pages);
+  const PageArray buffers = touched_memory(n_buffers * block, o.large_pages);
   BlockOrder order(std::max<size_t>(size / block, 1), o.blocks_in_a_row);
   Times times;
   auto reader =
@@ -164,7 +151,7 @@ ReadRate measure_read_rate(const fs::path& file, const ReadRateOptions& o) {
       ranges.push_back({.offset = order.next() * block,
                         .n_bytes = block,
                         .n_needed = n_needed,
-                        .to = buffers.at(tag % n_buffers * block),
+                        .to = buffers.data() + tag % n_buffers * block,
                         .tag = tag});
     }
     reader->submit(ranges, ReadClass::ahead);
