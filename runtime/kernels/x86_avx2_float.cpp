@@ -24,13 +24,16 @@ struct Avx2 {
   static DUET_INLINE void store_f16(void* p, Batch v) {
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
-  // 16-bit integers, two to a lane.
-  using Int = __m256i;
-  static DUET_INLINE Int zero() { return _mm256_setzero_si256(); }
-  static DUET_INLINE Int pair(int32_t two) { return _mm256_set1_epi32(two); }
-  static DUET_INLINE Int widen(const void* p) { return _mm256_cvtepi8_epi16(load16x8(p)); }
-  static DUET_INLINE Int dot(Int acc, Int a, Int b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
-  static DUET_INLINE Batch to_float(Int v) { return _mm256_cvtepi32_ps(v); }
+  // 16-bit integers, two to a lane. A vector of int, as the additions are: of __m256i, which is one of
+  // long long, GCC 12 keeps sums twice and spills them.
+  using Int [[gnu::vector_size(32)]] = int32_t;
+  static DUET_INLINE Int zero() { return Int{}; }
+  static DUET_INLINE Int pair(int32_t two) { return Int(_mm256_set1_epi32(two)); }
+  static DUET_INLINE Int widen(const void* p) { return Int(_mm256_cvtepi8_epi16(load16x8(p))); }
+  static DUET_INLINE Int dot(Int acc, Int a, Int b) {
+    return acc + Int(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+  }
+  static DUET_INLINE Batch to_float(Int v) { return _mm256_cvtepi32_ps(__m256i(v)); }
   static DUET_INLINE void store_low16(void* p, __m256 a, __m256 b) {
     const __m256i low = _mm256_set1_epi32(0xffff);
     const __m256i packed = _mm256_packus_epi32(_mm256_and_si256(_mm256_castps_si256(a), low),
