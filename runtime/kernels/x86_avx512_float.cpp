@@ -25,17 +25,16 @@ struct Avx512 {
     _mm256_storeu_si256(static_cast<__m256i*>(p),
                         _mm512_maskz_cvtps_ph(__mmask16{0xffff}, v, _MM_FROUND_TO_NEAREST_INT));
   }
-  // 16-bit integers, two to a lane.
-  using Int = __m512i;
-  static DUET_INLINE Int zero() { return _mm512_setzero_si512(); }
-  static DUET_INLINE Int pair(int32_t two) { return _mm512_set1_epi32(two); }
-  static DUET_INLINE Int widen(const void* p) { return _mm512_cvtepi8_epi16(load16x16(p)); }
-  // GCC 12 copies the sums of the intrinsic from register to register, to memory when many.
+  // 16-bit integers, two to a lane. A vector of int, as the sums are: of __m512i, which is one of
+  // long long, GCC 12 keeps sums twice and spills them.
+  using Int [[gnu::vector_size(64)]] = int32_t;
+  static DUET_INLINE Int zero() { return Int{}; }
+  static DUET_INLINE Int pair(int32_t two) { return Int(_mm512_set1_epi32(two)); }
+  static DUET_INLINE Int widen(const void* p) { return Int(_mm512_cvtepi8_epi16(load16x16(p))); }
   static DUET_INLINE Int dot(Int acc, Int a, Int b) {
-    asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-    return acc;
+    return Int(_mm512_dpwssd_epi32(__m512i(acc), __m512i(a), __m512i(b)));
   }
-  static DUET_INLINE Batch to_float(Int v) { return _mm512_cvtepi32_ps(v); }
+  static DUET_INLINE Batch to_float(Int v) { return _mm512_cvtepi32_ps(__m512i(v)); }
   static DUET_INLINE void store_low16(void* p, __m512 a, __m512 b) {
     const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32,
                                           30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
