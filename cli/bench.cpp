@@ -33,6 +33,7 @@ struct BenchOptions {
   std::vector<int> threads;  // empty: HostCores::usable()
   uint32_t n_repetitions = 5;
   uint64_t seed = 1;
+  std::string trace;
   bool roofline = false;
   bool json = false, markdown = false, csv = false;
 };
@@ -131,7 +132,8 @@ class Runner {
         limits_(limits),
         report_(report),
         engine_(open(options.model, n_threads)),
-        session_(open_session(engine_, options.model)),
+        routing_(engine_, options.trace),
+        session_(open_session(engine_, options.model, 0, routing_.listener())),
         random_(options.seed) {}
 
   void run() {
@@ -144,6 +146,7 @@ class Runner {
       for (const uint32_t n : options_.n_gen)
         if (n > 0) measure({.decode = true, .n_tokens = n, .depth = depth});
     }
+    routing_.commit();
   }
 
  private:
@@ -182,6 +185,7 @@ class Runner {
     result.n_threads = limits_.n_threads;
     const std::vector<uint64_t> before = uses();
     const StreamMeter stream(engine_);
+    routing_.record(test.decode);
     double joules = 0, read_rates = 0, total_seconds = 0;
     for (uint32_t i = 0; i < options_.n_repetitions; ++i) {
       const double joules_before = meter_.joules();
@@ -216,6 +220,7 @@ class Runner {
     result.macs_per_token = cost.int8_macs + cost.f32_macs;
     if (stream.active())
       result.streamed = stream.end(n * test.n_tokens, total_seconds, cost.bytes, limits_.roofline.read_bytes_per_s, *report_.disk_bytes_per_s);
+    if (result.streamed && test.decode) result.streamed->eff_policy = routing_.eff_policy();
     result.share_of_limit = result.streamed && test.decode ? result.streamed->eff_sched : share_of_limit(result, cost, limits_.roofline);
     report_.results.push_back(std::move(result));
   }
@@ -228,11 +233,11 @@ class Runner {
     for (size_t i = 0; i < now.size(); ++i) sum[i] += now[i] - before[i];
   }
 
-
   const BenchOptions& options_;
   const Limits& limits_;
   BenchReport& report_;
   Engine engine_;
+  BenchRouting routing_;
   Session session_;
   std::mt19937_64 random_;
   EnergyMeter meter_;
@@ -286,6 +291,8 @@ void run_bench(BenchOptions options) {
     fail(ErrorKind::usage, "bench: MODEL is required (or --roofline, for the machine's limits only)");
   if (has_model && !any(options.n_prompt) && !any(options.n_gen))
     fail(ErrorKind::usage, "bench: -p 0 and -n 0 leave nothing to measure");
+  if (!options.trace.empty() && (!has_model || options.threads.size() > 1))
+    fail(ErrorKind::usage, "bench: --trace-experts records one model run with one number of threads");
   options.model.n_ctx = context(options);
   const KernelTable& kernels = select_kernels(options.model.isa);
   BenchReport report;
@@ -323,6 +330,7 @@ void add_bench_options(CLI::App& command, BenchOptions& options) {
       ->type_name("N")
       ->capture_default_str();
   command.add_option("--seed", options.seed, "Of the random token ids")->capture_default_str();
+  add_trace_option(command, options.trace);
   command.add_flag("--roofline", options.roofline,
                    "Show the limits of every usable instruction set; without MODEL nothing else");
   command.add_flag("--json", options.json, "One JSON document: {machine, limits, results, ...}");

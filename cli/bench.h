@@ -9,6 +9,9 @@
 
 #include "base/json_fwd.h"
 #include "runtime/engine.h"
+#include "runtime/expert_policy.h"
+#include "runtime/expert_replay.h"
+#include "runtime/expert_trace.h"
 #include "runtime/roofline.h"
 
 namespace duet::cli {
@@ -26,6 +29,7 @@ struct Limits {
 struct StreamShare {
   double hit_rate = 0, disk_bytes = 0, disk_bytes_per_s = 0, wait_share = 0;
   double t_perfect = 0, t_demand = 0, eff_sched = 0, eff_disk = 0;  // seconds; T_perfect / measured; disk duty
+  std::optional<double> eff_policy;  // decode: bytes that Belady's choice would have missed / bytes missed
   double major_faults = 0;
   uint64_t peak_bytes = 0;  // of the process so far
   std::string backend;
@@ -72,6 +76,34 @@ class StreamMeter {
   const Engine& engine_;
   std::optional<StreamStats> before_;
   uint64_t faults_before_ = 0;
+};
+
+// What the router of a Runner's session chose: for --trace-experts all of it; where experts are
+// streamed, that of decode tests, to compare with the best that could have been kept.
+class BenchRouting {
+ public:
+  // trace: file to write, or "". Error: io, usage (no experts to trace).
+  BenchRouting(const Engine& engine, const std::string& trace);
+  // For a session that does all of the engine's work. `this` must stay where it is.
+  RoutingFn listener();
+  // A test begins; `on`: keep its routing.
+  void record(bool on);
+  // Of the test recorded. Belady's choice begins with what the engine then held, and knows the test
+  // to its end.
+  double eff_policy() const;
+  void commit();  // the trace
+
+ private:
+  void add(int layer, std::span<const int32_t> experts);
+
+  const Engine& engine_;
+  std::optional<ExpertTraceWriter> writer_;
+  std::optional<ExpertPolicy> policy_;  // in step with the engine's; absent: not streamed
+  ExpertPolicy::Step step_;
+  bool recording_ = false;
+  ExpertTrace test_;
+  HeldExperts held_;            // when the test began
+  uint64_t missed_bytes_ = 0;   // of the test, as in the file
 };
 
 enum class BenchFormat { table, markdown, csv, json };

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cli/bench.h"
+#include "runtime/memory_plan.h"
 
 namespace duet::cli {
 namespace {
@@ -40,6 +41,50 @@ StreamShare StreamMeter::end(double n_tokens, double seconds, double weight_byte
   out.peak_bytes = static_cast<uint64_t>(used.ru_maxrss) * 1024;
   out.backend = now.backend;
   return out;
+}
+
+BenchRouting::BenchRouting(const Engine& engine, const std::string& trace) : engine_(engine) {
+  if (!trace.empty()) writer_.emplace(trace, trace_header(engine));
+  if (!engine.plan().streamed) return;
+  test_.header = trace_header(engine);
+  policy_.emplace(test_.header.n_expert, test_.header.slots);
+}
+
+RoutingFn BenchRouting::listener() {
+  if (!writer_ && !policy_) return {};
+  return [this](int layer, std::span<const int32_t> experts) { add(layer, experts); };
+}
+
+void BenchRouting::add(int layer, std::span<const int32_t> experts) {
+  if (writer_) writer_->add(layer, experts);
+  if (!policy_) return;
+  const auto l = static_cast<size_t>(layer);
+  policy_->use(l, experts, test_.header.n_used, step_);
+  if (!recording_) return;
+  missed_bytes_ += step_.loads.size() * test_.header.expert_bytes[l];
+  if (layer == 0) test_.chunks.emplace_back();
+  test_.chunks.back().layers.emplace_back(experts.begin(), experts.end());
+}
+
+void BenchRouting::record(bool on) {
+  recording_ = on;
+  test_.chunks.clear();
+  missed_bytes_ = 0;
+  if (!policy_ || !on) return;
+  held_.assign(test_.header.slots.size(), {});
+  for (size_t l = 0; l < held_.size(); ++l)
+    for (int32_t e = 0; e < static_cast<int32_t>(test_.header.n_expert); ++e)
+      if (policy_->slot_of(l, e) != ExpertPolicy::kStaging) held_[l].push_back(e);
+}
+
+double BenchRouting::eff_policy() const {
+  ReplayCounts best;
+  for (const ReplayCounts& counts : replay_belady(test_, test_.header.slots, held_)) best += counts;
+  return missed_bytes_ > 0 ? static_cast<double>(best.bytes) / static_cast<double>(missed_bytes_) : 1.0;
+}
+
+void BenchRouting::commit() {
+  if (writer_) writer_->commit(engine_.stream_stats());
 }
 
 }  // namespace duet::cli

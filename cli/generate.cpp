@@ -16,6 +16,7 @@
 #include "cli/console.h"
 #include "cli/model_options.h"
 #include "cli/options.h"
+#include "runtime/expert_trace.h"
 #include "runtime/memory_plan.h"
 
 namespace duet::cli {
@@ -24,7 +25,7 @@ namespace {
 struct RunOptions {
   ModelOptions model;
   std::optional<std::string> prompt, file;
-  std::string template_name;
+  std::string template_name, trace;
   int64_t n_predict = 512;  // -1: until the end of the answer or of the context
   SamplerParams sampling;
   std::optional<uint64_t> seed;
@@ -262,13 +263,20 @@ void run_generate(RunOptions options) {
   const Engine engine = open_engine(options.model);
   if (!chat && !options.raw) chat = engine.chat_template();
   const std::vector<Token> ids = prompt_ids(engine.tokenizer(), chat, prompt);
-  Session session = open_session(engine, options.model);
+  std::optional<ExpertTraceWriter> trace;
+  RoutingFn routing;
+  if (!options.trace.empty()) {
+    trace.emplace(options.trace, trace_header(engine));
+    routing = [&trace](int layer, std::span<const int32_t> experts) { trace->add(layer, experts); };
+  }
+  Session session = open_session(engine, options.model, 0, std::move(routing));
   if (ids.size() > session.n_ctx())
     fail(ErrorKind::usage, "the prompt has ", ids.size(), " tokens, the context ", session.n_ctx(),
          "; shorten it or give --ctx ", ids.size() + 512);
   print_status(engine, session);
   const Generation result =
       Generator(options, engine, session, sampler, chat.has_value()).run(ids);
+  if (trace) trace->commit(engine.stream_stats());
   const std::optional<Streaming> stream = streaming(engine, result);
   if (options.json)
     print_json(to_json(options, result, stream));
@@ -324,6 +332,7 @@ void add_run(CLI::App& app) {
   command.add_flag("--raw", options->raw, "Continue the prompt as it stands: no chat template");
   command.add_option("--template", options->template_name,
                      "Chat template by name [default: the model's own, none for a base model]");
+  add_trace_option(command, options->trace);
   command.add_flag("--ignore-eos", options->ignore_eos,
                    "Go on past the end of the answer (for benchmarks)");
   command.add_flag(

@@ -121,11 +121,16 @@ Engine open_engine(const ModelOptions& options) {
                        .stream = {.backend = options.backend}});
 }
 
-Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx) {
+Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx, RoutingFn routing) {
   return engine.new_session({.n_ctx = options.n_ctx != 0 ? options.n_ctx : default_ctx,
                              .n_batch = options.n_batch,
                              .kv_type = options.kv_type,
-                             .cancel = &interrupted()});
+                             .cancel = &interrupted(),
+                             .routing = std::move(routing)});
+}
+
+void add_trace_option(CLI::App& command, std::string& path) {
+  command.add_option("--trace-experts", path, "Write which experts were chosen, to replay (JSON lines)")->type_name("FILE");
 }
 
 }  // namespace duet::cli

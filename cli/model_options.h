@@ -37,6 +37,8 @@ void require_model_file(const std::filesystem::path& path);
 MemoryOptions memory_options_of(const ModelOptions& options);
 Engine open_engine(const ModelOptions& options);
 // A session of the options' sizes; n_ctx 0 takes `default_ctx` (0: the library's default).
-Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx = 0);
+Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx = 0, RoutingFn routing = {});
+// --trace-experts FILE (runtime/expert_trace.h).
+void add_trace_option(CLI::App& command, std::string& path);
 
 }  // namespace duet::cli

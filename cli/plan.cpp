@@ -270,6 +270,8 @@ void add_plan(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("plan", "What fits into memory, what streams from disk, how fast it will be");
   auto options = std::make_shared<PlanOptions>();
   add_model_options(command, options->model, "the model's, at most 4096");
+  // Of no influence on a plan.
+  for (const char* name : {"--pin", "--numa", "--io"}) command.remove_option(command.get_option(name));
   command.get_option("MODEL")->description("GGUF file, Hugging Face folder, mixtral-8x7b or mixtral-8x22b");
   command.add_option("--type", options->recipe, "Plan for this type only, for instance Q4_K_M [default: all]")->type_name("TYPE");
   command.add_option("--path", options->path, "Folder or file whose disk is measured [default: the model's; of a name, where you are]")->type_name("PATH");

@@ -37,6 +37,12 @@ Placement place(const HostCores& cores, int n_threads, const EngineOptions& opti
   return out;
 }
 
+std::vector<uint64_t> one_expert(const ModelSizes& sizes) {
+  std::vector<uint64_t> out = sizes.expert_file_bytes;
+  for (uint64_t& n_bytes : out) n_bytes /= sizes.hparams.n_expert;
+  return out;
+}
+
 }  // namespace
 
 void Engine::State::stream(const StreamOptions& options) {
@@ -58,7 +64,8 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
   const int n_threads = options.n_threads > 0 ? options.n_threads : cores.usable();
   state->placement = place(cores, n_threads, options, notice);
   state->compute = {.kernels = &kernels, .n_threads = n_threads, .placement = &state->placement};
-  state->plan = plan_memory(model_sizes(file, hparams), options.memory, n_threads, read_host_memory());
+  const ModelSizes sizes = model_sizes(file, hparams);
+  state->plan = plan_memory(sizes, options.memory, n_threads, read_host_memory());
   if (state->plan.streamed) state->stream(options.stream);
   state->tokenizer_error = try_load([&] { state->tokenizer = Tokenizer::load(file, notice); });
   state->template_error = try_load([&] { state->chat_template = ChatTemplate::of_model(file, notice); });
@@ -69,7 +76,8 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
                  .n_params = state->model.n_params(),
                  .isa = kernels.isa,
                  .n_threads = state->compute.n_threads,
-                 .cost = model_cost(hparams, state->model.token_embd(), state->model.output(), state->model.layers())};
+                 .cost = model_cost(hparams, state->model.token_embd(), state->model.output(), state->model.layers()),
+                 .expert_bytes = one_expert(sizes)};
   Engine engine;
   engine.state_ = std::move(state);
   return engine;

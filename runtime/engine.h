@@ -16,6 +16,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "base/block_reader.h"
 #include "base/topology.h"
@@ -67,11 +68,16 @@ struct EngineOptions {
   StreamOptions stream = {};
 };
 
+// Told after each layer of each chunk of tokens which experts they chose, best first: [n_tokens, n_used].
+// What it throws ends the evaluation, as an interruption would.
+using RoutingFn = std::function<void(int layer, std::span<const int32_t> experts)>;
+
 struct SessionOptions {
   uint32_t n_ctx = 0;       // positions; 0: min(model's, 4096); more than the model's is allowed with a notice
   uint32_t n_batch = 0;     // tokens evaluated at once in prefill; 0: the memory plan's (512 when all is in memory)
   KvType kv_type = KvType::f16;
   const std::atomic<bool>* cancel = nullptr;  // checked between layers; true -> Error(cancelled)
+  RoutingFn routing = {};   // never called for a dense model
 };
 
 // Bytes of weights read, multiply-adds by kind of the activations they multiply.
@@ -93,6 +99,7 @@ struct ModelInfo {
   std::string isa;          // kernels in use
   int n_threads = 0;
   ModelCost cost;
+  std::vector<uint64_t> expert_bytes;  // [n_layer] one expert in the file (the mean where they differ); empty when dense
 };
 
 class Session;

@@ -70,8 +70,9 @@ struct Session::State {
     const HParams& hparams = engine->model.hparams();
     if (hparams.n_expert == 0) return;
     expert_uses.resize(size_t{hparams.n_layer} * hparams.n_expert);
-    decoder.set_probe({.hidden = {}, .routing = [this, n = hparams.n_expert](int layer, std::span<const int32_t> chosen, std::span<const float>) {
+    decoder.set_probe({.hidden = {}, .routing = [this, n = hparams.n_expert, routing = options.routing](int layer, std::span<const int32_t> chosen, std::span<const float>) {
       for (const int32_t expert : chosen) ++expert_uses[static_cast<size_t>(layer) * n + static_cast<size_t>(expert)];
+      if (routing) routing(layer, chosen);
     }});
   }
 

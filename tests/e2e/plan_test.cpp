@@ -65,3 +65,7 @@ TEST_CASE("plan: text of one type, of a folder, and a budget that is too small")
   CHECK(refusal(run_duet({"plan", "mixtral-8x7b", "--type", "Q9"}), 2, "choose one of") == "");
   CHECK(refusal(run_duet({"plan", "mixtral-9x9b"}), 3, "mixtral-9x9b") == "");
 }
+
+TEST_CASE("plan: options that change no plan are not accepted") {
+  for (const char* option : {"--pin", "--numa", "--io"}) CHECK(refusal(run_duet({"plan", kDemo, option, "auto"}), 2, option) == "");
+}

@@ -7,6 +7,8 @@
 
 #include "base/json.h"
 #include "base/mapped_file.h"
+#include "runtime/expert_policy.h"
+#include "runtime/expert_replay.h"
 #include "tests/support/process.h"
 #include "tests/support/skip.h"
 
@@ -64,6 +66,26 @@ class MemoryGroup {
   bool usable_ = false;
 };
 
+// Bytes that Belady's choice misses from chunk `first` on, beginning with what the engine holds then /
+// those that the engine missed.
+double best_share(const duet::ExpertTrace& trace, size_t first) {
+  duet::ExpertPolicy policy(trace.header.n_expert, trace.header.slots);
+  duet::ExpertPolicy::Step step;
+  for (size_t i = 0; i < first; ++i)
+    for (size_t l = 0; l < trace.chunks[i].layers.size(); ++l) policy.use(l, trace.chunks[i].layers[l], trace.header.n_used, step);
+  duet::HeldExperts held(trace.header.slots.size());
+  for (size_t l = 0; l < held.size(); ++l)
+    for (int32_t e = 0; e < static_cast<int32_t>(trace.header.n_expert); ++e)
+      if (policy.slot_of(l, e) != duet::ExpertPolicy::kStaging) held[l].push_back(e);
+  duet::ExpertTrace rest = trace;
+  rest.chunks.erase(rest.chunks.begin(), rest.chunks.begin() + static_cast<ptrdiff_t>(first));
+  const auto engine = duet::replay_engine(trace, trace.header.slots);
+  double best = 0, missed = 0;
+  for (const auto& c : duet::replay_belady(rest, rest.header.slots, held)) best += static_cast<double>(c.bytes);
+  for (size_t i = first; i < engine.size(); ++i) missed += static_cast<double>(engine[i].bytes);
+  return best / missed;
+}
+
 }  // namespace
 
 TEST_CASE("streaming: logits of the demo model equal resident ones byte for byte") {
@@ -88,6 +110,69 @@ TEST_CASE("streaming: run says how experts were read") {
   CHECK(json["hit_rate"].get<double>() < 1);
   CHECK(json["disk_bytes_per_token"].get<double>() > 0);
   CHECK(json["backend"].get<std::string>().find(",") != std::string::npos);
+}
+
+TEST_CASE("streaming: run --trace-experts holds what the engine counted") {
+  const Folder folder;
+  const std::string path = folder / "trace.jsonl";
+  const ProcessResult result = run_duet({"run", kDemo, "-p", "The package manager installs", "-n", "12", "--temp", "0", "--ignore-eos", "--slots", "2", "--batch", "3",
+                                         "--json", "--trace-experts", path});
+  CAPTURE(result.err);
+  REQUIRE(result.exit_code == 0);
+  const Json json = duet::parse_json(result.out, "stdout");
+  const duet::ExpertTrace trace = duet::read_expert_trace(path);
+  const auto counts = duet::replay_engine(trace, trace.header.slots);
+  duet::ReplayCounts all, decode;
+  for (const auto& c : counts) all += c;
+  for (size_t i = counts.size() - 11; i < counts.size(); ++i) decode += counts[i];  // the 12th token is not evaluated
+  REQUIRE(trace.engine.has_value());
+  CHECK(trace.engine->hits == all.hits);
+  CHECK(trace.engine->misses == all.misses);
+  CHECK(json["streaming"]["hit_rate"].get<double>() == static_cast<double>(decode.hits) / static_cast<double>(decode.hits + decode.misses));
+  size_t n_tokens = 0;
+  for (const auto& chunk : trace.chunks) n_tokens += trace.n_tokens(chunk);
+  CHECK(n_tokens == json["prompt_tokens"].get<size_t>() + 11);
+}
+
+TEST_CASE("streaming: bench says how near its choice of experts is to the best, and traces all it does") {
+  const Folder folder;
+  const std::string path = folder / "trace.jsonl";
+  const ProcessResult result = run_duet({"bench", kDemo, "-p", "4", "-n", "24", "-r", "2", "-t", "1", "--slots", "2", "--json", "--trace-experts", path});
+  CAPTURE(result.err);
+  REQUIRE(result.exit_code == 0);
+  const Json json = duet::parse_json(result.out, "stdout");
+  const Json &prefill = json["results"][0], &decode = json["results"][1];
+  CHECK_FALSE(prefill.contains("eff_policy"));
+  CHECK(decode["eff_policy"].get<double>() > 0.3);
+  CHECK(decode["eff_policy"].get<double>() <= 1.0);
+  const duet::ExpertTrace trace = duet::read_expert_trace(path);
+  const auto counts = duet::replay_engine(trace, trace.header.slots);
+  duet::ReplayCounts all, measured;
+  for (const auto& c : counts) all += c;
+  for (size_t i = counts.size() - 48; i < counts.size(); ++i) measured += counts[i];
+  CHECK(trace.engine->hits == all.hits);
+  CHECK(trace.engine->misses == all.misses);
+  CHECK(decode["hit_rate"].get<double>() == static_cast<double>(measured.hits) / static_cast<double>(measured.hits + measured.misses));
+  CHECK(decode["eff_policy"].get<double>() == doctest::Approx(best_share(trace, counts.size() - 48)));
+}
+
+TEST_CASE("streaming: with all slots nothing is missed, and the choice is the best") {
+  const ProcessResult result = run_duet({"bench", kDemo, "-p", "0", "-n", "4", "-r", "1", "-t", "1", "--slots", "8", "--json"});
+  REQUIRE(result.exit_code == 0);
+  CHECK(duet::parse_json(result.out, "stdout")["results"][0]["eff_policy"] == 1.0);
+}
+
+TEST_CASE("streaming: what cannot be traced is refused, a resident run can") {
+  const Folder folder;
+  const std::string path = folder / "trace.jsonl";
+  CHECK(refusal(run_duet({"bench", kDemo, "-t", "1,2", "--trace-experts", path}), 2, "one number of threads") == "");
+  CHECK(refusal(run_duet({"bench", "--roofline", "--trace-experts", path}), 2, "--trace-experts") == "");
+  CHECK(refusal(run_duet({"run", kDemo, "-p", "a", "--trace-experts", folder / "absent/trace"}), 3, "absent") == "");
+  CHECK(fs::is_empty(folder.path));
+  REQUIRE(run_duet({"run", kDemo, "-p", "a", "-n", "2", "--ram", "all", "--trace-experts", path}).exit_code == 0);
+  const duet::ExpertTrace trace = duet::read_expert_trace(path);
+  CHECK_FALSE(trace.engine.has_value());
+  CHECK(trace.header.slots.front() == trace.header.n_expert);
 }
 
 TEST_CASE("streaming: a model larger than its memory cgroup keeps to --ram, and its text stays") {

@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "runtime/engine.h"
+#include "runtime/expert_replay.h"
 #include "runtime/memory_plan.h"
 #include "tests/support/errors.h"
 #include "tests/support/random_model.h"
@@ -114,6 +115,62 @@ TEST_CASE("streaming: hits and misses are counted, with all slots an expert is r
   CHECK(second.misses == first.misses);
   CHECK(second.hits == 2 * first.hits + first.misses);
   CHECK(second.reads.bytes == first.reads.bytes);
+}
+
+TEST_CASE("streaming: the replay of a trace counts what the engine counted, chunk by chunk") {
+  const RandomModel model = mixed_model(false);
+  const auto path = test::write_model(model, "stream.gguf");
+  const auto tokens = some_tokens(model.hparams.n_vocab);
+  for (const uint32_t slots : {0u, 1u, 2u, 3u, 7u}) {
+    CAPTURE(slots);
+    const Engine engine = open(path, slots);
+    const auto trace_path = path.parent_path() / "trace.jsonl";
+    ExpertTraceWriter writer(trace_path, trace_header(engine));
+    std::atomic<bool> cancel{false};
+    bool cancel_at_1 = false;
+    Session session = engine.new_session({.n_ctx = kTokens, .n_batch = 7, .cancel = &cancel, .routing = [&](int layer, std::span<const int32_t> experts) {
+      writer.add(layer, experts);
+      if (cancel_at_1 && layer == 1) cancel = true;
+    }});
+    std::vector<uint64_t> misses;  // after each call
+    const auto append = [&](size_t first, size_t n) {
+      session.append({&tokens[first], n});
+      misses.push_back(engine.stream_stats()->misses);
+    };
+    append(0, 17);  // chunks of 7, 7, 3
+    for (size_t i = 17; i < 30; ++i) append(i, 1);
+    cancel_at_1 = true;
+    CHECK_THROWS_AS(append(30, 5), Error);
+    cancel = cancel_at_1 = false;
+    append(30, 5);
+    session.truncate(20);
+    append(20, 1);
+    writer.commit(engine.stream_stats());
+
+    const ExpertTrace trace = read_expert_trace(trace_path);
+    CHECK(trace.header.expert_bytes == engine.info().expert_bytes);
+    CHECK(trace.header.slots == std::vector<uint32_t>(3, slots));
+    REQUIRE(trace.chunks.size() == 3 + 13 + 1 + 1 + 1);
+    CHECK(trace.chunks[16].layers.size() == 2);
+    const auto counts = replay_engine(trace, trace.header.slots);
+    ReplayCounts sum;
+    for (size_t i = 0, call = 0; i < counts.size(); ++i) {
+      sum += counts[i];
+      if (i < 2 || i == 16) continue;
+      CHECK(sum.misses == misses[call++]);
+    }
+    CHECK(sum.hits == engine.stream_stats()->hits);
+    CHECK(sum.misses == engine.stream_stats()->misses);
+    CHECK(trace.engine->hits == sum.hits);
+    CHECK(trace.engine->misses == sum.misses);
+  }
+}
+
+TEST_CASE("streaming: the bytes of one expert are those in the file") {
+  const HParams h = mixtral_hparams();
+  const auto path = test::write_model(mixed_model(true), "stream.gguf");
+  const uint64_t q4 = uint64_t{h.n_ff} * h.n_embd / 256 * 144, q6 = uint64_t{h.n_ff} * h.n_embd / 256 * 210;
+  CHECK(open(path, 2).info().expert_bytes == std::vector<uint64_t>{3 * q4, 2 * q4 + q6, 3 * q4});
 }
 
 TEST_CASE("streaming: a failed read is an error, and the session goes on where it stood") {
