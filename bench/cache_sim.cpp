@@ -5,7 +5,7 @@
 //
 // First the engine's policy with the slots that the trace was recorded with: hits and misses must be
 // those that the engine counted; exit code 1 when they are not. Then, for each number of slots per
-// layer, the hit rate and GB read per token of the engine's policy, LRU, LFU and Belady's optimum:
+// layer, the hit rate and MB read per token of the engine's policy, LRU, LFU and Belady's optimum:
 // once for the tokens that went through the model alone (decode), once for the others (prompts).
 #include <algorithm>
 #include <cstdio>
@@ -45,8 +45,8 @@ ReplayCounts sum(const ExpertTrace& trace, const Part& part, const std::vector<R
 
 void print(const Part& part, const ReplayCounts& c) {
   const double n_used = static_cast<double>(std::max<uint64_t>(c.hits + c.misses, 1));
-  std::printf("  %5.1f %% %7.3f", 100.0 * static_cast<double>(c.hits) / n_used,
-              static_cast<double>(c.bytes) / 1e9 / static_cast<double>(part.n_tokens));
+  std::printf("  %5.1f %% %7.2f", 100.0 * static_cast<double>(c.hits) / n_used,
+              static_cast<double>(c.bytes) / 1e6 / static_cast<double>(part.n_tokens));
 }
 
 // False: the engine counted something else.
@@ -75,7 +75,7 @@ void print_tables(const ExpertTrace& trace, const std::vector<Part>& parts) {
   }
   for (const Part& part : parts) {
     if (part.n_chunks == 0) continue;
-    std::printf("\n%s: %zu tokens in %zu chunks; hit rate and GB per token\nslots", part.name, part.n_tokens, part.n_chunks);
+    std::printf("\n%s: %zu tokens in %zu chunks; hit rate and MB per token\nslots", part.name, part.n_tokens, part.n_chunks);
     for (const char* name : kNames) std::printf("  %15s", name);
     for (size_t n = 0; n < results.size(); ++n) {
       std::printf("\n%5zu", n + 1);
