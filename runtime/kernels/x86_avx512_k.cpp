@@ -1,8 +1,7 @@
 // AVX-512 VNNI kernels of the 256-element formats (Q2_K .. Q6_K, IQ4_XS) times act256.
 //
-// vpdpbusd multiplies unsigned quants by activations and adds four; vpdpwssd multiplies such sums,
-// where they fit 16 bits, by the scale of their group and accumulates, else vpmulld does. Quants
-// carry an offset that makes them unsigned; the sums of activations take it out again.
+// vpdpbusd multiplies unsigned quants (with an offset where they are signed) by activations and adds
+// four; how scales come in, and how offsets go out again: x86_avx512_k_panel.h, x86_avx512_k_rows.h.
 #include "runtime/kernels/x86_avx512_k_rows.h"
 
 namespace duet {
