@@ -40,6 +40,10 @@ struct ReadRange {
 };
 
 inline constexpr size_t kReadAlignment = 4096;
+// What a disk was found to want (docs/measurements.md): large reads, few at once. More under way only
+// lengthens each one's wait.
+inline constexpr size_t kReadBytes = size_t{1} << 20;
+inline constexpr unsigned kReadDepth = 4;
 
 // Called once per range, from a thread of the reader (from cancel() or the destructor for what they
 // cancel), and must not throw or call the reader. error: 0, an errno (EIO, ENODATA: the file ends
@@ -56,7 +60,7 @@ using ReadFault = std::function<int(uint64_t attempt, size_t n_bytes)>;
 
 struct BlockReaderOptions {
   ReadBackend backend = ReadBackend::automatic;
-  unsigned depth = 8;  // reads under way at once, 1 to 256
+  unsigned depth = kReadDepth;  // reads under way at once, 1 to 256
   ReadFault fault = {};
 };
 

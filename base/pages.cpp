@@ -35,11 +35,4 @@ PageArray::~PageArray() {
   if (data_ != nullptr) ::munmap(data_, n_bytes_);
 }
 
-void PageArray::release(uint64_t begin, uint64_t n_bytes) const {
-  const uint64_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + n_bytes) / kPage * kPage;
-  if (first < end) ::madvise(data() + first, end - first, MADV_DONTNEED);
-}
-
-bool PageArray::lock() const { return data_ == nullptr || ::mlock(data_, n_bytes_) == 0; }
-
 }  // namespace duet

@@ -24,10 +24,6 @@ class PageArray {
 
   std::byte* data() const { return static_cast<std::byte*>(data_); }
   uint64_t size() const { return n_bytes_; }
-  // Gives the physical pages that lie wholly in [begin, begin + n_bytes) back; contents become zeros.
-  void release(uint64_t begin, uint64_t n_bytes) const;
-  // Asks the system to keep all of it in memory; false where its limits (RLIMIT_MEMLOCK) forbid it.
-  bool lock() const;
 
  private:
   uint64_t n_bytes_ = 0;

@@ -13,8 +13,8 @@ namespace duet {
 
 struct ReadRateOptions {
   ReadBackend backend = ReadBackend::automatic;
-  size_t block_bytes = size_t{1} << 20;  // a multiple of kReadAlignment
-  unsigned depth = 8;
+  size_t block_bytes = kReadBytes;  // a multiple of kReadAlignment
+  unsigned depth = kReadDepth;
   // Blocks read in a row before going on elsewhere: 1 random, SIZE_MAX sequential; the default is
   // about a matrix of an expert.
   size_t blocks_in_a_row = 32;

@@ -304,7 +304,7 @@ void run_bench(BenchOptions options) {
   if (has_model) describe_model(open_engine(options.model), report);  // refused before anything is measured
   report.energy_absent = EnergyMeter().why_not();
   measure_limits(options, kernels, report);
-  if (!report.plan.empty()) report.disk_bytes_per_s = measure_read_rate(options.model.path, {.seconds = 1.0}).bytes_per_second;
+  if (!report.plan.empty()) report.disk_bytes_per_s = measure_read_rate(options.model.path, {.backend = options.model.backend, .seconds = 1.0}).bytes_per_second;
   if (has_model)
     for (const int n : report.threads) Runner(options, n, limits_of(report, n), report).run();
   print_report(report, format);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/json_fwd.h"
+#include "cli/streaming.h"
 #include "runtime/engine.h"
 #include "runtime/expert_policy.h"
 #include "runtime/expert_replay.h"
@@ -26,13 +27,11 @@ struct Limits {
 // How a test fared that streamed experts, per token (prefill: of the prompt), and the times that its own
 // misses allow: T_io = bytes from disk / disk rate, T_mem = bytes of weights in use / memory rate,
 // T_perfect = max(T_io, T_mem), T_demand = T_io + the rest of T_mem (no reading before the router has chosen).
-struct StreamShare {
-  double hit_rate = 0, disk_bytes = 0, disk_bytes_per_s = 0, wait_share = 0;
+struct StreamShare : StreamUse {
   double t_perfect = 0, t_demand = 0, eff_sched = 0, eff_disk = 0;  // seconds; T_perfect / measured; disk duty
   std::optional<double> eff_policy;  // decode: bytes that Belady's choice would have missed / bytes missed
   double major_faults = 0;
   uint64_t peak_bytes = 0;  // of the process so far
-  std::string backend;
 };
 
 struct BenchResult {

@@ -17,12 +17,6 @@ namespace {
 
 constexpr double kGiga = 1e9;
 
-std::string fixed(double value, int digits) {
-  char text[64];
-  std::snprintf(text, sizeof(text), "%.*f", digits, value);
-  return text;
-}
-
 // Three significant digits or more, no exponent: 0.0123, 4.56, 7890.
 std::string figure(double value) { return fixed(value, value < 0.1 ? 4 : value < 1 ? 3 : value < 100 ? 2 : 1); }
 

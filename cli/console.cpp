@@ -70,6 +70,12 @@ void print(std::string_view text) {
   if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size()) fail_stdout();
 }
 
+std::string fixed(double value, int digits) {
+  char text[64];
+  std::snprintf(text, sizeof(text), "%.*f", digits, value);
+  return text;
+}
+
 void flush_stdout() {
   if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) fail_stdout();
 }

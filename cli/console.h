@@ -25,6 +25,7 @@ inline constexpr int kExitBrokenPipe = 141;  // as a shell shows death by SIGPIP
 // destructors remove temporary files; any other failure, a full disk for instance, Error(io).
 void print(std::string_view text);
 void flush_stdout();
+std::string fixed(double value, int digits);  // "3.14"
 // One JSON document and a newline. Bytes that are not UTF-8 become U+FFFD.
 void print_json(const Json& json);
 std::string to_line(const Json& json);  // the same without the newline

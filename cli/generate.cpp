@@ -16,6 +16,7 @@
 #include "cli/console.h"
 #include "cli/model_options.h"
 #include "cli/options.h"
+#include "cli/streaming.h"
 #include "runtime/expert_trace.h"
 #include "runtime/memory_plan.h"
 
@@ -201,28 +202,16 @@ void print_status(const Engine& engine, const Session& session) {
   if (engine.plan().streamed) std::fprintf(stderr, "[%s]\n", describe(engine.plan(), info.hparams).c_str());
 }
 
-// What the disk gave and how often an expert was in memory, while tokens were made.
-struct Streaming {
-  double hit_rate = 0, bytes_per_token = 0, read_gb_s = 0, wait_share = 0;
-  std::string backend;
-};
-
-std::optional<Streaming> streaming(const Engine& engine, const Generation& g) {
+// While tokens were made; nothing when all weights are in memory.
+std::optional<StreamUse> streaming(const Engine& engine, const Generation& g) {
   const std::optional<StreamStats> now = engine.stream_stats();
   if (!now || g.n_decoded == 0) return std::nullopt;
-  const StreamStats& before = g.before_decode;
-  const double hits = static_cast<double>(now->hits - before.hits), misses = static_cast<double>(now->misses - before.misses);
-  const double bytes = static_cast<double>(now->reads.bytes - before.reads.bytes);
-  return Streaming{.hit_rate = hits / (hits + misses),
-                   .bytes_per_token = bytes / static_cast<double>(g.n_decoded),
-                   .read_gb_s = bytes / g.decode_seconds / 1e9,
-                   .wait_share = static_cast<double>(now->wait_ns - before.wait_ns) * 1e-9 / g.decode_seconds / engine.info().n_threads,
-                   .backend = now->backend};
+  return stream_use(g.before_decode, *now, static_cast<double>(g.n_decoded), g.decode_seconds, engine.info().n_threads);
 }
 
-void print_streaming(const Streaming& s) {
+void print_streaming(const StreamUse& s) {
   std::fprintf(stderr, "[experts in memory %.0f %% of the time, %.2f GB/token read at %.2f GB/s (%s), %.0f %% of the time waiting for the disk]\n",
-               100 * s.hit_rate, s.bytes_per_token / 1e9, s.read_gb_s, s.backend.c_str(), 100 * s.wait_share);
+               100 * s.hit_rate, s.disk_bytes / 1e9, s.disk_bytes_per_s / 1e9, s.backend.c_str(), 100 * s.wait_share);
 }
 
 void print_statistics(const RunOptions& options, const Generation& g) {
@@ -234,7 +223,7 @@ void print_statistics(const RunOptions& options, const Generation& g) {
       static_cast<unsigned long long>(options.sampling.seed));
 }
 
-Json to_json(const RunOptions& options, const Generation& g, const std::optional<Streaming>& s) {
+Json to_json(const RunOptions& options, const Generation& g, const std::optional<StreamUse>& s) {
   Json out{{"text", g.text},
           {"ids", g.ids},
           {"prompt_tokens", g.n_prompt},
@@ -246,8 +235,8 @@ Json to_json(const RunOptions& options, const Generation& g, const std::optional
           {"seed", options.sampling.seed}};
   if (s)
     out["streaming"] = {{"hit_rate", s->hit_rate},
-                        {"disk_bytes_per_token", s->bytes_per_token},
-                        {"disk_gb_s", s->read_gb_s},
+                        {"disk_bytes_per_token", s->disk_bytes},
+                        {"disk_gb_s", s->disk_bytes_per_s / 1e9},
                         {"disk_wait_share", s->wait_share},
                         {"backend", s->backend}};
   return out;
@@ -277,7 +266,7 @@ void run_generate(RunOptions options) {
   const Generation result =
       Generator(options, engine, session, sampler, chat.has_value()).run(ids);
   if (trace) trace->commit(engine.stream_stats());
-  const std::optional<Streaming> stream = streaming(engine, result);
+  const std::optional<StreamUse> stream = streaming(engine, result);
   if (options.json)
     print_json(to_json(options, result, stream));
   else

@@ -116,11 +116,6 @@ void measure_rates(Report& report, const PlanOptions& options) {
 
 // ---- forms -------------------------------------------------------------------------------------
 
-std::string fixed(double value, int digits) {
-  char text[64];
-  std::snprintf(text, sizeof(text), "%.*f", digits, value);
-  return text;
-}
 std::string rate(double value) { return fixed(value, value < 1 ? 3 : value < 100 ? 2 : 0); }
 std::string gigabytes(double n_bytes) { return fixed(n_bytes / 1e9, 2); }
 

@@ -14,6 +14,9 @@
 
 namespace duet {
 
+// Rows of logits computed at once: few enough that a large vocabulary stays in a few MiB.
+inline constexpr size_t kLogitRows = 32;
+
 // What a test may watch. Either may be null.
 struct DecoderProbe {
   // After the embedding (layer -1) and after each layer: [n_tokens, n_embd], before the final norm.

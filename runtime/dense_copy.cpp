@@ -12,8 +12,6 @@
 namespace duet {
 namespace {
 
-constexpr size_t kPieceBytes = size_t{2} << 20;
-
 // One dense matrix: its pages in the file and its place among the copies.
 struct Piece {
   ReadRange range;
@@ -25,11 +23,11 @@ size_t round_up(size_t n) { return (n + kReadAlignment - 1) / kReadAlignment * k
 void read_all(const GgufFile& file, const std::vector<Piece>& pieces, const StreamOptions& options) {
   std::vector<ReadRange> ranges;
   for (const Piece& piece : pieces)
-    for (size_t at = 0; at < piece.range.n_bytes; at += kPieceBytes) {
+    for (size_t at = 0; at < piece.range.n_bytes; at += kReadBytes) {
       ReadRange range = piece.range;
       range.offset += at;
       range.to += at;
-      range.n_bytes = std::min(kPieceBytes, piece.range.n_bytes - at);
+      range.n_bytes = std::min(kReadBytes, piece.range.n_bytes - at);
       range.n_needed = std::min(range.n_bytes, piece.range.n_needed - std::min(at, piece.range.n_needed));
       ranges.push_back(range);
     }

@@ -43,9 +43,9 @@ struct MemoryOptions {
 // How experts are read when they do not all fit in memory.
 struct StreamOptions {
   ReadBackend backend = ReadBackend::automatic;
-  unsigned depth = 4;                       // reads under way: more only lengthens each one's wait (measurements.md)
-  size_t piece_bytes = size_t{1} << 20;     // of one read
-  ReadFault fault = {};                     // tests only
+  unsigned depth = kReadDepth;
+  size_t piece_bytes = kReadBytes;  // of one read
+  ReadFault fault = {};             // tests only
 };
 
 // What streaming has done since the model was opened.
@@ -73,7 +73,7 @@ struct EngineOptions {
 using RoutingFn = std::function<void(int layer, std::span<const int32_t> experts)>;
 
 struct SessionOptions {
-  uint32_t n_ctx = 0;       // positions; 0: min(model's, 4096); more than the model's is allowed with a notice
+  uint32_t n_ctx = 0;       // positions; 0: the memory plan's (min(model's, 4096)); more than the model's is allowed with a notice
   uint32_t n_batch = 0;     // tokens evaluated at once in prefill; 0: the memory plan's (512 when all is in memory)
   KvType kv_type = KvType::f16;
   const std::atomic<bool>* cancel = nullptr;  // checked between layers; true -> Error(cancelled)

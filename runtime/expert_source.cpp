@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "runtime/memory_plan.h"
 
 namespace duet {
 namespace {
@@ -22,10 +23,6 @@ Weight& part_of(Expert& expert, ExpertPart part) {
 }
 const Weight& part_of(const Expert& expert, ExpertPart part) { return part_of(const_cast<Expert&>(expert), part); }
 size_t weight_bytes(const Weight& w) { return w.rows * w.row_bytes; }
-// Pages that such a weight can touch, wherever it begins.
-size_t page_bytes(const Weight& w) { return round_up(weight_bytes(w), kReadAlignment) + kReadAlignment; }
-
-enum class Piece : uint8_t { waiting, landed, failed };
 
 }  // namespace
 
@@ -46,14 +43,6 @@ struct ExpertSource::Buffer {
   bool holds(size_t l, int32_t e) const { return layer == l && expert == e; }
   bool complete() const { return n_waiting.load(std::memory_order_acquire) == 0 && error.load() == 0; }
 };
-
-uint64_t ExpertSource::buffer_bytes(const Model& model, size_t layer) {
-  std::array<size_t, 3> largest{};
-  for (const Expert& expert : model.layers()[layer].experts)
-    for (const ExpertPart part : kParts)
-      largest[index_of(part)] = std::max(largest[index_of(part)], page_bytes(part_of(expert, part)));
-  return largest[0] + largest[1] + largest[2];
-}
 
 ExpertSource::ExpertSource(const Model& model, std::vector<uint32_t> slots, uint32_t n_staging, const StreamOptions& options)
     : model_(&model),
@@ -85,8 +74,8 @@ void ExpertSource::make_shapes(const Model& model) {
     }
     for (const ExpertPart part : kParts) {
       shape.part_at[index_of(part)] = shape.bytes;
-      size_t largest = 0;
-      for (const Expert& expert : model.layers()[l].experts) largest = std::max(largest, page_bytes(part_of(expert, part)));
+      uint64_t largest = 0;
+      for (const Expert& expert : model.layers()[l].experts) largest = std::max(largest, slot_part_bytes(weight_bytes(part_of(expert, part))));
       shape.bytes += largest;
     }
   }
@@ -264,20 +253,22 @@ void ExpertSource::wait(int32_t expert, ExpertPart part, size_t first_row, size_
   const size_t first = buffer.first_piece[p] + (head + first_row * row_bytes) / piece_bytes_;
   const size_t last = buffer.first_piece[p] + (head + end_row * row_bytes - 1) / piece_bytes_;
   for (size_t i = first; i <= last; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    bool waited = false;
-    for (;;) {
-      const uint32_t seen = epoch_.load(std::memory_order_acquire);
-      if (buffer.pieces[i].load(std::memory_order_acquire) != Piece::waiting) break;
-      waited = true;
-      epoch_.wait(seen, std::memory_order_acquire);
-    }
-    if (waited) wait_ns_ += static_cast<uint64_t>((std::chrono::steady_clock::now() - start) / std::chrono::nanoseconds(1));
+    if (buffer.pieces[i].load(std::memory_order_acquire) == Piece::waiting) wait_for(buffer.pieces[i]);
     if (buffer.pieces[i].load(std::memory_order_relaxed) == Piece::landed) continue;
     const int error = buffer.error.load();
     fail(ErrorKind::io, model_->file().source(), ": cannot read expert ", expert, " of layer ", layer_, ": ",
          error == ENODATA ? "the file has become shorter" : std::strerror(error));
   }
+}
+
+void ExpertSource::wait_for(const std::atomic<Piece>& piece) {
+  const auto start = std::chrono::steady_clock::now();
+  for (;;) {
+    const uint32_t seen = epoch_.load(std::memory_order_acquire);
+    if (piece.load(std::memory_order_acquire) != Piece::waiting) break;
+    epoch_.wait(seen, std::memory_order_acquire);
+  }
+  wait_ns_ += static_cast<uint64_t>((std::chrono::steady_clock::now() - start) / std::chrono::nanoseconds(1));
 }
 
 void ExpertSource::done(int32_t expert) {
@@ -336,18 +327,6 @@ void ExpertSource::abandon() {
       const Buffer& buffer = slot_buffer(layer_, slot);
       if (!buffer.holds(layer_, expert) || !buffer.complete()) policy_.forget(layer_, expert);
     }
-}
-
-void ExpertSource::shrink(uint32_t n_slots) {
-  const std::lock_guard lock(mutex_);
-  std::vector<int32_t> freed;
-  for (size_t l = 0; l < shapes_.size(); ++l) {
-    if (policy_.slots(l) <= n_slots) continue;
-    freed.clear();
-    policy_.shrink(l, n_slots, freed);
-    for (const int32_t slot : freed)
-      memory_.release(static_cast<uint64_t>(slot_buffer(l, slot).memory - memory_.data()), shapes_[l].bytes);
-  }
 }
 
 StreamStats ExpertSource::stats() const {

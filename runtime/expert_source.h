@@ -31,8 +31,6 @@ class ExpertSource {
   // the source. Error: io, unsupported (StreamOptions::backend), memory.
   ExpertSource(const Model& model, std::vector<uint32_t> slots, uint32_t n_staging, const StreamOptions& options);
   ~ExpertSource();
-  // Bytes of one buffer of this layer: its largest expert, in pages.
-  static uint64_t buffer_bytes(const Model& model, size_t layer);
 
   // The right to use the source for one chunk. Whatever ends it, an error included, leaves the
   // source usable.
@@ -62,9 +60,6 @@ class ExpertSource {
   void done(int32_t expert);
   void end();  // of the layer
 
-  // Gives up buffers until each layer holds at most n_slots experts; never taken back.
-  void shrink(uint32_t n_slots);
-
   StreamStats stats() const;
 
  private:
@@ -79,6 +74,7 @@ class ExpertSource {
     std::vector<std::array<Range, 3>> ranges;  // [n_expert]
   };
   struct Buffer;
+  enum class Piece : uint8_t { waiting, landed, failed };
 
   void make_shapes(const Model& model);
   void make_buffers(const std::vector<uint32_t>& slots, uint32_t n_staging);
@@ -89,6 +85,7 @@ class ExpertSource {
   bool start_ahead();
   void start(Buffer& buffer, size_t layer, int32_t expert, ReadClass urgency);
   void landed(uint64_t tag, int error);
+  void wait_for(const std::atomic<Piece>& piece);
   void drain(const Buffer& buffer) const;
   void abandon();
   void discard(Buffer& buffer);

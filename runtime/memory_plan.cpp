@@ -16,9 +16,8 @@ constexpr uint64_t kMiB = uint64_t{1} << 20, kGiB = uint64_t{1} << 30;
 constexpr uint64_t kNoLimit = std::numeric_limits<uint64_t>::max();
 
 constexpr uint64_t kProgramBytes = 96 * kMiB;  // code and its libraries, tokenizer, metadata of the file
-constexpr uint64_t kLogitRows = 33;            // of a session: the last token's, and 32 at once
 constexpr uint64_t kPageTableShare = 512;      // 8 bytes for 4096
-constexpr uint64_t kReadBytes = 16 * kMiB;     // under way through the page cache, where nothing else goes
+constexpr uint64_t kCacheBytes = 16 * kMiB;    // under way through the page cache, where nothing else goes
 constexpr uint32_t kDefaultContext = 4096;
 constexpr uint32_t kResidentBatch = 512, kLargestBatch = 4096;
 constexpr uint32_t kLeastCache = 2;  // slots; ExpertPolicy pins below
@@ -105,7 +104,8 @@ class Planner {
   void count_slots();
   void set_total();
   uint64_t fixed_bytes() const { return plan_.dense_bytes + plan_.kv_bytes + plan_.scratch_bytes + plan_.io_bytes; }
-  uint64_t program_bytes() const { return kProgramBytes + kLogitRows * sizeof(float) * sizes_.hparams.n_vocab; }
+  // With the logits of a session: the last token's, and kLogitRows at once.
+  uint64_t program_bytes() const { return kProgramBytes + (kLogitRows + 1) * sizeof(float) * sizes_.hparams.n_vocab; }
   // What the budget leaves for all but program and page tables.
   uint64_t room() const { return less(budget_.streamed, program_bytes()) / (kPageTableShare + 1) * kPageTableShare; }
   [[noreturn]] void refuse() const;
@@ -151,7 +151,7 @@ uint32_t Planner::choose_batch() const {
 
 void Planner::set_staging(uint32_t n_staging) {
   plan_.n_staging = n_staging;
-  plan_.io_bytes = n_staging * *std::max_element(sizes_.expert_bytes.begin(), sizes_.expert_bytes.end()) + kReadBytes;
+  plan_.io_bytes = n_staging * *std::max_element(sizes_.expert_bytes.begin(), sizes_.expert_bytes.end()) + kCacheBytes;
 }
 
 // Layers in an order whose every beginning is spread evenly over the model (multiples of the golden

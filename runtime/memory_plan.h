@@ -25,6 +25,12 @@ struct ModelSizes {
   uint64_t int8_macs = 0, f32_macs = 0;    // multiply-adds of one token in the layers, by kind of its activations
 };
 
+// What one of an expert's three matrices takes in a slot: whole pages, and one more for where it begins
+// in its first one.
+inline uint64_t slot_part_bytes(uint64_t n_bytes) {
+  return (n_bytes + kReadAlignment - 1) / kReadAlignment * kReadAlignment + kReadAlignment;
+}
+
 // Of a file, in either layout of experts. Error(format) when a tensor is missing.
 ModelSizes model_sizes(const GgufFile& file, const HParams& hparams);
 // Of a file that is yet to be made: each tensor in the format that `format_of` says, metadata and

@@ -6,14 +6,9 @@
 namespace duet {
 namespace {
 
-constexpr uint64_t kPage = 4096;
-
 bool is_expert_kind(TensorKind kind) {
   return kind == TensorKind::ffn_gate_exps || kind == TensorKind::ffn_up_exps || kind == TensorKind::ffn_down_exps;
 }
-
-// What a slice takes in a slot: whole pages, and one more for where it begins in its first one.
-uint64_t padded(uint64_t n_bytes) { return (n_bytes + kPage - 1) / kPage * kPage + kPage; }
 
 // Collects tensor after tensor; an expert's three slices come with three tensors of its layer.
 class Counter {
@@ -35,7 +30,7 @@ class Counter {
   void add_experts(const TensorSpec& spec, const Format& format, uint64_t n_bytes, uint64_t largest) {
     const auto layer = static_cast<size_t>(spec.layer);
     macs_of(format) += n_used_ * spec.shape[1] * spec.shape[2];
-    sizes_.expert_bytes[layer] += padded(largest);
+    sizes_.expert_bytes[layer] += slot_part_bytes(largest);
     sizes_.expert_file_bytes[layer] += n_bytes;
     sizes_.bytes_per_token += n_bytes / n_expert_ * n_used_;
   }

@@ -11,12 +11,8 @@
 namespace duet {
 namespace {
 
-constexpr uint32_t kDefaultContext = 4096;
-// Rows of logits computed at once: few enough that a large vocabulary stays in a few MiB.
-constexpr size_t kLogitRows = 32;
-
-uint32_t context_length(const HParams& hparams, uint32_t asked, const NoticeFn& notice) {
-  if (asked == 0) return hparams.n_ctx_train > 0 ? std::min(hparams.n_ctx_train, kDefaultContext) : kDefaultContext;
+uint32_t context_length(const HParams& hparams, uint32_t asked, uint32_t planned, const NoticeFn& notice) {
+  if (asked == 0) return planned;
   if (hparams.n_ctx_train > 0 && asked > hparams.n_ctx_train)
     notice(concat("context ", asked, " is longer than the ", hparams.n_ctx_train,
                   " positions the model was trained with; quality beyond them is unknown"));
@@ -136,7 +132,7 @@ void Session::State::deliver(size_t first_row, size_t n_rows, const LogitsSink& 
 
 Session Engine::new_session(const SessionOptions& options) const {
   const HParams& hparams = state_->info.hparams;
-  const uint32_t n_ctx = context_length(hparams, options.n_ctx, state_->notice);
+  const uint32_t n_ctx = context_length(hparams, options.n_ctx, state_->plan.n_ctx, state_->notice);
   const uint32_t n_batch = std::min(options.n_batch > 0 ? options.n_batch : state_->plan.n_batch, n_ctx);
   const int n_threads = state_->compute.n_threads;
   if (state_->plan.streamed) check_plan(state_->plan, hparams, n_threads, n_ctx, n_batch, options.kv_type);

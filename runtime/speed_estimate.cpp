@@ -10,7 +10,6 @@ namespace duet {
 namespace {
 
 constexpr double kReachedOfRead = 0.85, kReachedOfPeak = 0.55;
-constexpr double kPieceBytes = 1 << 20;  // of a read: computation waits for the first
 
 double as_double(uint64_t n) { return static_cast<double>(n); }
 
@@ -27,12 +26,12 @@ double binomial(uint32_t n, uint32_t k, double miss) {
   return p;
 }
 
-// Time of the chosen experts of a layer, each of n_bytes.
+// Time of the chosen experts of a layer, each of n_bytes; computation waits for the first piece.
 double experts_time(const HParams& hparams, double n_bytes, double hit_rate, const MachineRates& rates) {
   const uint32_t n_used = hparams.n_expert_used;
   double time = 0;
   for (uint32_t n_missed = 0; n_missed <= n_used; ++n_missed) {
-    const double disk = (n_missed * n_bytes + (n_missed > 0 ? kPieceBytes : 0)) / rates.disk_bytes_per_s;
+    const double disk = (n_missed * n_bytes + (n_missed > 0 ? as_double(kReadBytes) : 0)) / rates.disk_bytes_per_s;
     const double memory = n_used * n_bytes / (rates.read_bytes_per_s * kReachedOfRead);
     time += binomial(n_used, n_missed, 1 - hit_rate) * std::max(disk, memory);
   }

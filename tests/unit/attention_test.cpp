@@ -7,9 +7,11 @@
 
 #include "base/error.h"
 #include "runtime/attention.h"
+#include "tests/support/logits.h"
 #include "tests/support/random_model.h"
 
 using namespace duet;
+using test::same_bits;
 
 namespace {
 
@@ -77,10 +79,6 @@ std::vector<float> outputs(const Fixture& f, size_t n, const Chunks& c, size_t r
     evaluate(repeat_from);
   }
   return residual;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 }  // namespace

@@ -2,36 +2,23 @@
 // evaluated in, the number of threads, and the tokens beside it.
 #include <doctest/doctest.h>
 
-#include <cstring>
-
 #include "runtime/engine.h"
 #include "runtime/kernels/kernels.h"
+#include "tests/support/logits.h"
 #include "tests/support/random_model.h"
 
 using namespace duet;
 using test::RandomModel;
+using test::same_bits;
+using test::some_tokens;
 
 namespace {
 
 constexpr size_t kTokens = 70;
 
-std::vector<Token> some_tokens(uint32_t n_vocab) {
-  std::vector<Token> out(kTokens);
-  for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<Token>((i * i * 7 + i * 13 + 1) % n_vocab);
-  return out;
-}
-
 std::vector<float> all_logits(const Engine& engine, std::span<const Token> tokens, uint32_t n_batch) {
   Session session = engine.new_session({.n_ctx = kTokens, .n_batch = n_batch});
-  std::vector<float> out;
-  session.append_all_logits(tokens, [&](size_t, size_t, std::span<const float> logits) {
-    out.insert(out.end(), logits.begin(), logits.end());
-  });
-  return out;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  return test::all_logits(session, tokens);
 }
 
 // n_ff is no multiple of 256 where the format allows it; n_embd, n_head * head_dim are.
@@ -49,7 +36,7 @@ HParams hparams_for(DType dtype, uint32_t n_expert) {
 
 void check(const RandomModel& model, const std::string& isa) {
   const auto path = test::write_model(model, "invariance.gguf");
-  const auto tokens = some_tokens(model.hparams.n_vocab);
+  const auto tokens = some_tokens(kTokens, model.hparams.n_vocab);
   std::vector<float> want;
   for (const int n_threads : {1, 2, 3}) {
     const Engine engine = Engine::open(path, {.n_threads = n_threads, .isa = isa, .notice = {}});

@@ -8,20 +8,16 @@
 #include "base/error.h"
 #include "runtime/engine.h"
 #include "runtime/kernels/kernels.h"
+#include "tests/support/logits.h"
 #include "tests/support/random_model.h"
 #include "tests/support/reference_model.h"
 
 using namespace duet;
 using test::RandomModel;
+using test::some_tokens;
 using test::tiny_hparams;
 
 namespace {
-
-std::vector<Token> some_tokens(size_t n, uint32_t n_vocab) {
-  std::vector<Token> out(n);
-  for (size_t i = 0; i < n; ++i) out[i] = static_cast<Token>((i * i * 7 + i * 13 + 1) % n_vocab);
-  return out;
-}
 
 struct Run {
   uint32_t n_batch = 512;
@@ -42,11 +38,7 @@ Session session_of(const Engine& engine, const Run& run = {}) {
 std::vector<float> all_logits(const std::filesystem::path& path, std::span<const Token> tokens, const Run& run = {}) {
   const Engine engine = open(path, run);
   Session session = session_of(engine, run);
-  std::vector<float> out;
-  session.append_all_logits(tokens, [&](size_t, size_t, std::span<const float> logits) {
-    out.insert(out.end(), logits.begin(), logits.end());
-  });
-  return out;
+  return test::all_logits(session, tokens);
 }
 
 double max_difference(const std::vector<float>& a, const std::vector<float>& b) {

@@ -11,10 +11,13 @@
 #include "runtime/expert_replay.h"
 #include "runtime/memory_plan.h"
 #include "tests/support/errors.h"
+#include "tests/support/logits.h"
 #include "tests/support/random_model.h"
 
 using namespace duet;
 using test::RandomModel;
+using test::same_bits;
+using test::some_tokens;
 
 namespace {
 
@@ -41,23 +44,9 @@ RandomModel mixed_model(bool split_experts) {
 
 constexpr size_t kTokens = 50;
 
-std::vector<Token> some_tokens(uint32_t n_vocab) {
-  std::vector<Token> out(kTokens);
-  for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<Token>((i * i * 11 + i * 29 + 3) % n_vocab);
-  return out;
-}
-
 std::vector<float> all_logits(const Engine& engine, uint32_t n_batch, std::span<const Token> tokens) {
   Session session = engine.new_session({.n_ctx = kTokens, .n_batch = n_batch});
-  std::vector<float> out;
-  session.append_all_logits(tokens, [&](size_t, size_t, std::span<const float> logits) {
-    out.insert(out.end(), logits.begin(), logits.end());
-  });
-  return out;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  return test::all_logits(session, tokens);
 }
 
 Engine open(const std::filesystem::path& path, uint32_t slots, int n_threads = 2, const StreamOptions& stream = {}) {
@@ -74,7 +63,7 @@ constexpr Way kWays[] = {{ReadBackend::automatic, 2}, {ReadBackend::pread, 1}, {
 
 void check_equal(const RandomModel& model, std::initializer_list<uint32_t> all_slots) {
   const auto path = test::write_model(model, "stream.gguf");
-  const auto tokens = some_tokens(model.hparams.n_vocab);
+  const auto tokens = some_tokens(kTokens, model.hparams.n_vocab);
   for (const uint32_t n_batch : {1u, 32u, static_cast<uint32_t>(kTokens)}) {
     const auto want = all_logits(Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}}), n_batch, tokens);
     for (const Way& way : kWays)
@@ -104,7 +93,7 @@ TEST_CASE("streaming: hits and misses are counted, with all slots an expert is r
   const RandomModel model = mixed_model(false);
   const auto path = test::write_model(model, "stream.gguf");
   const Engine engine = open(path, 8);
-  const auto tokens = some_tokens(model.hparams.n_vocab);
+  const auto tokens = some_tokens(kTokens, model.hparams.n_vocab);
   const auto run = [&] { all_logits(engine, 10, tokens); };  // too few tokens at once to read ahead
   run();
   const StreamStats first = *engine.stream_stats();
@@ -120,7 +109,7 @@ TEST_CASE("streaming: hits and misses are counted, with all slots an expert is r
 TEST_CASE("streaming: the replay of a trace counts what the engine counted, chunk by chunk") {
   const RandomModel model = mixed_model(false);
   const auto path = test::write_model(model, "stream.gguf");
-  const auto tokens = some_tokens(model.hparams.n_vocab);
+  const auto tokens = some_tokens(kTokens, model.hparams.n_vocab);
   for (const uint32_t slots : {0u, 1u, 2u, 3u, 7u}) {
     CAPTURE(slots);
     const Engine engine = open(path, slots);
@@ -176,7 +165,7 @@ TEST_CASE("streaming: the bytes of one expert are those in the file") {
 TEST_CASE("streaming: a failed read is an error, and the session goes on where it stood") {
   const RandomModel model = mixed_model(false);
   const auto path = test::write_model(model, "stream.gguf");
-  const auto tokens = some_tokens(model.hparams.n_vocab);
+  const auto tokens = some_tokens(kTokens, model.hparams.n_vocab);
   const auto want = all_logits(Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}}), 1, tokens);
   for (const int error : {EIO, ENODATA}) {
     std::atomic<bool> armed{false};
@@ -210,7 +199,7 @@ TEST_CASE("streaming: a failed read is an error, and the session goes on where i
 TEST_CASE("streaming: cancelled in the middle, then continued") {
   const RandomModel model = mixed_model(false);
   const auto path = test::write_model(model, "stream.gguf");
-  const auto tokens = some_tokens(model.hparams.n_vocab);
+  const auto tokens = some_tokens(kTokens, model.hparams.n_vocab);
   const auto want = all_logits(Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}}), 1, tokens);
   std::atomic<bool> cancel{false};
   StreamOptions stream;
