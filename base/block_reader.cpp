@@ -34,7 +34,7 @@ bool reads_directly(const FileDescriptor& fd, const ReadFault& fault) {
   return n >= 0;
 }
 
-SourceFile open_source(const fs::path& path, bool direct, const ReadFault& fault) {
+SourceFile open_source(const fs::path& path, bool direct, const FileIdentity* expected, const ReadFault& fault) {
   SourceFile file;
   file.cached = open_file(path, 0);
   if (!file.cached.is_open())
@@ -42,10 +42,15 @@ SourceFile open_source(const fs::path& path, bool direct, const ReadFault& fault
   struct stat info {};
   if (::fstat(file.cached.get(), &info) != 0 || !(S_ISREG(info.st_mode) || S_ISBLK(info.st_mode)))
     fail(ErrorKind::io, path.string(), ": not a file that can be read in blocks");
+  file.identity = identify(file.cached.get()).value_or(FileIdentity{});
+  if (expected != nullptr && file.identity != *expected)
+    fail(ErrorKind::io, path.string(), ": the file has been changed or replaced since it was opened; try again");
   // Read what is asked for and no further: what is read ahead would be dropped, or worse, kept.
   static_cast<void>(::posix_fadvise(file.cached.get(), 0, 0, POSIX_FADV_RANDOM));
   if (!direct) return file;
   file.direct = open_file(path, O_DIRECT);
+  if (file.direct.is_open() && identify(file.direct.get()) != file.identity)
+    fail(ErrorKind::io, path.string(), ": the file is being replaced; try again");
   if (!reads_directly(file.direct, fault)) file.direct = FileDescriptor();
   return file;
 }
@@ -58,8 +63,10 @@ std::unique_ptr<BlockReader> BlockReader::open(std::span<const fs::path> files, 
     fail(ErrorKind::usage, "reads under way at once: 1 to ", kMaxDepth, ", not ", options.depth);
   const ReadBackend backend = options.backend;
   detail::ReaderSetup setup;
-  for (const fs::path& path : files)
-    setup.files.push_back(open_source(path, backend != ReadBackend::buffered, options.fault));
+  DUET_ASSERT(options.expected.empty() || options.expected.size() == files.size());
+  for (size_t i = 0; i < files.size(); ++i)
+    setup.files.push_back(open_source(files[i], backend != ReadBackend::buffered,
+                                      options.expected.empty() ? nullptr : &options.expected[i], options.fault));
   setup.done = std::move(done);
   setup.options = std::move(options);
   const bool direct = std::any_of(setup.files.begin(), setup.files.end(),

@@ -8,9 +8,12 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
+
+#include "base/mapped_file.h"
 
 namespace duet {
 
@@ -61,6 +64,8 @@ using ReadFault = std::function<int(uint64_t attempt, size_t n_bytes)>;
 struct BlockReaderOptions {
   ReadBackend backend = ReadBackend::automatic;
   unsigned depth = kReadDepth;  // reads under way at once, 1 to 256
+  // What the files were when their content was looked at; empty: whatever they are now.
+  std::vector<FileIdentity> expected = {};
   ReadFault fault = {};
 };
 
@@ -73,7 +78,7 @@ struct BlockReaderStats {
 
 class BlockReader {
  public:
-  // Error: io (a file is missing or cannot be read), unsupported (see ReadBackend), usage (depth),
+  // Error: io (a file is missing, cannot be read or is another than expected), unsupported (see ReadBackend), usage (depth),
   // memory.
   static std::unique_ptr<BlockReader> open(std::span<const std::filesystem::path> files,
                                            ReadDone done, BlockReaderOptions options = {});
@@ -87,6 +92,10 @@ class BlockReader {
   // Queued ranges with this tag become more urgent, behind what this class holds already; those
   // that are as urgent or have begun stay.
   virtual void promote(uint64_t tag, ReadClass urgency) = 0;
+
+  // The first file that has been written to since it was opened, or nothing. A file whose path leads
+  // to another one by now is read on as it was.
+  virtual std::optional<size_t> changed_file() const = 0;
 
   virtual BlockReaderStats stats() const = 0;
   virtual bool direct() const = 0;  // every file

@@ -69,6 +69,12 @@ void ReaderCore::promote(uint64_t tag, ReadClass urgency) {
   }
 }
 
+std::optional<size_t> ReaderCore::changed_file() const {
+  for (size_t i = 0; i < files_.size(); ++i)
+    if (identify(files_[i].cached.get()) != files_[i].identity) return i;
+  return std::nullopt;
+}
+
 BlockReaderStats ReaderCore::stats() const {
   const std::lock_guard lock(mutex_);
   BlockReaderStats stats = stats_;

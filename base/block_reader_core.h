@@ -20,6 +20,7 @@ namespace duet::detail {
 struct SourceFile {
   FileDescriptor direct;  // not open: the file allows no direct reads
   FileDescriptor cached;
+  FileIdentity identity;  // when it was opened
 };
 
 struct ReaderSetup {
@@ -53,6 +54,7 @@ class ReaderCore : public BlockReader {
   void submit(std::span<const ReadRange> ranges, ReadClass urgency) final;
   size_t cancel(ReadClass urgency) final;
   void promote(uint64_t tag, ReadClass urgency) final;
+  std::optional<size_t> changed_file() const final;
   BlockReaderStats stats() const final;
   bool direct() const final;
 

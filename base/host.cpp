@@ -100,19 +100,24 @@ std::optional<int64_t> stat_of(const fs::path& folder, std::string_view name) {
   return std::nullopt;
 }
 
-// Least limit of one group in bytes; v1 writes "none" as a number near 2^63.
-std::optional<uint64_t> limit_of(const GroupPath& group, const fs::path& folder) {
-  std::vector<std::optional<int64_t>> limits;
-  if (group.version == 2)
-    limits = {read_system_number(folder / "memory.max"), read_system_number(folder / "memory.high")};
-  else
-    limits = {read_system_number(folder / "memory.limit_in_bytes"), stat_of(folder, "hierarchical_memory_limit")};
+std::optional<uint64_t> least_of(std::initializer_list<std::optional<int64_t>> limits) {
   std::optional<uint64_t> least;
   for (const auto& limit : limits) {
     if (!limit || *limit < 0 || *limit >= int64_t{1} << 60) continue;
     least = std::min(least.value_or(UINT64_MAX), static_cast<uint64_t>(*limit));
   }
   return least;
+}
+
+// Least limit of one group in bytes; v1 writes "none" as a number near 2^63.
+std::optional<uint64_t> limit_of(const GroupPath& group, const fs::path& folder) {
+  if (group.version == 2)
+    return least_of({read_system_number(folder / "memory.max"), read_system_number(folder / "memory.high")});
+  return least_of({read_system_number(folder / "memory.limit_in_bytes"), stat_of(folder, "hierarchical_memory_limit")});
+}
+
+std::optional<uint64_t> used_of(const GroupPath& group, const fs::path& folder) {
+  return least_of({read_system_number(folder / (group.version == 2 ? "memory.current" : "memory.usage_in_bytes"))});
 }
 
 // Page cache of files that is charged to a group and those below it.
@@ -160,14 +165,14 @@ HostMemory read_host_memory(const fs::path& root) {
   out.available_bytes = meminfo(text, "MemAvailable");
   const GroupPath group = find_group(root, "memory");
   out.cgroup_version = group.version;
+  if (!group.folders.empty()) out.cgroup_folder = group.folders.front();
   for (const fs::path& level : group.folders) {
+    const auto soft = least_of({read_system_number(level / "memory.soft_limit_in_bytes")});
+    if (soft && (!out.cgroup_soft || *soft < out.cgroup_soft->bytes)) out.cgroup_soft = {*soft, used_of(group, level), cache_of(group, level)};
     const auto limit = limit_of(group, level);
     if (!limit || *limit >= out.cgroup_limit_bytes.value_or(UINT64_MAX)) continue;
     out.cgroup_limit_bytes = limit;
-    const auto used =
-        read_system_number(level / (group.version == 2 ? "memory.current" : "memory.usage_in_bytes"));
-    out.cgroup_used_bytes =
-        used && *used >= 0 ? std::optional(static_cast<uint64_t>(*used)) : std::nullopt;
+    out.cgroup_used_bytes = used_of(group, level);
     out.cgroup_cache_bytes = cache_of(group, level);
   }
   return out;

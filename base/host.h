@@ -30,6 +30,13 @@ struct HostMemory {
   std::optional<uint64_t> cgroup_limit_bytes;
   std::optional<uint64_t> cgroup_used_bytes;
   std::optional<uint64_t> cgroup_cache_bytes;
+  // Least memory.soft_limit_in_bytes of v1: to what its owner would have us shrink; no limit.
+  struct SoftLimit {
+    uint64_t bytes = 0;
+    std::optional<uint64_t> used_bytes, cache_bytes;  // of the group that carries it
+  };
+  std::optional<SoftLimit> cgroup_soft;
+  std::filesystem::path cgroup_folder;  // of this process's own group
   int cgroup_version = 0;        // 0: none found
 };
 

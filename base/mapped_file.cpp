@@ -39,12 +39,20 @@ int open_regular(const fs::path& path, uint64_t& size) {
 
 }  // namespace
 
+std::optional<FileIdentity> identify(int descriptor) {
+  struct stat info {};
+  if (::fstat(descriptor, &info) != 0) return std::nullopt;
+  return FileIdentity{.device = info.st_dev, .inode = info.st_ino, .size = static_cast<uint64_t>(info.st_size),
+                      .modified_ns = int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec};
+}
+
 MappedFile MappedFile::open(const fs::path& path) {
   uint64_t size = 0;
   const FileDescriptor fd(open_regular(path, size));
   MappedFile out;
   out.path_ = path;
   out.size_ = size;
+  out.identity_ = identify(fd.get()).value_or(FileIdentity{});
   if (size == 0) return out;
   void* p = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, fd.get(), 0);
   if (p == MAP_FAILED)
@@ -55,11 +63,13 @@ MappedFile MappedFile::open(const fs::path& path) {
 
 MappedFile::MappedFile(MappedFile&& other) noexcept
     : path_(std::move(other.path_)),
+      identity_(other.identity_),
       data_(std::exchange(other.data_, nullptr)),
       size_(std::exchange(other.size_, 0)) {}
 
 MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(path_, other.path_);
+  std::swap(identity_, other.identity_);
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
   return *this;

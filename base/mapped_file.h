@@ -4,11 +4,21 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
 
 namespace duet {
+
+// Which file it is and in which state, to notice that a path leads to another or changed one.
+struct FileIdentity {
+  uint64_t device = 0, inode = 0, size = 0;
+  int64_t modified_ns = 0;
+  bool operator==(const FileIdentity&) const = default;
+};
+// Of an open file; nothing when the system does not tell.
+std::optional<FileIdentity> identify(int descriptor);
 
 // A read-only shared mapping of a whole regular file. Move-only; views die with it.
 // A file truncated by somebody else while mapped still raises SIGBUS on access.
@@ -23,6 +33,7 @@ class MappedFile {
 
   std::span<const std::byte> bytes() const { return {data_, size_}; }
   const std::filesystem::path& path() const { return path_; }
+  const FileIdentity& identity() const { return identity_; }  // when it was mapped
 
   // Tells the kernel that these bytes will not be read again soon (drops clean pages of this
   // mapping). Best effort; nothing happens when `part` is not of this mapping.
@@ -31,6 +42,7 @@ class MappedFile {
  private:
   MappedFile() = default;
   std::filesystem::path path_;
+  FileIdentity identity_;
   const std::byte* data_ = nullptr;
   size_t size_ = 0;
 };

@@ -31,6 +31,11 @@ PageArray::PageArray(uint64_t n_bytes, bool huge) : n_bytes_(n_bytes) {
   static_cast<void>(::madvise(data_, n_bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE));  // a kernel without them refuses
 }
 
+void PageArray::give_back(std::byte* first, uint64_t n_bytes) const {
+  DUET_ASSERT(first >= data() && first + n_bytes <= data() + n_bytes_);
+  static_cast<void>(::madvise(first, n_bytes, MADV_DONTNEED));
+}
+
 PageArray::~PageArray() {
   if (data_ != nullptr) ::munmap(data_, n_bytes_);
 }

@@ -24,6 +24,8 @@ class PageArray {
 
   std::byte* data() const { return static_cast<std::byte*>(data_); }
   uint64_t size() const { return n_bytes_; }
+  // These whole pages go back to the system; what is read there later is zero.
+  void give_back(std::byte* first, uint64_t n_bytes) const;
 
  private:
   uint64_t n_bytes_ = 0;

@@ -54,9 +54,11 @@ bool print_recorded(const ExpertTrace& trace) {
   ReplayCounts all;
   for (const ReplayCounts& counts : replay_engine(trace, trace.header.slots)) all += counts;
   const auto [least, most] = std::minmax_element(trace.header.slots.begin(), trace.header.slots.end());
+  const auto n_shrunk = std::count_if(trace.chunks.begin(), trace.chunks.end(), [](const auto& chunk) { return !chunk.slots.empty(); });
   std::printf("%zu layers of %u experts, %u to %u held; replayed as recorded: %llu hits, %llu misses, %llu bytes of misses\n",
               trace.header.slots.size(), trace.header.n_expert, *least, *most, static_cast<unsigned long long>(all.hits),
               static_cast<unsigned long long>(all.misses), static_cast<unsigned long long>(all.bytes));
+  if (n_shrunk > 0) std::printf("memory became short %td times: fewer were held from there on\n", n_shrunk);
   if (!trace.engine) {
     std::printf("the engine held all weights and counted nothing\n");
     return true;
@@ -67,7 +69,9 @@ bool print_recorded(const ExpertTrace& trace) {
   return same;
 }
 
-void print_tables(const ExpertTrace& trace, const std::vector<Part>& parts) {
+// As if memory had never become short: each row is for so many slots from beginning to end.
+void print_tables(ExpertTrace trace, const std::vector<Part>& parts) {
+  for (ExpertTrace::Chunk& chunk : trace.chunks) chunk.slots.clear();
   std::vector<std::vector<std::vector<ReplayCounts>>> results;  // [slots - 1][policy][chunk]
   for (uint32_t n = 1; n <= trace.header.n_expert; ++n) {
     const Slots slots(trace.header.slots.size(), n);

@@ -94,14 +94,16 @@ class BenchRouting {
 
  private:
   void add(int layer, std::span<const int32_t> experts);
+  void follow(const std::vector<uint32_t>& slots);
 
   const Engine& engine_;
   std::optional<ExpertTraceWriter> writer_;
   std::optional<ExpertPolicy> policy_;  // in step with the engine's; absent: not streamed
   ExpertPolicy::Step step_;
   bool recording_ = false;
-  ExpertTrace test_;
+  ExpertTrace test_;            // header: with the slots that the engine has now
   HeldExperts held_;            // when the test began
+  Slots first_slots_;
   uint64_t missed_bytes_ = 0;   // of the test, as in the file
 };
 

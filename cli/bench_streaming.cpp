@@ -47,14 +47,24 @@ RoutingFn BenchRouting::listener() {
   return [this](int layer, std::span<const int32_t> experts) { add(layer, experts); };
 }
 
+// The engine's slots became fewer: the copy of its policy follows.
+void BenchRouting::follow(const std::vector<uint32_t>& slots) {
+  if (slots == test_.header.slots) return;
+  std::vector<int32_t> freed;
+  for (size_t l = 0; l < slots.size(); ++l) policy_->shrink(l, slots[l], freed);
+  test_.header.slots = slots;
+  if (recording_) test_.chunks.back().slots = slots;
+}
+
 void BenchRouting::add(int layer, std::span<const int32_t> experts) {
-  if (writer_) writer_->add(layer, experts);
+  if (writer_) trace_routing(*writer_, engine_)(layer, experts);
   if (!policy_) return;
   const auto l = static_cast<size_t>(layer);
+  if (layer == 0 && recording_) test_.chunks.emplace_back();
+  if (layer == 0) follow(engine_.stream_stats()->slots);
   policy_->use(l, experts, test_.header.n_used, step_);
   if (!recording_) return;
   missed_bytes_ += step_.loads.size() * test_.header.expert_bytes[l];
-  if (layer == 0) test_.chunks.emplace_back();
   test_.chunks.back().layers.emplace_back(experts.begin(), experts.end());
 }
 
@@ -63,7 +73,8 @@ void BenchRouting::record(bool on) {
   test_.chunks.clear();
   missed_bytes_ = 0;
   if (!policy_ || !on) return;
-  held_.assign(test_.header.slots.size(), {});
+  first_slots_ = test_.header.slots;
+  held_.assign(first_slots_.size(), {});
   for (size_t l = 0; l < held_.size(); ++l)
     for (int32_t e = 0; e < static_cast<int32_t>(test_.header.n_expert); ++e)
       if (policy_->slot_of(l, e) != ExpertPolicy::kStaging) held_[l].push_back(e);
@@ -71,7 +82,7 @@ void BenchRouting::record(bool on) {
 
 double BenchRouting::eff_policy() const {
   ReplayCounts best;
-  for (const ReplayCounts& counts : replay_belady(test_, test_.header.slots, held_)) best += counts;
+  for (const ReplayCounts& counts : replay_belady(test_, first_slots_, held_)) best += counts;
   return missed_bytes_ > 0 ? static_cast<double>(best.bytes) / static_cast<double>(missed_bytes_) : 1.0;
 }
 

@@ -256,7 +256,7 @@ void run_generate(RunOptions options) {
   RoutingFn routing;
   if (!options.trace.empty()) {
     trace.emplace(options.trace, trace_header(engine));
-    routing = [&trace](int layer, std::span<const int32_t> experts) { trace->add(layer, experts); };
+    routing = trace_routing(*trace, engine);
   }
   Session session = open_session(engine, options.model, 0, std::move(routing));
   if (ids.size() > session.n_ctx())

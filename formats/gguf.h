@@ -17,6 +17,7 @@
 #include <variant>
 #include <vector>
 
+#include "base/mapped_file.h"
 #include "formats/tensor.h"
 
 namespace duet {
@@ -88,6 +89,7 @@ class GgufFile {
     uint64_t offset;  // of the first byte
   };
   std::vector<std::filesystem::path> part_paths() const;
+  std::vector<FileIdentity> part_identities() const;  // when they were parsed
   Place place_of(const std::byte* data) const;
   // Tells the kernel that this tensor's pages will not be read again soon.
   void drop(const TensorView& tensor) const;

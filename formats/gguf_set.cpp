@@ -251,6 +251,12 @@ std::vector<fs::path> GgufFile::part_paths() const {
   return out;
 }
 
+std::vector<FileIdentity> GgufFile::part_identities() const {
+  std::vector<FileIdentity> out;
+  for (const MappedFile& file : state_->files) out.push_back(file.identity());
+  return out;
+}
+
 GgufFile::Place GgufFile::place_of(const std::byte* data) const {
   const auto address = reinterpret_cast<uintptr_t>(data);
   for (size_t i = 0; i < state_->files.size(); ++i) {

@@ -39,7 +39,7 @@ void read_all(const GgufFile& file, const std::vector<Piece>& pieces, const Stre
     if (n_left.fetch_sub(1) == 1) n_left.notify_all();
   };
   const auto reader = BlockReader::open(file.part_paths(), done,
-                                        {.backend = options.backend, .depth = options.depth, .fault = options.fault});
+                                        {.backend = options.backend, .depth = options.depth, .expected = file.part_identities(), .fault = options.fault});
   reader->submit(ranges, ReadClass::demand);
   for (size_t left = n_left.load(); left != 0; left = n_left.load()) n_left.wait(left);
   if (const int error = first_error.load(); error != 0)

@@ -45,9 +45,15 @@ std::vector<uint64_t> one_expert(const ModelSizes& sizes) {
 
 }  // namespace
 
-void Engine::State::stream(const StreamOptions& options) {
-  model.own_dense(options);
-  experts = std::make_unique<ExpertSource>(model, plan.slots, plan.n_staging, options);
+void Engine::State::stream(const ModelSizes& sizes, const EngineOptions& options) {
+  model.own_dense(options.stream);
+  experts = std::make_unique<ExpertSource>(model, plan.slots, plan.n_staging, options.stream);
+  watch = std::make_unique<MemoryWatch>(sizes, plan, options.watch, notice);
+}
+
+void Engine::State::after_chunk(size_t n_tokens) const {
+  if (watch == nullptr) return;
+  if (const auto slots = watch->after(n_tokens)) experts->shrink(*slots);
 }
 
 // Resident: only maps, weights are read when they are first used. No madvise: eager population would read a
@@ -66,7 +72,7 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
   state->compute = {.kernels = &kernels, .n_threads = n_threads, .placement = &state->placement};
   const ModelSizes sizes = model_sizes(file, hparams);
   state->plan = plan_memory(sizes, options.memory, n_threads, read_host_memory());
-  if (state->plan.streamed) state->stream(options.stream);
+  if (state->plan.streamed) state->stream(sizes, options);
   state->tokenizer_error = try_load([&] { state->tokenizer = Tokenizer::load(file, notice); });
   state->template_error = try_load([&] { state->chat_template = ChatTemplate::of_model(file, notice); });
   state->info = {.hparams = hparams,

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -48,12 +49,19 @@ struct StreamOptions {
   ReadFault fault = {};             // tests only
 };
 
+// Where and how often the kernel is asked whether memory has become short, while experts stream.
+struct WatchOptions {
+  std::filesystem::path root = "/";  // another: tests only
+  std::chrono::milliseconds interval{1000};
+};
+
 // What streaming has done since the model was opened.
 struct StreamStats {
   uint64_t hits = 0, misses = 0;  // experts that a chunk needed in a layer and that were, were not in memory
   BlockReaderStats reads;
   uint64_t wait_ns = 0;           // of all threads, for rows that had not landed
   std::string backend;            // "io_uring, direct"
+  std::vector<uint32_t> slots;    // [n_layer] experts held now: the plan's, or fewer when memory has become short
 };
 
 struct EngineOptions {
@@ -66,6 +74,7 @@ struct EngineOptions {
   NumaMode numa = NumaMode::automatic;
   MemoryOptions memory = {};
   StreamOptions stream = {};
+  WatchOptions watch = {};
 };
 
 // Told after each layer of each chunk of tokens which experts they chose, best first: [n_tokens, n_used].
@@ -116,7 +125,7 @@ class Engine {
   ~Engine();
 
   const ModelInfo& info() const;
-  const MemoryPlan& plan() const;                    // runtime/memory_plan.h
+  const MemoryPlan& plan() const;                    // runtime/memory_plan.h; as made on opening
   std::optional<StreamStats> stream_stats() const;   // nothing when all weights are in memory
   // A file without (or with an unusable) tokenizer or template opens all the same, for use by token
   // ids; what is wrong with them is thrown when they are asked for: Error(format), Error(unsupported).

@@ -8,6 +8,7 @@
 #include "runtime/engine.h"
 #include "runtime/expert_source.h"
 #include "runtime/memory_plan.h"
+#include "runtime/memory_watch.h"
 #include "runtime/model.h"
 
 namespace duet {
@@ -15,12 +16,15 @@ namespace duet {
 struct Engine::State {
   explicit State(Model m) : model(std::move(m)) {}
   // Dense weights to memory, experts from the file as the plan says.
-  void stream(const StreamOptions& options);
+  void stream(const ModelSizes& sizes, const EngineOptions& options);
+  // A chunk of tokens has been evaluated: experts give way where memory has become short.
+  void after_chunk(size_t n_tokens) const;
 
   Model model;
   Placement placement;
   MemoryPlan plan;
   std::unique_ptr<ExpertSource> experts;  // null: all in memory
+  std::unique_ptr<MemoryWatch> watch;     // of experts
   Compute compute{};  // placement points to the above
   ModelInfo info;
   NoticeFn notice;

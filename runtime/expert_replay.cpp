@@ -40,6 +40,10 @@ void replay_layer(const ExpertTrace& trace, size_t layer, uint32_t slots, std::v
                   std::vector<ReplayCounts>& counts) {
   Values values(trace.header.n_expert, -std::numeric_limits<double>::infinity());
   for (size_t i = 0; i < trace.chunks.size(); ++i) {
+    if (!trace.chunks[i].slots.empty() && trace.chunks[i].slots[layer] < slots) {
+      slots = trace.chunks[i].slots[layer];
+      keep_best(slots, values, held);
+    }
     if (layer >= trace.chunks[i].layers.size()) continue;  // it was broken off before
     const auto& chosen = trace.chunks[i].layers[layer];
     counts[i] += use(chosen, trace.header.expert_bytes[layer], held);
@@ -90,11 +94,14 @@ std::vector<ReplayCounts> replay_engine(const ExpertTrace& trace, const Slots& s
   ExpertPolicy policy(trace.header.n_expert, slots);
   ExpertPolicy::Step step;
   std::vector<ReplayCounts> counts(trace.chunks.size());
-  for (size_t i = 0; i < trace.chunks.size(); ++i)
+  std::vector<int32_t> freed;
+  for (size_t i = 0; i < trace.chunks.size(); ++i) {
+    for (size_t layer = 0; layer < trace.chunks[i].slots.size(); ++layer) policy.shrink(layer, trace.chunks[i].slots[layer], freed);
     for (size_t layer = 0; layer < trace.chunks[i].layers.size(); ++layer) {
       policy.use(layer, trace.chunks[i].layers[layer], trace.header.n_used, step);
       counts[i] += {step.hits.size(), step.loads.size(), step.loads.size() * trace.header.expert_bytes[layer]};
     }
+  }
   return counts;
 }
 

@@ -2,7 +2,8 @@
 //
 // A chunk of tokens needs each of its experts once in each layer, and may pass them all through
 // staging; then at most slots[layer] of those that were held or read stay. Layers do not compete.
-// All begin empty unless they are told what is held. Each gives counts per chunk.
+// All begin empty unless they are told what is held. Each gives counts per chunk. Where the engine's
+// slots became fewer while it ran, no more than those are held from there on.
 #pragma once
 
 #include <cstdint>

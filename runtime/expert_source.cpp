@@ -55,7 +55,7 @@ ExpertSource::ExpertSource(const Model& model, std::vector<uint32_t> slots, uint
   make_shapes(model);
   make_buffers(slots, n_staging);
   reader_ = BlockReader::open(model.file().part_paths(), [this](uint64_t tag, int error) { landed(tag, error); },
-                              {.backend = options.backend, .depth = options.depth, .fault = options.fault});
+                              {.backend = options.backend, .depth = options.depth, .expected = model.file().part_identities(), .fault = options.fault});
 }
 
 ExpertSource::~ExpertSource() { reader_.reset(); }
@@ -329,8 +329,31 @@ void ExpertSource::abandon() {
     }
 }
 
+void ExpertSource::check_unchanged() const {
+  if (const auto file = reader_->changed_file())
+    fail(ErrorKind::io, model_->file().part_paths()[*file].string(), ": the file was changed while it was being read; open it again");
+}
+
+void ExpertSource::shrink(const std::vector<uint32_t>& slots) {
+  const std::lock_guard lock(mutex_);
+  std::vector<int32_t> freed;
+  for (size_t layer = 0; layer < slots.size(); ++layer) {
+    freed.clear();
+    policy_.shrink(layer, slots[layer], freed);
+    for (const int32_t slot : freed) {
+      Buffer& buffer = slot_buffer(layer, slot);
+      buffer.expert = -1;
+      memory_.give_back(buffer.memory, buffer.n_bytes);
+    }
+  }
+}
+
 StreamStats ExpertSource::stats() const {
-  return {.hits = policy_.hits(), .misses = policy_.misses(), .reads = reader_->stats(), .wait_ns = wait_ns_.load(), .backend = reader_->name()};
+  std::vector<uint32_t> slots;
+  for (size_t layer = 0; layer < shapes_.size(); ++layer) slots.push_back(policy_.slots(layer));
+  const BlockReaderStats reads = reader_->stats();
+  const std::string refused = reads.fallbacks > 0 ? concat(", ", reads.fallbacks, " reads refused and made through the page cache") : "";
+  return {.hits = policy_.hits(), .misses = policy_.misses(), .reads = reads, .wait_ns = wait_ns_.load(), .backend = reader_->name() + refused, .slots = std::move(slots)};
 }
 
 }  // namespace duet

@@ -60,6 +60,13 @@ class ExpertSource {
   void done(int32_t expert);
   void end();  // of the layer
 
+  // Error(io) when the file has been written to since it was opened: what was read may be another
+  // model's.
+  void check_unchanged() const;
+  // From now on layers hold so many experts, none more than before; the memory of the others goes
+  // back to the system and is not used again. Between passes.
+  void shrink(const std::vector<uint32_t>& slots);
+
   StreamStats stats() const;
 
  private:

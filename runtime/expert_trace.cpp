@@ -4,6 +4,7 @@
 #include <fstream>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "base/error.h"
 #include "base/json.h"
@@ -38,6 +39,12 @@ uint32_t count(const Json& json, const char* name, const std::string& source) {
   return static_cast<uint32_t>(value);
 }
 
+void check_slots(const std::vector<uint32_t>& slots, const ExpertTraceHeader& header, const std::string& source) {
+  if (slots.size() != header.expert_bytes.size()) fail(ErrorKind::format, source, ": slots of ", slots.size(), " layers, not ", header.expert_bytes.size());
+  for (const uint32_t n : slots)
+    if (n > header.n_expert) fail(ErrorKind::format, source, ": ", n, " slots for ", header.n_expert, " experts");
+}
+
 ExpertTraceHeader parse_header(const Json& json, const std::string& source) {
   ExpertTraceHeader header;
   header.expert_bytes = numbers<uint64_t>(member(json, "expert_bytes", source), "expert_bytes", source);
@@ -45,10 +52,9 @@ ExpertTraceHeader parse_header(const Json& json, const std::string& source) {
   header.n_expert = count(json, "n_expert", source);
   header.n_used = count(json, "n_used", source);
   const size_t n_layer = header.expert_bytes.size();
-  if (n_layer == 0 || n_layer > kMaxLayers || header.slots.size() != n_layer || header.n_used > header.n_expert)
+  if (n_layer == 0 || n_layer > kMaxLayers || header.n_used > header.n_expert)
     fail(ErrorKind::format, source, ": sizes that do not fit each other");
-  for (const uint32_t n : header.slots)
-    if (n > header.n_expert) fail(ErrorKind::format, source, ": ", n, " slots for ", header.n_expert, " experts");
+  check_slots(header.slots, header, source);
   return header;
 }
 
@@ -74,12 +80,27 @@ ExpertTrace::Chunk parse_chunk(const Json& json, const ExpertTraceHeader& header
   return chunk;
 }
 
-void parse_line(const Json& json, const std::string& source, ExpertTrace& trace) {
+// Slots that became fewer: never more than before, which a policy could not follow.
+std::vector<uint32_t> parse_slots(const Json& json, const std::vector<uint32_t>& before, const ExpertTraceHeader& header, const std::string& source) {
+  std::vector<uint32_t> slots = numbers<uint32_t>(json["slots"], "slots", source);
+  check_slots(slots, header, source);
+  for (size_t layer = 0; layer < slots.size(); ++layer)
+    if (slots[layer] > before[layer]) fail(ErrorKind::format, source, ": layer ", layer, " gets ", slots[layer], " slots, more than its ", before[layer]);
+  return slots;
+}
+
+// slots: of the lines before; those of a line of their own go to the next chunk.
+void parse_line(const Json& json, const std::string& source, ExpertTrace& trace, std::vector<uint32_t>& slots, bool& is_new) {
   if (trace.engine) fail(ErrorKind::format, source, ": follows the end of the trace");
   if (json.is_object() && json.contains("hits"))
     trace.engine = {.hits = json_get<uint64_t>(json, "hits", source), .misses = json_get<uint64_t>(json, "misses", source)};
-  else
+  else if (json.is_object() && json.contains("slots")) {
+    slots = parse_slots(json, slots, trace.header, source);
+    is_new = true;
+  } else {
     trace.chunks.push_back(parse_chunk(json, trace.header, source));
+    if (std::exchange(is_new, false)) trace.chunks.back().slots = slots;
+  }
 }
 
 }  // namespace
@@ -110,6 +131,13 @@ void ExpertTraceWriter::add(int layer, std::span<const int32_t> experts) {
   if (layers_.size() == header_.expert_bytes.size()) write_chunk();
 }
 
+void ExpertTraceWriter::set_slots(const std::vector<uint32_t>& slots) {
+  if (slots == header_.slots) return;
+  write_chunk();  // one that was broken off
+  header_.slots = slots;
+  file_.write(Json{{"slots", slots}}.dump() + "\n");
+}
+
 void ExpertTraceWriter::write_chunk() {
   if (layers_.empty()) return;
   file_.write(Json{{"layers", layers_}}.dump() + "\n");
@@ -122,16 +150,29 @@ void ExpertTraceWriter::commit(const std::optional<StreamStats>& stats) {
   file_.commit();
 }
 
+RoutingFn trace_routing(ExpertTraceWriter& writer, const Engine& engine) {
+  return [&writer, &engine](int layer, std::span<const int32_t> experts) {
+    if (layer == 0 && engine.plan().streamed) writer.set_slots(engine.stream_stats()->slots);
+    writer.add(layer, experts);
+  };
+}
+
 ExpertTrace read_expert_trace(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) fail(ErrorKind::io, path.string(), ": cannot open");
   ExpertTrace trace;
   size_t n = 0;
+  std::vector<uint32_t> slots;
+  bool is_new = false;
   for (std::string line; std::getline(file, line);) {
     const std::string source = concat(path.string(), ", line ", ++n);
     const Json json = parse_json(line, source);
-    if (n == 1) trace.header = parse_header(json, source);
-    else parse_line(json, source, trace);
+    if (n > 1) {
+      parse_line(json, source, trace, slots, is_new);
+    } else {
+      trace.header = parse_header(json, source);
+      slots = trace.header.slots;
+    }
   }
   if (file.bad()) fail(ErrorKind::io, path.string(), ": cannot read");
   if (n == 0) fail(ErrorKind::format, path.string(), ": empty");

@@ -4,6 +4,7 @@
 //   {"n_expert": 8, "n_used": 2, "expert_bytes": [per layer], "slots": [per layer]}
 //   {"layers": [[experts of each token, best first], ...]}    one line per chunk of tokens that went
 //   ...                                                        through the model together
+//   {"slots": [per layer]}                                     from the next chunk on, when memory became short
 //   {"hits": 123, "misses": 45}                                what the engine counted, when it streamed
 //
 // A chunk that was broken off has the layers that it passed: the engine has counted those too.
@@ -29,6 +30,7 @@ struct ExpertTraceHeader {
 struct ExpertTrace {
   struct Chunk {
     std::vector<std::vector<int32_t>> layers;  // [1..n_layer][n_tokens * n_used]
+    std::vector<uint32_t> slots = {};          // [n_layer] when they became fewer before this chunk; else empty
   };
   struct Counters {
     uint64_t hits = 0, misses = 0;
@@ -49,6 +51,8 @@ class ExpertTraceWriter {
   ExpertTraceWriter(const std::filesystem::path& path, ExpertTraceHeader header);  // Error(io)
   // Layer after layer of a chunk, as SessionOptions::routing delivers them. Error(io).
   void add(int layer, std::span<const int32_t> experts);
+  // Slots as they are now; fewer than before are noted. Between chunks. Error(io).
+  void set_slots(const std::vector<uint32_t>& slots);
   // stats: of the engine, all of whose work since it was opened must be in the trace. Error(io).
   void commit(const std::optional<StreamStats>& stats);
 
@@ -59,6 +63,9 @@ class ExpertTraceWriter {
   OutputFile file_;
   std::vector<std::vector<int32_t>> layers_;  // of the chunk at hand
 };
+
+// SessionOptions::routing of a session that does all of the engine's work. Both must outlive it.
+RoutingFn trace_routing(ExpertTraceWriter& writer, const Engine& engine);
 
 // Error: io, format (what does not fit the header, with its line).
 ExpertTrace read_expert_trace(const std::filesystem::path& path);

@@ -55,7 +55,7 @@ Budget automatic_budget(const HostMemory& memory) {
     const uint64_t limit = *memory.cgroup_limit_bytes;
     const uint64_t others = less(memory.cgroup_used_bytes.value_or(0), memory.cgroup_cache_bytes.value_or(0));
     usable = std::min(usable, limit);
-    budget.lower(less(limit, std::max(128 * kMiB, limit / 64) + others), cgroup_text(memory));
+    budget.lower(budget_in_cgroup(limit, others), cgroup_text(memory));
     budget.resident = std::min(budget.resident, less(limit, others));
   }
   if (usable != kNoLimit) budget.resident = std::min(budget.resident, usable / 10 * 9);
@@ -74,6 +74,67 @@ Budget find_budget(const MemoryOptions& options, const HostMemory& memory) {
 }
 
 // ---- the parts -------------------------------------------------------------------------------
+
+// With the logits of a session: the last token's, and kLogitRows at once.
+uint64_t program_bytes(const ModelSizes& sizes) { return kProgramBytes + (kLogitRows + 1) * sizeof(float) * sizes.hparams.n_vocab; }
+
+// What a budget leaves for all but program and page tables.
+uint64_t room_in(uint64_t budget, const ModelSizes& sizes) { return less(budget, program_bytes(sizes)) / (kPageTableShare + 1) * kPageTableShare; }
+
+uint64_t fixed_bytes(const MemoryPlan& plan) { return plan.dense_bytes + plan.kv_bytes + plan.scratch_bytes + plan.io_bytes; }
+
+void set_total(MemoryPlan& plan, const ModelSizes& sizes) {
+  const uint64_t used = fixed_bytes(plan) + plan.expert_bytes;
+  plan.program_bytes = program_bytes(sizes) + used / kPageTableShare + 1;
+  plan.total_bytes = used + plan.program_bytes;
+}
+
+// Layers in an order whose every beginning is spread evenly over the model (multiples of the golden
+// ratio): reads then come at regular intervals.
+std::vector<size_t> spread(size_t n_layer) {
+  std::vector<size_t> order(n_layer);
+  std::iota(order.begin(), order.end(), size_t{0});
+  const auto place = [](size_t layer) { return static_cast<uint32_t>(layer * 0x9e3779b9u); };
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return place(a) < place(b); });
+  return order;
+}
+
+std::vector<uint32_t> hand_out_slots(const ModelSizes& sizes, uint64_t room) {
+  const auto n_expert = sizes.hparams.n_expert;
+  const uint64_t one_each = std::accumulate(sizes.expert_bytes.begin(), sizes.expert_bytes.end(), uint64_t{0});
+  std::vector<uint32_t> slots(sizes.expert_bytes.size());
+  const auto give = [&](uint32_t n, uint32_t only_to) {
+    for (const size_t layer : spread(slots.size())) {
+      const uint64_t n_bytes = n * sizes.expert_bytes[layer];
+      if (n_bytes > room || slots[layer] != only_to || only_to + n > n_expert) continue;
+      slots[layer] += n;
+      room -= n_bytes;
+    }
+  };
+  const auto each = static_cast<uint32_t>(std::min<uint64_t>(n_expert, room / one_each));
+  if (each >= kLeastCache) {
+    std::fill(slots.begin(), slots.end(), each);
+    room -= each * one_each;
+    give(1, each);
+  } else {
+    give(kLeastCache, 0);
+    give(1, 0);
+  }
+  return slots;
+}
+
+// What its slots take, and what share of the experts they hold.
+void count_slots(MemoryPlan& plan, const ModelSizes& sizes) {
+  double held = 0, all = 0;
+  plan.expert_bytes = 0;
+  for (size_t layer = 0; layer < plan.slots.size(); ++layer) {
+    const auto in_file = static_cast<double>(sizes.expert_file_bytes[layer]);
+    plan.expert_bytes += plan.slots[layer] * sizes.expert_bytes[layer];
+    held += in_file * plan.slots[layer] / sizes.hparams.n_expert;
+    all += in_file;
+  }
+  plan.resident_share = held / all;
+}
 
 class Planner {
  public:
@@ -99,15 +160,6 @@ class Planner {
   void set_batch(uint32_t n_batch);
   uint32_t choose_batch() const;
   void set_staging(uint32_t n_staging);
-  void hand_out_slots(uint64_t room);
-  std::vector<size_t> spread() const;
-  void count_slots();
-  void set_total();
-  uint64_t fixed_bytes() const { return plan_.dense_bytes + plan_.kv_bytes + plan_.scratch_bytes + plan_.io_bytes; }
-  // With the logits of a session: the last token's, and kLogitRows at once.
-  uint64_t program_bytes() const { return kProgramBytes + (kLogitRows + 1) * sizeof(float) * sizes_.hparams.n_vocab; }
-  // What the budget leaves for all but program and page tables.
-  uint64_t room() const { return less(budget_.streamed, program_bytes()) / (kPageTableShare + 1) * kPageTableShare; }
   [[noreturn]] void refuse() const;
   [[noreturn]] void refuse_dense() const;
 
@@ -123,16 +175,10 @@ void Planner::set_batch(uint32_t n_batch) {
   plan_.scratch_bytes = Decoder::bytes_needed(sizes_.hparams, n_threads_, plan_.n_ctx, plan_.n_batch);
 }
 
-void Planner::set_total() {
-  const uint64_t used = fixed_bytes() + plan_.expert_bytes;
-  plan_.program_bytes = program_bytes() + used / kPageTableShare + 1;
-  plan_.total_bytes = used + plan_.program_bytes;
-}
-
 bool Planner::fits_resident() {
   set_batch(options_.n_batch > 0 ? options_.n_batch : kResidentBatch);
   plan_.expert_bytes = std::accumulate(sizes_.expert_file_bytes.begin(), sizes_.expert_file_bytes.end(), uint64_t{0});
-  set_total();
+  set_total(plan_, sizes_);
   plan_.budget_bytes = budget_.resident == kNoLimit ? 0 : budget_.resident;
   return plan_.total_bytes <= budget_.resident;
 }
@@ -154,65 +200,22 @@ void Planner::set_staging(uint32_t n_staging) {
   plan_.io_bytes = n_staging * *std::max_element(sizes_.expert_bytes.begin(), sizes_.expert_bytes.end()) + kCacheBytes;
 }
 
-// Layers in an order whose every beginning is spread evenly over the model (multiples of the golden
-// ratio): reads then come at regular intervals.
-std::vector<size_t> Planner::spread() const {
-  std::vector<size_t> order(sizes_.expert_bytes.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  const auto place = [](size_t layer) { return static_cast<uint32_t>(layer * 0x9e3779b9u); };
-  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return place(a) < place(b); });
-  return order;
-}
-
-void Planner::hand_out_slots(uint64_t room) {
-  const auto n_expert = sizes_.hparams.n_expert;
-  const uint64_t one_each = std::accumulate(sizes_.expert_bytes.begin(), sizes_.expert_bytes.end(), uint64_t{0});
-  const auto give = [&](uint32_t n, uint32_t only_to) {
-    for (const size_t layer : spread()) {
-      const uint64_t n_bytes = n * sizes_.expert_bytes[layer];
-      if (n_bytes > room || plan_.slots[layer] != only_to || only_to + n > n_expert) continue;
-      plan_.slots[layer] += n;
-      room -= n_bytes;
-    }
-  };
-  const auto each = static_cast<uint32_t>(std::min<uint64_t>(n_expert, room / one_each));
-  if (each >= kLeastCache) {
-    std::fill(plan_.slots.begin(), plan_.slots.end(), each);
-    room -= each * one_each;
-    give(1, each);
-  } else {
-    give(kLeastCache, 0);
-    give(1, 0);
-  }
-}
-
 void Planner::stream() {
   const uint32_t n_expert = sizes_.hparams.n_expert;
   plan_.streamed = true;
   plan_.budget_bytes = budget_.streamed == kNoLimit ? 0 : budget_.streamed;
   set_batch(options_.n_batch > 0 ? options_.n_batch : choose_batch());
   plan_.slots.assign(sizes_.expert_bytes.size(), std::min(options_.slots.value_or(0), n_expert));
-  count_slots();
-  const auto too_much = [&] { return fixed_bytes() + plan_.expert_bytes > room(); };
+  count_slots(plan_, sizes_);
+  const uint64_t room = room_in(budget_.streamed, sizes_);
+  const auto too_much = [&] { return fixed_bytes(plan_) + plan_.expert_bytes > room; };
   set_staging(3);
   if (too_much()) set_staging(2);
   if (too_much() && options_.n_batch == 0) set_batch(kResidentBatch);
-  if (!options_.slots && !too_much()) hand_out_slots(room() - fixed_bytes());
-  count_slots();
-  set_total();
+  if (!options_.slots && !too_much()) plan_.slots = hand_out_slots(sizes_, room - fixed_bytes(plan_));
+  count_slots(plan_, sizes_);
+  set_total(plan_, sizes_);
   if (too_much()) refuse();
-}
-
-void Planner::count_slots() {
-  double held = 0, all = 0;
-  plan_.expert_bytes = 0;
-  for (size_t layer = 0; layer < plan_.slots.size(); ++layer) {
-    const auto in_file = static_cast<double>(sizes_.expert_file_bytes[layer]);
-    plan_.expert_bytes += plan_.slots[layer] * sizes_.expert_bytes[layer];
-    held += in_file * plan_.slots[layer] / sizes_.hparams.n_expert;
-    all += in_file;
-  }
-  plan_.resident_share = held / all;
 }
 
 uint64_t in_mib(uint64_t n_bytes) { return (n_bytes + kMiB - 1) / kMiB; }
@@ -233,16 +236,36 @@ void Planner::refuse_dense() const {
        "); without a limit (--ram all) it is mapped all the same");
 }
 
-// "4", or "4 to 5".
-std::string range_text(const std::vector<uint32_t>& slots) {
-  const auto [least, most] = std::minmax_element(slots.begin(), slots.end());
-  return *least == *most ? concat(*least) : concat(*least, " to ", *most);
-}
-
 }  // namespace
+
+uint64_t budget_in_cgroup(uint64_t limit, uint64_t used_by_others) {
+  return less(limit, std::max(128 * kMiB, limit / 64) + used_by_others);
+}
 
 MemoryPlan plan_memory(const ModelSizes& sizes, const MemoryOptions& options, int n_threads, const HostMemory& memory) {
   return Planner(sizes, options, n_threads, find_budget(options, memory)).make();
+}
+
+MemoryPlan shrunk_plan(MemoryPlan plan, const ModelSizes& sizes, uint64_t budget_bytes, std::string reason) {
+  plan.budget_bytes = budget_bytes;
+  plan.budget_reason = std::move(reason);
+  const std::vector<uint32_t> fitting = hand_out_slots(sizes, less(room_in(budget_bytes, sizes), fixed_bytes(plan)));
+  for (size_t layer = 0; layer < fitting.size(); ++layer) plan.slots[layer] = std::min(plan.slots[layer], fitting[layer]);
+  count_slots(plan, sizes);
+  set_total(plan, sizes);
+  return plan;
+}
+
+MemoryPlan with_one_slot_less(MemoryPlan plan, const ModelSizes& sizes) {
+  for (uint32_t& n : plan.slots) n -= std::min(n, 1u);
+  count_slots(plan, sizes);
+  set_total(plan, sizes);
+  return plan;
+}
+
+std::string slots_text(const std::vector<uint32_t>& slots) {
+  const auto [least, most] = std::minmax_element(slots.begin(), slots.end());
+  return *least == *most ? concat(*least) : concat(*least, " to ", *most);
 }
 
 std::string describe(const MemoryPlan& plan, const HParams& hparams) {
@@ -254,7 +277,7 @@ std::string describe(const MemoryPlan& plan, const HParams& hparams) {
                   plan.expert_bytes > 0 ? concat(", experts ", format_size(plan.expert_bytes)) : "");
   const auto percent = static_cast<int>(100 * plan.resident_share + 0.5);
   return concat("streamed, ", format_size(plan.total_bytes), " (", limit, "): ", fixed, ", reading ", format_size(plan.io_bytes), ", experts ",
-                format_size(plan.expert_bytes), ": ", range_text(plan.slots), " of ", hparams.n_expert, " per layer, ", percent, " %");
+                format_size(plan.expert_bytes), ": ", slots_text(plan.slots), " of ", hparams.n_expert, " per layer, ", percent, " %");
 }
 
 }  // namespace duet

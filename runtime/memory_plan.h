@@ -72,6 +72,17 @@ struct MemoryPlan {
 // for staging) does not fit.
 MemoryPlan plan_memory(const ModelSizes& sizes, const MemoryOptions& options, int n_threads, const HostMemory& memory);
 
+// The budget of a process that runs already, in a cgroup that now has this limit: less what the kernel
+// charges to it and what others use there.
+uint64_t budget_in_cgroup(uint64_t limit, uint64_t used_by_others);
+// What is left of a streamed plan in a smaller budget: no layer has more slots than before, all else
+// stays. Where even no slots are too much, there are none and total_bytes exceeds the budget.
+MemoryPlan shrunk_plan(MemoryPlan plan, const ModelSizes& sizes, uint64_t budget_bytes, std::string reason);
+// One slot less in every layer that has any.
+MemoryPlan with_one_slot_less(MemoryPlan plan, const ModelSizes& sizes);
+
+// "4", or "4 to 5": the least and the most slots of a layer.
+std::string slots_text(const std::vector<uint32_t>& slots);
 // One line: "streamed in 8.0 GiB (--ram 8.0 GiB): dense weights 1.1 GiB, ...".
 std::string describe(const MemoryPlan& plan, const HParams& hparams);
 

@@ -110,10 +110,12 @@ void Session::State::evaluate(std::span<const Token> added, const Progress& prog
       decoder.forward(batch, tokens.size(), kv, cancel);
       if (last) decoder.logits(batch.size() - 1, 1, logits.data());
     });
+    if (engine->experts) engine->experts->check_unchanged();
     const size_t unwanted = std::clamp<size_t>(skip, done, done + batch.size()) - done;
     tokens.insert(tokens.end(), batch.begin(), batch.end());
     done += batch.size();
     logits_valid = last;
+    engine->after_chunk(batch.size());
     if (sink) deliver(unwanted, batch.size() - unwanted, sink);
     if (progress) progress(done, added.size());
   }
