@@ -199,7 +199,7 @@ struct Panel32 {
   }
 
   // ---- decode: a block of 16 rows at a time ------------------------------------------------------
-  static constexpr size_t kRows = 16;
+  static constexpr size_t kRows = 16, kGroupsAhead = 1;
 
   static void decode(const std::byte* const* rows, const std::byte* act, size_t cols, Ahead ahead,
                      float* y) {

@@ -1,4 +1,5 @@
-// One to three tokens times the 256-element formats with AVX-512 VNNI: sixteen rows at a time.
+// One to three tokens times the 256-element formats with AVX-512 VNNI: four rows by four blocks at a time,
+// so that memory is read in few streams. Floats are added along a row, four rows side by side.
 //
 // vpdpbusd adds four products of a row. Before anything is multiplied by a scale, the sums of two
 // groups share a register as 16-bit halves of its lanes, and four rows are added up within 128-bit
@@ -83,7 +84,7 @@ struct FourRows {
 };
 
 // ---- by format ----------------------------------------------------------------------------------
-// arrange(x): the token. four(blocks, x): as above.
+// arrange(x): the token. four(blocks, x, fetch): as above; fetch(r, v) once row r is in v.
 template <class Block>
 struct RowFormat;
 
@@ -112,7 +113,8 @@ template <>
 struct RowFormat<BlockQ4_K> {
   using Block = BlockQ4_K;
   static DUET_INLINE TokenBlock arrange(const BlockAct256& x) { return arrange_nibbles(x); }
-  static DUET_INLINE FourRows four(const Block* const* b, const TokenBlock& x) {
+  template <class Fetch>
+  static DUET_INLINE FourRows four(const Block* const* b, const TokenBlock& x, const Fetch& fetch) {
     const __m512i head = four_lanes(b[0], b[1], b[2], b[3]), lanes = six_bit_lanes(head);
     __m512i pair[2][4];
 #pragma GCC unroll 4
@@ -123,6 +125,7 @@ struct RowFormat<BlockQ4_K> {
         pair[i][r] = word_pairs(dot4(masked(v, 15), x.q[2 * i]),
                                 dot4(masked(v, 0xf0), x.q[2 * i + 1]), 12);
       }
+      fetch(r, pair[1][r]);
     }
     const __m512i s = _mm512_unpacklo_epi8(lanes, __m512i{});
     const __m512i f0 = _mm512_permutexvar_epi32(
@@ -139,17 +142,20 @@ template <>
 struct RowFormat<BlockQ5_K> {
   using Block = BlockQ5_K;
   static DUET_INLINE TokenBlock arrange(const BlockAct256& x) { return arrange_nibbles(x); }
-  static DUET_INLINE FourRows four(const Block* const* b, const TokenBlock& x) {
+  template <class Fetch>
+  static DUET_INLINE FourRows four(const Block* const* b, const TokenBlock& x, const Fetch& fetch) {
     const __m512i head = four_lanes(b[0], b[1], b[2], b[3]), lanes = six_bit_lanes(head);
     const __m512i s = _mm512_unpacklo_epi8(lanes, __m512i{});
     __m512i two[2];
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
+    for (size_t h = 0; h < 2; ++h) {
       __m512i first[2], second[2];
       products(*b[2 * h], x, first);
+      fetch(2 * h, first[1]);
       products(*b[2 * h + 1], x, second);
+      fetch(2 * h + 1, second[1]);
       const __m512i at = _mm512_add_epi32(
-          _mm512_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4, 1, 5, 1, 5, 1, 5, 1, 5), _mm512_set1_epi32(8 * h));
+          _mm512_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4, 1, 5, 1, 5, 1, 5, 1, 5), _mm512_set1_epi32(static_cast<int>(8 * h)));
       const __m512i f0 = _mm512_permutexvar_epi32(at, s);
       const __m512i f1 = _mm512_permutexvar_epi32(_mm512_add_epi32(at, _mm512_set1_epi32(2)), s);
       two[h] = add_scaled(fold_two16(first[0], second[0]), f0, fold_two16(first[1], second[1]), f1);
@@ -192,7 +198,8 @@ template <>
 struct RowFormat<BlockQ2_K> {
   using Block = BlockQ2_K;
   static DUET_INLINE TokenBlock arrange(const BlockAct256& x) { return arrange_two_bits(x); }
-  static DUET_INLINE FourRows four(const Block* const* b, const TokenBlock& x) {
+  template <class Fetch>
+  static DUET_INLINE FourRows four(const Block* const* b, const TokenBlock& x, const Fetch& fetch) {
     const __m512i lanes = scale_lanes(b);
     __m512i pair[2][4];
 #pragma GCC unroll 4
@@ -200,6 +207,7 @@ struct RowFormat<BlockQ2_K> {
       const __m512i v = load512(b[r]->qs), w = _mm512_srli_epi16(v, 4);
       pair[0][r] = word_pairs(dot4(masked(v, 3), x.q[0]), dot4(masked(v, 12), x.q[1]), 14);
       pair[1][r] = word_pairs(dot4(masked(w, 3), x.q[2]), dot4(masked(w, 12), x.q[3]), 14);
+      fetch(r, pair[1][r]);
     }
     const __m512i s = masked(lanes, 15), m = high_nibbles(lanes);
     const auto words = [](__m512i v, int i) { return _mm512_srli_epi16(two_bit_scales(v, i), 8); };
@@ -213,7 +221,8 @@ template <>
 struct RowFormat<BlockQ3_K> {
   using Block = BlockQ3_K;
   static DUET_INLINE TokenBlock arrange(const BlockAct256& x) { return arrange_two_bits(x); }
-  static DUET_INLINE FourRows four(const Block* const* b, const TokenBlock& x) {
+  template <class Fetch>
+  static DUET_INLINE FourRows four(const Block* const* b, const TokenBlock& x, const Fetch& fetch) {
     const __m512i lanes = scale_lanes(b);
     __m512i pair[2][4];
 #pragma GCC unroll 4
@@ -228,6 +237,7 @@ struct RowFormat<BlockQ3_K> {
       pair[1][r] =
           word_pairs(dot4(or_bits(masked(w, 3), bits, 4), x.q[2]),
                      dot4(or_bits(masked(w, 12), _mm512_slli_epi16(bits, 1), 16), x.q[3]), 14);
+      fetch(r, pair[1][r]);
     }
     const auto words = [&](int i) { return _mm512_srai_epi16(two_bit_scales(lanes, i), 8); };
     const __m512i s0 = words(0), s1 = words(1);
@@ -246,7 +256,8 @@ struct RowFormat<BlockQ6_K> {
              permuted_sums(x, _mm_setr_epi8(8, 12, 9, 13, 10, 14, 11, 15, 8, 12, 9, 13, 10, 14, 11,
                                             15))}};
   }
-  static DUET_INLINE FourRows four(const Block* const* b, const TokenBlock& x) {
+  template <class Fetch>
+  static DUET_INLINE FourRows four(const Block* const* b, const TokenBlock& x, const Fetch& fetch) {
     const __m512i lanes = scale_lanes(b);
     const auto words = [&](__m128i at) {
       return _mm512_srai_epi16(_mm512_shuffle_epi8(lanes, _mm512_broadcast_i32x4(at)), 8);
@@ -257,11 +268,12 @@ struct RowFormat<BlockQ6_K> {
         words(_mm_setr_epi8(-1, 8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15));
     __m512i dot[4];
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const __m512i at = _mm512_add_epi32(
-          _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), _mm512_set1_epi32(4 * r));
+    for (size_t r = 0; r < 4; ++r) {
+      const __m512i at = _mm512_add_epi32(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                                          _mm512_set1_epi32(static_cast<int>(4 * r)));
       dot[r] = add_scaled(products(*b[r], 0, x), _mm512_permutexvar_epi32(at, s0),
                           products(*b[r], 1, x), _mm512_permutexvar_epi32(at, s1));
+      fetch(r, dot[r]);
     }
     return {fold_rows32(dot), add_scaled(s0, x.sums[0], s1, x.sums[1]), lanes};
   }
@@ -290,7 +302,8 @@ struct RowFormat<BlockIQ4_XS> {
     t.sums[0] = lanes_of(x.bsums32);
     return t;
   }
-  static DUET_INLINE FourRows four(const Block* const* b, const TokenBlock& x) {
+  template <class Fetch>
+  static DUET_INLINE FourRows four(const Block* const* b, const TokenBlock& x, const Fetch& fetch) {
     const __m128i levels = _mm_xor_si128(load128(kIq4Levels), _mm_set1_epi8(-128));
     const __m512i table = _mm512_broadcast_i32x4(levels);
     const __m512i head = four_lanes(b[0], b[1], b[2], b[3]), lanes = scale_lanes(b);
@@ -303,6 +316,7 @@ struct RowFormat<BlockIQ4_XS> {
         sum[i][r] = _mm512_dpbusd_epi32(dot4(_mm512_shuffle_epi8(table, masked(v, 15)), x.q[2 * i]),
                                         _mm512_shuffle_epi8(table, high_nibbles(v)), x.q[2 * i + 1]);
       }
+      fetch(r, sum[1][r]);
     }
     const __m512i s0 = _mm512_srai_epi32(_mm512_unpacklo_epi16(lanes, lanes), 16);
     const __m512i s1 = _mm512_srai_epi32(_mm512_unpackhi_epi16(lanes, lanes), 16);
@@ -314,43 +328,76 @@ struct RowFormat<BlockIQ4_XS> {
 
 template <class Block, bool kMulld = true>
 struct KRows : KPanel<Block, kMulld> {
-  static constexpr size_t kRows = 16;
+  static constexpr size_t kRows = 4, kBlocks = 4, kGroupsAhead = 2;
 
   static void decode(const std::byte* const* rows, const std::byte* act, size_t cols, Ahead ahead,
                      float* y) {
     const auto* x = reinterpret_cast<const BlockAct256*>(act);
-    __m512 sum = {};
-    for (size_t at = 0; at < cols / 256 * sizeof(Block); at += sizeof(Block), ++x) {
-      sum = add_block(rows, at, *x, ahead, sum);
-      ahead.next(kRows * sizeof(Block));
+    const Block* block[kRows];
+    for (size_t r = 0; r < kRows; ++r) block[r] = reinterpret_cast<const Block*>(rows[r]);
+    const size_t n_blocks = cols / 256;
+    __m128 sum = {};
+    size_t b = 0;
+    for (; b + kBlocks <= n_blocks; b += kBlocks) {
+      sum = add_blocks(block, b, kBlocks, x + b, ahead, sum);
+      ahead.next(kRows * kBlocks * sizeof(Block));
     }
-    _mm512_store_ps(y, sum);
+    if (b < n_blocks) sum = add_blocks(block, b, n_blocks - b, x + b, ahead, sum);
+    _mm_store_ps(y, sum);
   }
 
-  static DUET_INLINE __m512 add_block(const std::byte* const* rows, size_t at, const BlockAct256& x,
-                                      const Ahead& ahead, __m512 sum) {
-    const TokenBlock token = RowFormat<Block>::arrange(x);
+  // Blocks [first, first + n) of each row, n up to four: more are computed and left out.
+  static DUET_INLINE __m128 add_blocks(const Block* const* rows, size_t first, size_t n, const BlockAct256* x,
+                                       const Ahead& ahead, __m128 sum) {
     const Block* block[16];
     __m512i dot[4], side[4], head[4];
+    __m128 dx = {};
 #pragma GCC unroll 4
     for (size_t s = 0; s < 4; ++s) {
+      const size_t b = s < n ? s : n - 1;
+      const TokenBlock token = RowFormat<Block>::arrange(x[b]);
+      dx[s] = x[b].d;
 #pragma GCC unroll 4
-      for (size_t r = 4 * s; r < 4 * s + 4; ++r) {
-        block[r] = reinterpret_cast<const Block*>(rows[r] + at);
-        ahead.fetch<kRows * sizeof(Block), kRows>(r);
-      }
-      const FourRows four = RowFormat<Block>::four(block + 4 * s, token);
+      for (size_t r = 0; r < 4; ++r) block[4 * s + r] = rows[r] + first + b;
+      const auto fetch = [&](size_t r, __m512i& v) {
+        ahead.fetch_after<kRows * kBlocks * sizeof(Block), kRows * kBlocks>(4 * s + r, v);
+      };
+      const FourRows four = RowFormat<Block>::four(block + 4 * s, token, fetch);
       dot[s] = four.dot, side[s] = four.side, head[s] = four.head;
     }
-    const __m512 dx = _mm512_set1_ps(x.d);
+    return add_terms(terms(block, dot, side, head, dx), n, sum);
+  }
+
+  // Lane 4 s + i: block s of row i.
+  struct Terms {
+    __m512 dot, scale, min, min_scale;
+  };
+  static DUET_INLINE Terms terms(const Block* const* block, const __m512i (&dot)[4], const __m512i (&side)[4],
+                                 const __m512i (&head)[4], __m128 x_d) {
+    const __m512 dx = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                                            _mm512_castps128_ps512(x_d));
     const Factors f = factors(block, head);
-    __m512i d = fold_lanes(dot);
     const __m512i m = transpose4(fold_rows32(side));
+    __m512i d = fold_lanes(dot);
     if constexpr (kOffsetShift<Block> != 0)
       d = _mm512_sub_epi32(d, _mm512_slli_epi32(m, kOffsetShift<Block>));
-    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), _mm512_mul_ps(f.d, dx), sum);
+    Terms t;
+    t.dot = _mm512_cvtepi32_ps(d);
+    t.scale = _mm512_mul_ps(f.d, dx);
+    if constexpr (kHasMinimum<Block>) {
+      t.min = _mm512_cvtepi32_ps(m);
+      t.min_scale = _mm512_mul_ps(f.dmin, dx);
+    }
+    return t;
+  }
+  // The first n blocks, one after the other.
+  template <int s = 0>
+  static DUET_INLINE __m128 add_terms(const Terms& t, size_t n, __m128 sum) {
+    if (s >= n) return sum;
+    sum = _mm_fmadd_ps(_mm512_extractf32x4_ps(t.dot, s), _mm512_extractf32x4_ps(t.scale, s), sum);
     if constexpr (kHasMinimum<Block>)
-      sum = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(m), _mm512_mul_ps(f.dmin, dx), sum);
+      sum = _mm_fnmadd_ps(_mm512_extractf32x4_ps(t.min, s), _mm512_extractf32x4_ps(t.min_scale, s), sum);
+    if constexpr (s < 3) return add_terms<s + 1>(t, n, sum);
     return sum;
   }
 

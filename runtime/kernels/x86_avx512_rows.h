@@ -21,6 +21,15 @@ class Ahead {
     for (size_t line = i * kLines / n; line < (i + 1) * kLines / n; ++line)
       _mm_prefetch(p_ + 64 * line, _MM_HINT_T1);
   }
+  // The same once v is there, and before it is used: compilers gather prefetches at the start of a
+  // step, and a burst of them holds up the loads of the step.
+  template <size_t kBytes, size_t n>
+  DUET_INLINE void fetch_after(size_t i, __m512i& v) const {
+    constexpr size_t kLines = (kBytes + 63) / 64;
+#pragma GCC unroll 32
+    for (size_t line = i * kLines / n; line < (i + 1) * kLines / n; ++line)
+      __asm__ volatile("prefetcht1 %1" : "+v"(v) : "m"(p_[64 * line]));
+  }
   DUET_INLINE void next(size_t n_bytes) { p_ += n_bytes; }
   DUET_INLINE void fetch_all(size_t n_bytes) const {
     for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch(p_ + i, _MM_HINT_T1);
@@ -46,14 +55,14 @@ DUET_INLINE __m512 gather_halves(const Block* const* b, Half half) {
 // weights in the L1 cache.
 template <class Kernel>
 void matmul_rows(const MatmulArgs& a) noexcept {
-  constexpr size_t kRows = Kernel::kRows;
+  constexpr size_t kRows = Kernel::kRows, kAhead = kRows * Kernel::kGroupsAhead;
   alignas(64) float y[kRows];
-  Ahead(a.w).fetch_all(kRows * a.w_stride);
+  Ahead(a.w).fetch_all(kAhead * a.w_stride);
   for (size_t row = 0; row < a.n_rows; row += kRows) {
     const std::byte* rows[kRows];
     for (size_t r = 0; r < kRows; ++r)
       rows[r] = a.w + (row + r < a.n_rows ? row + r : a.n_rows - 1) * a.w_stride;
-    const Ahead ahead(a.w + (row + kRows) * a.w_stride);
+    const Ahead ahead(a.w + (row + kAhead) * a.w_stride);
     const size_t n = a.n_rows - row < kRows ? a.n_rows - row : kRows;
     for (size_t t = 0; t < a.n_tokens; ++t) {
       Kernel::decode(rows, a.x + t * a.x_stride, a.cols, ahead, y);
