@@ -89,9 +89,9 @@ class BlockReader {
   // Queued ranges of this class that have not begun end with ECANCELED before this returns; those
   // under way go on. Returns how many were dropped.
   virtual size_t cancel(ReadClass urgency) = 0;
-  // Queued ranges with this tag become more urgent, behind what this class holds already; those
-  // that are as urgent or have begun stay.
-  virtual void promote(uint64_t tag, ReadClass urgency) = 0;
+  // Queued ranges with tags first_tag, ... first_tag + n_tags - 1 become more urgent, in their order
+  // behind what this class holds already; those that are as urgent or have begun stay.
+  virtual void promote(uint64_t first_tag, uint64_t n_tags, ReadClass urgency) = 0;
 
   // The first file that has been written to since it was opened, or nothing. A file whose path leads
   // to another one by now is read on as it was.

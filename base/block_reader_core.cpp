@@ -58,12 +58,12 @@ size_t ReaderCore::cancel(ReadClass urgency) {
   return dropped.size();
 }
 
-void ReaderCore::promote(uint64_t tag, ReadClass urgency) {
+void ReaderCore::promote(uint64_t first_tag, uint64_t n_tags, ReadClass urgency) {
   const std::lock_guard lock(mutex_);
   for (size_t from = index(urgency) + 1; from < queues_.size(); ++from) {
     Queue& queue = queues_[from];
     const auto moved = std::stable_partition(queue.begin(), queue.end(),
-                                             [&](const ReadRange& r) { return r.tag != tag; });
+                                             [&](const ReadRange& r) { return r.tag - first_tag >= n_tags; });
     queues_[index(urgency)].insert(queues_[index(urgency)].end(), moved, queue.end());
     queue.erase(moved, queue.end());
   }

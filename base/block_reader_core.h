@@ -53,7 +53,7 @@ class ReaderCore : public BlockReader {
 
   void submit(std::span<const ReadRange> ranges, ReadClass urgency) final;
   size_t cancel(ReadClass urgency) final;
-  void promote(uint64_t tag, ReadClass urgency) final;
+  void promote(uint64_t first_tag, uint64_t n_tags, ReadClass urgency) final;
   std::optional<size_t> changed_file() const final;
   BlockReaderStats stats() const final;
   bool direct() const final;

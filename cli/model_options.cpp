@@ -49,6 +49,13 @@ void add_stream_options(CLI::App& command, ModelOptions& options) {
       ->check(CLI::IsMember(names))
       ->type_name("KIND")
       ->default_str("auto");
+  command
+      .add_option_function<std::string>(
+          "--lookahead", [&options](const std::string& name) { options.lookahead = name == "on" ? Lookahead::on : Lookahead::off; },
+          "Read the experts that the next layer will probably choose while nothing else is read")
+      ->check(CLI::IsMember({"on", "off"}))
+      ->type_name("on|off")
+      ->default_str("on");
 }
 
 void add_memory_option(CLI::App& command, MemoryOptions& memory) {
@@ -118,7 +125,7 @@ Engine open_engine(const ModelOptions& options) {
                        .pin = options.pin,
                        .numa = options.numa,
                        .memory = memory_options_of(options),
-                       .stream = {.backend = options.backend}});
+                       .stream = {.backend = options.backend, .lookahead = options.lookahead}});
 }
 
 Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx, RoutingFn routing) {

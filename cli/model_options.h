@@ -23,6 +23,7 @@ struct ModelOptions {
   PinMode pin = PinMode::automatic;
   NumaMode numa = NumaMode::automatic;
   ReadBackend backend = ReadBackend::automatic;
+  Lookahead lookahead = StreamOptions{}.lookahead;
   MemoryOptions memory;  // of --ram; the sizes of the session are copied into it by open_engine
 };
 

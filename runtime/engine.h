@@ -41,11 +41,15 @@ struct MemoryOptions {
   std::optional<uint32_t> slots = {};  // experts held per layer, for tests and experiments; forces streaming
 };
 
+// Reading the experts that the router of the next layer would choose now, while nothing else is read.
+enum class Lookahead { off, on };
+
 // How experts are read when they do not all fit in memory.
 struct StreamOptions {
   ReadBackend backend = ReadBackend::automatic;
   unsigned depth = kReadDepth;
   size_t piece_bytes = kReadBytes;  // of one read
+  Lookahead lookahead = Lookahead::on;
   ReadFault fault = {};             // tests only
 };
 
@@ -56,9 +60,15 @@ struct WatchOptions {
 };
 
 // What streaming has done since the model was opened.
+//   reads.bytes = misses * bytes of an expert in the file + padding_bytes + wasted_bytes
+// exactly, between chunks of tokens, as long as no read has failed.
 struct StreamStats {
   uint64_t hits = 0, misses = 0;  // experts that a chunk needed in a layer and that were, were not in memory
   BlockReaderStats reads;
+  uint64_t padding_bytes = 0;     // around the experts needed, to whole pages
+  uint64_t speculative_bytes = 0; // read before the router had chosen
+  uint64_t wasted_bytes = 0;      // those of them that were not needed
+  uint64_t guesses = 0, good_guesses = 0;  // experts whose reading the look-ahead asked for; those that were chosen
   uint64_t wait_ns = 0;           // of all threads, for rows that had not landed
   std::string backend;            // "io_uring, direct"
   std::vector<uint32_t> slots;    // [n_layer] experts held now: the plan's, or fewer when memory has become short

@@ -11,10 +11,6 @@ namespace duet {
 namespace {
 
 constexpr std::array kParts{ExpertPart::gate, ExpertPart::up, ExpertPart::down};
-// Tokens from which on a chunk can be taken to need all of 8 experts: each is left out by a token
-// with probability 3/4, so by all of 32 with 1e-4.
-constexpr size_t kAllExpertsTokens = 32;
-
 size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 size_t index_of(ExpertPart part) { return static_cast<size_t>(part); }
 
@@ -36,9 +32,12 @@ struct ExpertSource::Buffer {
   int32_t expert = -1;  // what it holds or is being filled with; -1: nothing
   Expert weights;
   std::array<size_t, 4> first_piece{};          // of each part; then their number
+  std::array<size_t, 3> part_bytes{};           // to be read
   std::unique_ptr<std::atomic<Piece>[]> pieces; // room for the largest expert
   std::atomic<uint32_t> n_waiting{0};
   std::atomic<int> error{0};
+  std::atomic<uint64_t> n_read{0};  // bytes that have landed
+  bool unwanted = false;            // holds a wrong guess, of which pieces may be under way
 
   bool holds(size_t l, int32_t e) const { return layer == l && expert == e; }
   bool complete() const { return n_waiting.load(std::memory_order_acquire) == 0 && error.load() == 0; }
@@ -48,6 +47,7 @@ ExpertSource::ExpertSource(const Model& model, std::vector<uint32_t> slots, uint
     : model_(&model),
       n_expert_(model.hparams().n_expert),
       piece_bytes_(std::max(round_up(options.piece_bytes, kReadAlignment), kReadAlignment)),
+      lookahead_(options.lookahead),
       policy_(n_expert_, slots),
       current_(n_expert_),
       ahead_(n_expert_) {
@@ -61,15 +61,21 @@ ExpertSource::ExpertSource(const Model& model, std::vector<uint32_t> slots, uint
 ExpertSource::~ExpertSource() { reader_.reset(); }
 
 void ExpertSource::make_shapes(const Model& model) {
+  std::vector<uint64_t> file_bytes;
+  for (const auto& path : model.file().part_paths()) file_bytes.push_back(std::filesystem::file_size(path));
   for (size_t l = 0; l < model.layers().size(); ++l) {
     LayerShape& shape = shapes_.emplace_back();
     for (const Expert& expert : model.layers()[l].experts) {
       auto& ranges = shape.ranges.emplace_back();
+      size_t& padding = shape.padding.emplace_back();
       for (const ExpertPart part : kParts) {
         const Weight& w = part_of(expert, part);
         const GgufFile::Place place = model.file().place_of(w.data);
         const size_t head = place.offset % kReadAlignment, n_needed = head + weight_bytes(w);
-        ranges[index_of(part)] = {place.part, place.offset - head, round_up(n_needed, kReadAlignment), n_needed, head};
+        const uint64_t first = place.offset - head, n_bytes = round_up(n_needed, kReadAlignment);
+        const uint64_t n_there = std::min(n_bytes, std::max(file_bytes.at(place.part), first + n_needed) - first);
+        ranges[index_of(part)] = {place.part, first, n_bytes, n_needed, head, n_there};
+        padding += n_there - weight_bytes(w);
       }
     }
     for (const ExpertPart part : kParts) {
@@ -126,29 +132,55 @@ void ExpertSource::begin(size_t layer, std::span<const int32_t> chosen, size_t n
   std::fill(current_.begin(), current_.end(), nullptr);
   for (const int32_t e : step_.hits) current_[static_cast<size_t>(e)] = &slot_buffer(layer, policy_.slot_of(layer, e));
   adopt_ahead();
-  reads_ahead_ = chosen.size() >= kAllExpertsTokens * n_used && layer + 1 < shapes_.size();
+  is_short_ = chosen.size() < kAllExpertsTokens * n_used;
+  if (!is_short_ && layer + 1 < shapes_.size()) {
+    for (size_t e = 0; e < n_expert_; ++e) expected_.push_back(static_cast<int32_t>(e));
+    expected_class_ = ReadClass::ahead;
+  }
   start_more();
 }
 
-// What was read ahead for this layer waits in staging. Where the policy wants to keep it, the buffers
-// change places, or (of different size) it is copied when it has been computed. The rest was a wrong
-// guess.
+bool ExpertSource::wants_guess() const {
+  return lookahead_ == Lookahead::on && is_short_ && layer_ + 1 < shapes_.size() && n_started_ == step_.loads.size() && free_staging() != nullptr;
+}
+
+void ExpertSource::guess(std::span<const int32_t> experts) {
+  DUET_ASSERT(in_layer_ && expected_.empty() && layer_ + 1 < shapes_.size());
+  expected_.assign(experts.begin(), experts.end());
+  expected_class_ = ReadClass::speculative;
+  start_more();
+}
+
+// What was read ahead for this layer waits in staging. What is needed is used first, being there
+// first; the rest was a wrong guess. A guess whose reading failed is read again.
 void ExpertSource::adopt_ahead() {
-  for (const auto& [expert, slot] : step_.loads) {
-    Buffer* buffer = std::exchange(ahead_[static_cast<size_t>(expert)], nullptr);
-    if (buffer == nullptr) continue;
-    for (size_t piece = 0; piece < buffer->first_piece[3]; ++piece)
-      if (buffer->pieces[piece].load(std::memory_order_relaxed) == Piece::waiting)
-        reader_->promote(buffer->index << 32 | piece, ReadClass::demand);
-    current_[static_cast<size_t>(expert)] = buffer;
-    if (slot == ExpertPolicy::kStaging || slot_buffer(layer_, slot).n_bytes != buffer->n_bytes) continue;
-    Buffer*& old = slots_[layer_][static_cast<size_t>(slot)];
-    old->expert = -1;
-    std::swap(old->is_staging, buffer->is_staging);
-    std::swap(*std::find(staging_.begin(), staging_.end(), buffer), old);
+  size_t n_adopted = 0;
+  for (const int32_t expert : expected_) {
+    Buffer*& buffer = ahead_[static_cast<size_t>(expert)];
+    const auto load = std::find_if(step_.loads.begin(), step_.loads.end(), [=](const auto& l) { return l.expert == expert; });
+    if (buffer == nullptr || load == step_.loads.end() || buffer->error.load() != 0) continue;
+    adopt(*std::exchange(buffer, nullptr), *load);
+    const auto place = step_.loads.begin() + static_cast<ptrdiff_t>(n_adopted++);
+    std::rotate(place, load, load + 1);
   }
   for (Buffer*& buffer : ahead_)
     if (buffer != nullptr) discard(*std::exchange(buffer, nullptr));
+  expected_.clear();
+  n_expected_done_ = 0;
+}
+
+// Where the policy wants to keep it, buffers change places, or (of different size) it is copied when it
+// has been computed.
+void ExpertSource::adopt(Buffer& buffer, const ExpertPolicy::Load& load) {
+  reader_->promote(buffer.index << 32, buffer.first_piece[3], ReadClass::demand);
+  speculative_bytes_ += buffer.n_read.load(std::memory_order_relaxed);
+  if (expected_class_ == ReadClass::speculative) ++good_guesses_;
+  current_[static_cast<size_t>(load.expert)] = &buffer;
+  if (load.slot == ExpertPolicy::kStaging || slot_buffer(layer_, load.slot).n_bytes != buffer.n_bytes) return;
+  Buffer*& old = slots_[layer_][static_cast<size_t>(load.slot)];
+  old->expert = -1;
+  std::swap(old->is_staging, buffer.is_staging);
+  std::swap(*std::find(staging_.begin(), staging_.end(), &buffer), old);
 }
 
 // Starts what buffers allow: this layer's loads in their order, then the next layer's.
@@ -161,26 +193,26 @@ void ExpertSource::start_more() {
     if (buffer == nullptr) return;
     start(*buffer, layer_, expert, ReadClass::demand);
   }
-  while (reads_ahead_ && start_ahead()) {
+  while (n_expected_done_ < expected_.size() && start_ahead()) {
   }
 }
 
-// The next expert that the next layer lacks. False: no buffer, or none is missing.
+// The next of the experts that the next layer is expected to need. False: no buffer is free.
 bool ExpertSource::start_ahead() {
   const size_t next = layer_ + 1;
-  for (size_t e = 0; e < n_expert_; ++e) {
-    const auto expert = static_cast<int32_t>(e);
-    if (ahead_[e] != nullptr || policy_.slot_of(next, expert) != ExpertPolicy::kStaging) continue;
-    Buffer* buffer = free_staging();
+  const int32_t expert = expected_[n_expected_done_];
+  Buffer*& buffer = ahead_[static_cast<size_t>(expert)];
+  if (buffer == nullptr && policy_.slot_of(next, expert) == ExpertPolicy::kStaging) {
+    buffer = free_staging();
     if (buffer == nullptr) return false;
-    ahead_[e] = buffer;
-    start(*buffer, next, expert, ReadClass::ahead);
-    return true;
+    start(*buffer, next, expert, expected_class_);
+    if (expected_class_ == ReadClass::speculative) ++guesses_;
   }
-  return false;
+  ++n_expected_done_;
+  return true;
 }
 
-ExpertSource::Buffer* ExpertSource::free_staging() {
+ExpertSource::Buffer* ExpertSource::free_staging() const {
   for (Buffer* buffer : staging_)
     if (buffer->expert < 0 && buffer->n_waiting.load(std::memory_order_acquire) == 0) return buffer;
   return nullptr;
@@ -189,6 +221,7 @@ ExpertSource::Buffer* ExpertSource::free_staging() {
 // Pieces of gate and up take turns, as their rows are used together; then those of down.
 void ExpertSource::start(Buffer& buffer, size_t layer, int32_t expert, ReadClass urgency) {
   drain(buffer);
+  settle(buffer);
   const LayerShape& shape = shapes_[layer];
   const auto& ranges = shape.ranges[static_cast<size_t>(expert)];
   buffer.layer = layer;
@@ -199,6 +232,7 @@ void ExpertSource::start(Buffer& buffer, size_t layer, int32_t expert, ReadClass
   for (size_t p = 0; p < 3; ++p) {
     n_pieces[p] = (ranges[p].n_bytes + piece_bytes_ - 1) / piece_bytes_;
     buffer.first_piece[p + 1] = buffer.first_piece[p] + n_pieces[p];
+    buffer.part_bytes[p] = ranges[p].n_there;
     part_of(buffer.weights, kParts[p]).data = buffer.memory + shape.part_at[p] + ranges[p].head;
   }
   const size_t n = buffer.first_piece[3];
@@ -226,10 +260,16 @@ void ExpertSource::start(Buffer& buffer, size_t layer, int32_t expert, ReadClass
 void ExpertSource::landed(uint64_t tag, int error) {
   Buffer& buffer = *buffers_[tag >> 32];
   if (error != 0) buffer.error.store(error);
+  else buffer.n_read.fetch_add(piece_size(buffer, tag & 0xffffffff), std::memory_order_relaxed);
   buffer.pieces[tag & 0xffffffff].store(error == 0 ? Piece::landed : Piece::failed, std::memory_order_release);
   buffer.n_waiting.fetch_sub(1, std::memory_order_release);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
+}
+
+size_t ExpertSource::piece_size(const Buffer& buffer, size_t piece) const {
+  const size_t part = piece < buffer.first_piece[1] ? 0 : piece < buffer.first_piece[2] ? 1 : 2;
+  return std::min(piece_bytes_, buffer.part_bytes[part] - (piece - buffer.first_piece[part]) * piece_bytes_);
 }
 
 // Staging may be held up by reads of a wrong guess that were under way already.
@@ -273,6 +313,7 @@ void ExpertSource::wait_for(const std::atomic<Piece>& piece) {
 
 void ExpertSource::done(int32_t expert) {
   Buffer* buffer = current_[static_cast<size_t>(expert)];
+  padding_bytes_ += shapes_[layer_].padding[static_cast<size_t>(expert)];
   if (!buffer->is_staging) return;
   const auto load = std::find_if(step_.loads.begin(), step_.loads.end(), [=](const auto& l) { return l.expert == expert; });
   if (load->slot != ExpertPolicy::kStaging) copy(*buffer, slot_buffer(layer_, load->slot));
@@ -309,17 +350,32 @@ void ExpertSource::drain(const Buffer& buffer) const {
 
 // A guess that did not come true: what has not begun is not read.
 void ExpertSource::discard(Buffer& buffer) {
-  reader_->cancel(ReadClass::ahead);
+  reader_->cancel(expected_class_);
   buffer.expert = -1;
+  buffer.unwanted = true;
+}
+
+// Nothing is under way into this buffer.
+void ExpertSource::settle(Buffer& buffer) {
+  const uint64_t n_read = buffer.n_read.exchange(0);
+  if (!std::exchange(buffer.unwanted, false)) return;
+  speculative_bytes_ += n_read;
+  wasted_bytes_ += n_read;
 }
 
 // The pass is over, by an error in the middle of a layer perhaps: nothing is left under way, and an
 // expert of which something is missing is not there.
 void ExpertSource::abandon() {
   for (const ReadClass urgency : {ReadClass::demand, ReadClass::ahead, ReadClass::speculative}) reader_->cancel(urgency);
-  for (const auto& buffer : buffers_) drain(*buffer);
+  for (Buffer*& buffer : ahead_)
+    if (buffer != nullptr) discard(*std::exchange(buffer, nullptr));
+  expected_.clear();
+  n_expected_done_ = 0;
+  for (const auto& buffer : buffers_) {
+    drain(*buffer);
+    settle(*buffer);
+  }
   for (Buffer* buffer : staging_) buffer->expert = -1;
-  std::fill(ahead_.begin(), ahead_.end(), nullptr);
   if (!in_layer_) return;
   in_layer_ = false;
   for (const auto& [expert, slot] : step_.loads)
@@ -353,7 +409,17 @@ StreamStats ExpertSource::stats() const {
   for (size_t layer = 0; layer < shapes_.size(); ++layer) slots.push_back(policy_.slots(layer));
   const BlockReaderStats reads = reader_->stats();
   const std::string refused = reads.fallbacks > 0 ? concat(", ", reads.fallbacks, " reads refused and made through the page cache") : "";
-  return {.hits = policy_.hits(), .misses = policy_.misses(), .reads = reads, .wait_ns = wait_ns_.load(), .backend = reader_->name() + refused, .slots = std::move(slots)};
+  return {.hits = policy_.hits(),
+          .misses = policy_.misses(),
+          .reads = reads,
+          .padding_bytes = padding_bytes_,
+          .speculative_bytes = speculative_bytes_,
+          .wasted_bytes = wasted_bytes_,
+          .guesses = guesses_,
+          .good_guesses = good_guesses_,
+          .wait_ns = wait_ns_.load(),
+          .backend = reader_->name() + refused,
+          .slots = std::move(slots)};
 }
 
 }  // namespace duet

@@ -23,6 +23,10 @@ namespace duet {
 
 enum class ExpertPart : uint8_t { gate, up, down };
 
+// Tokens from which on a chunk can be taken to need all of 8 experts: each is left out by a token
+// with probability 3/4, so by all of 32 with 1e-4.
+inline constexpr size_t kAllExpertsTokens = 32;
+
 // One chunk of tokens at a time uses it (Pass); within a pass, layers one after the other. wait() may
 // be called by all threads of the team, the rest by one.
 class ExpertSource {
@@ -49,6 +53,12 @@ class ExpertSource {
   // The chunk has reached a layer; chosen [n_tokens, n_used]. Reads begin. A chunk long enough to
   // need all experts of the next layer too has them read ahead.
   void begin(size_t layer, std::span<const int32_t> chosen, size_t n_used);
+  // Whether guess() would start anything in this layer: a short chunk, look-ahead on, and a free buffer.
+  bool wants_guess() const;
+  // What the next layer will probably need, most probable first. Missing ones are read while nothing
+  // else is, into buffers that nobody uses; what has not begun when that layer chooses otherwise is
+  // not read.
+  void guess(std::span<const int32_t> experts);
   // What is there, and what is being read, in the order in which it arrives.
   std::span<const int32_t> hits() const { return step_.hits; }
   std::span<const ExpertPolicy::Load> loads() const { return step_.loads; }
@@ -74,32 +84,38 @@ class ExpertSource {
     size_t file = 0;
     uint64_t offset = 0;
     size_t n_bytes = 0, n_needed = 0, head = 0;  // head: bytes before the first weight
+    size_t n_there = 0;  // of n_bytes, before the end of the file
   };
   struct LayerShape {
     std::array<size_t, 3> part_at{};  // of each part in a buffer
     size_t bytes = 0;
     std::vector<std::array<Range, 3>> ranges;  // [n_expert]
+    std::vector<size_t> padding;               // [n_expert] bytes read beside the weights
   };
   struct Buffer;
   enum class Piece : uint8_t { waiting, landed, failed };
 
   void make_shapes(const Model& model);
   void make_buffers(const std::vector<uint32_t>& slots, uint32_t n_staging);
-  Buffer* free_staging();
+  Buffer* free_staging() const;
   Buffer& slot_buffer(size_t layer, int32_t slot) { return *slots_[layer][static_cast<size_t>(slot)]; }
   void adopt_ahead();
+  void adopt(Buffer& buffer, const ExpertPolicy::Load& load);
   void start_more();
   bool start_ahead();
+  size_t piece_size(const Buffer& buffer, size_t piece) const;
   void start(Buffer& buffer, size_t layer, int32_t expert, ReadClass urgency);
   void landed(uint64_t tag, int error);
   void wait_for(const std::atomic<Piece>& piece);
   void drain(const Buffer& buffer) const;
   void abandon();
   void discard(Buffer& buffer);
+  void settle(Buffer& buffer);
   void copy(const Buffer& from, Buffer& to);
 
   const Model* model_;
   size_t n_expert_, piece_bytes_;
+  Lookahead lookahead_;
   std::vector<LayerShape> shapes_;
   ExpertPolicy policy_;
   PageArray memory_;
@@ -109,11 +125,15 @@ class ExpertSource {
 
   std::mutex mutex_;
   // Of the pass and layer at hand.
-  bool in_layer_ = false, reads_ahead_ = false;
+  bool in_layer_ = false, is_short_ = false;
   size_t layer_ = 0, n_started_ = 0;  // of step_.loads
   ExpertPolicy::Step step_;
   std::vector<Buffer*> current_;  // [n_expert] null: not chosen or not started
   std::vector<Buffer*> ahead_;    // [n_expert] of the next layer
+  std::vector<int32_t> expected_; // of the next layer, to be read when this layer has all it needs
+  size_t n_expected_done_ = 0;
+  ReadClass expected_class_ = ReadClass::ahead;
+  uint64_t padding_bytes_ = 0, speculative_bytes_ = 0, wasted_bytes_ = 0, guesses_ = 0, good_guesses_ = 0;
 
   std::atomic<uint32_t> epoch_{0};  // counts landings, for those who wait
   std::atomic<uint64_t> wait_ns_{0};

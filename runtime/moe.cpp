@@ -18,6 +18,9 @@ constexpr size_t kMinTokenBlock = 64;
 // Hidden rows kept at once: what the scratch of a batch needs does not grow with n_ff beyond that.
 constexpr size_t kWaveRows = 1024;
 
+// Tokens for which the next layer's choice is guessed.
+size_t guess_rows(size_t n_batch, const ExpertSource* source) { return source != nullptr ? std::min(n_batch, kAllExpertsTokens - 1) : 0; }
+
 size_t div_up(size_t n, size_t by) { return (n + by - 1) / by; }
 
 // Formats in which the weights that `of` names are multiplied, in any layer.
@@ -53,6 +56,10 @@ Moe::Moe(const Model& model, const Compute& compute, size_t n_batch, ExpertSourc
       out_(n_batch * n_used_ * n_embd_),
       gathered_(n_expert_ > 1 ? n_batch * n_used_ : 0, n_embd_, formats_of(model, input_formats)),
       hidden_(std::min(n_batch * n_used_, kWaveRows), n_ff_, formats_of(model, hidden_formats)),
+      next_input_(guess_rows(n_batch, source), n_embd_, act_bit(ActFormat::f32)),
+      next_chosen_(guess_rows(n_batch, source) * n_used_),
+      next_weights_(next_chosen_.size()),
+      likely_(n_expert_),
       queue_(n_expert_ + kWaveRows / kTokenBlock) {
   wave_.reserve(n_expert_ + kWaveRows / kTokenBlock);
   blocks_.reserve(n_expert_ + kWaveRows / kMinTokenBlock);
@@ -60,8 +67,8 @@ Moe::Moe(const Model& model, const Compute& compute, size_t n_batch, ExpertSourc
 
 // Inputs and hidden rows may be floats (for float weights).
 uint64_t Moe::bytes_needed(const HParams& hparams, size_t n_batch) {
-  const uint64_t n_rows = n_batch * used_count(hparams);
-  return sizeof(float) * (n_rows * 2 * hparams.n_embd + std::min<uint64_t>(n_rows, kWaveRows) * hparams.n_ff);
+  const uint64_t n_rows = n_batch * used_count(hparams), n_guess = std::min(n_batch, kAllExpertsTokens - 1);
+  return sizeof(float) * (n_guess * hparams.n_embd + n_rows * 2 * hparams.n_embd + std::min<uint64_t>(n_rows, kWaveRows) * hparams.n_ff);
 }
 
 void Moe::forward(size_t layer_index, size_t n, Activations& input, float* residual) {
@@ -72,21 +79,21 @@ void Moe::forward(size_t layer_index, size_t n, Activations& input, float* resid
   ActFormats formats = act_bit(ActFormat::f32);
   for (const Expert& expert : layer.experts) formats |= input_formats(expert);
   normalize(compute_, residual, n, layer.ffn_norm, model_->hparams().rms_eps, input, formats);
-  route(layer, input);
+  route(layer, input, chosen_.data(), weights_.data());
   group();
   if (gathers()) gather(layer, input);
   choose_block_size();
   const Activations& rows = gathers() ? gathered_ : input;
   if (source_ == nullptr) run_resident(layer, rows);
-  else run_streamed(layer_index, rows);
+  else run_streamed(layer_index, rows, residual);
   combine(residual);
 }
 
 // Router logits in float from float activations, whatever the format of the experts.
-void Moe::route(const Layer& layer, Activations& input) {
+void Moe::route(const Layer& layer, Activations& input, int32_t* chosen, float* weights) {
   if (layer.router.empty()) {
-    std::fill_n(chosen_.begin(), n_, 0);
-    std::fill_n(weights_.begin(), n_, 1.0f);
+    std::fill_n(chosen, n_, 0);
+    std::fill_n(weights, n_, 1.0f);
     return;
   }
   const auto matmul = compute_.kernels->matmul[static_cast<size_t>(DType::F32)];
@@ -97,7 +104,7 @@ void Moe::route(const Layer& layer, Activations& input) {
             .cols = n_embd_, .x = input.data(ActFormat::f32, begin), .x_stride = stride, .n_tokens = end - begin,
             .y = logits, .y_stride = n_expert_});
     for (size_t t = begin; t < end; ++t, logits += n_expert_)
-      choose(logits, chosen_.data() + t * n_used_, weights_.data() + t * n_used_);
+      choose(logits, chosen + t * n_used_, weights + t * n_used_);
   });
 }
 
@@ -157,8 +164,9 @@ void Moe::run_resident(const Layer& layer, const Activations& input) {
 }
 
 // Those in memory first, while the others are being read.
-void Moe::run_streamed(size_t layer_index, const Activations& input) {
+void Moe::run_streamed(size_t layer_index, const Activations& input, const float* residual) {
   source_->begin(layer_index, chosen(), n_used_);
+  if (source_->wants_guess()) guess_next(model_->layers()[layer_index + 1], residual);
   for (const int32_t e : source_->hits()) add_to_waves(e, source_->need(e), input, false);
   run_wave(input, false);
   for (const ExpertPolicy::Load& load : source_->loads()) {
@@ -167,6 +175,20 @@ void Moe::run_streamed(size_t layer_index, const Activations& input) {
     source_->done(load.expert);
   }
   source_->end();
+}
+
+// The next layer's router asked before this layer has added its part: what a layer adds is small beside
+// the residual, so mostly it says the same. First the expert that most weight falls to.
+void Moe::guess_next(const Layer& next, const float* residual) {
+  normalize(compute_, residual, n_, next.ffn_norm, model_->hparams().rms_eps, next_input_, act_bit(ActFormat::f32));
+  route(next, next_input_, next_chosen_.data(), next_weights_.data());
+  std::fill(likely_.begin(), likely_.end(), 0.0f);
+  for (size_t i = 0; i < n_rows(); ++i) likely_[static_cast<size_t>(next_chosen_[i])] += next_weights_[i];
+  guess_.clear();
+  for (size_t e = 0; e < n_expert_; ++e)
+    if (likely_[e] > 0) guess_.push_back(static_cast<int32_t>(e));
+  std::stable_sort(guess_.begin(), guess_.end(), [&](int32_t a, int32_t b) { return likely_[static_cast<size_t>(a)] > likely_[static_cast<size_t>(b)]; });
+  source_->guess(guess_);
 }
 
 // Collects the rows of an expert; full waves run.

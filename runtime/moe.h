@@ -37,13 +37,14 @@ class Moe {
     int32_t index;  // of the expert
     size_t first_slot, n, hidden_row;
   };
-  void route(const Layer& layer, Activations& input);
+  void route(const Layer& layer, Activations& input, int32_t* chosen, float* weights);
   void choose(const float* logits, int32_t* chosen, float* weights) const;
   void group();
   void gather(const Layer& layer, const Activations& input);
   void choose_block_size();
   void run_resident(const Layer& layer, const Activations& input);
-  void run_streamed(size_t layer_index, const Activations& input);
+  void run_streamed(size_t layer_index, const Activations& input, const float* residual);
+  void guess_next(const Layer& next, const float* residual);
   void add_to_waves(int32_t index, const Expert& expert, const Activations& input, bool arriving);
   void run_wave(const Activations& input, bool arriving);
   void make_hidden(const Activations& input, bool arriving);
@@ -73,6 +74,12 @@ class Moe {
   std::vector<Segment> blocks_;     // the same in pieces of block_size_
   Activations gathered_;            // [n_batch * n_used, n_embd]
   Activations hidden_;              // [rows of a wave, n_ff]
+  // Of the look-ahead, for short chunks.
+  Activations next_input_;          // [n, n_embd]
+  std::vector<int32_t> next_chosen_;
+  std::vector<float> next_weights_;
+  std::vector<float> likely_;       // [n_expert]
+  std::vector<int32_t> guess_;      // [n_expert]
   MatmulQueue queue_;
 };
 

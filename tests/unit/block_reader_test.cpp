@@ -256,11 +256,11 @@ TEST_CASE("block_reader: demand before ahead before speculative, each in its ord
     submit(5, ReadClass::demand);
     submit(6, ReadClass::ahead);
     submit(6, ReadClass::speculative);
-    reader->promote(4, ReadClass::ahead);
-    reader->promote(6, ReadClass::demand);
-    reader->promote(5, ReadClass::speculative);  // never less urgent
-    reader->promote(0, ReadClass::demand);       // has begun
-    reader->promote(99, ReadClass::demand);      // nobody
+    reader->promote(4, 1, ReadClass::ahead);
+    reader->promote(6, 1, ReadClass::demand);
+    reader->promote(5, 1, ReadClass::speculative);  // never less urgent
+    reader->promote(0, 1, ReadClass::demand);       // has begun
+    reader->promote(99, 1, ReadClass::demand);      // nobody
     gate.open();
     REQUIRE(sink.wait(8));
     CHECK(sink.order() == std::vector<uint64_t>{0, 3, 5, 6, 6, 2, 4, 1});
@@ -504,7 +504,7 @@ TEST_CASE("block_reader: ranges submitted and cancelled by several threads at on
         const uint64_t tag = thread * kEach + i;
         const ReadRange r = sample.range(tag % 64, 1, pages.at(tag * kPage), tag);
         reader->submit({&r, 1}, static_cast<ReadClass>(tag % 3));
-        reader->promote(tag, ReadClass::demand);
+        reader->promote(tag, 1, ReadClass::demand);
         if (i % 10 == 0) n_cancelled += reader->cancel(ReadClass::speculative);
         static_cast<void>(reader->stats());
       }

@@ -58,24 +58,50 @@ Engine open(const std::filesystem::path& path, uint32_t slots, int n_threads = 2
 struct Way {
   ReadBackend backend;
   int n_threads;
+  Lookahead lookahead;
 };
-constexpr Way kWays[] = {{ReadBackend::automatic, 2}, {ReadBackend::pread, 1}, {ReadBackend::buffered, 2}};
+constexpr Way kWays[] = {{ReadBackend::automatic, 2, Lookahead::on},
+                         {ReadBackend::automatic, 1, Lookahead::off},
+                         {ReadBackend::pread, 1, Lookahead::on},
+                         {ReadBackend::pread, 2, Lookahead::off},
+                         {ReadBackend::buffered, 2, Lookahead::on}};
+
+// Every byte read is accounted for.
+void check_accounts(const Engine& engine, const ExpertTrace* trace = nullptr) {
+  const StreamStats s = *engine.stream_stats();
+  const auto& expert_bytes = engine.info().expert_bytes;
+  if (trace != nullptr) {
+    ReplayCounts sum;
+    for (const ReplayCounts& counts : replay_engine(*trace, trace->header.slots)) sum += counts;
+    CHECK(s.reads.bytes == sum.bytes + s.padding_bytes + s.wasted_bytes);
+  } else if (std::equal(expert_bytes.begin() + 1, expert_bytes.end(), expert_bytes.begin())) {
+    CHECK(s.reads.bytes == s.misses * expert_bytes[0] + s.padding_bytes + s.wasted_bytes);
+  }
+  CHECK(s.wasted_bytes <= s.speculative_bytes);
+  CHECK(s.speculative_bytes <= s.reads.bytes);
+  CHECK(s.good_guesses <= s.guesses);
+}
 
 void check_equal(const RandomModel& model, std::initializer_list<uint32_t> all_slots) {
   const auto path = test::write_model(model, "stream.gguf");
   const auto tokens = some_tokens(kTokens, model.hparams.n_vocab);
-  for (const uint32_t n_batch : {1u, 32u, static_cast<uint32_t>(kTokens)}) {
+  for (const uint32_t n_batch : {1u, 7u, 32u, static_cast<uint32_t>(kTokens)}) {
     const auto want = all_logits(Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}}), n_batch, tokens);
     for (const Way& way : kWays)
       for (const uint32_t slots : all_slots) {
         CAPTURE(n_batch);
         CAPTURE(slots);
         CAPTURE(static_cast<int>(way.backend));
-        const Engine engine = open(path, slots, way.n_threads, {.backend = way.backend, .piece_bytes = 16384});
+        CAPTURE(static_cast<int>(way.lookahead));
+        const Engine engine = open(path, slots, way.n_threads, {.backend = way.backend, .piece_bytes = 16384, .lookahead = way.lookahead});
         REQUIRE(engine.plan().streamed);
         CHECK(same_bits(all_logits(engine, n_batch, tokens), want));
         CHECK(same_bits(all_logits(engine, n_batch, tokens), want));  // again, with what is in memory now
-        CHECK(engine.stream_stats()->misses > 0);
+        const StreamStats stats = *engine.stream_stats();
+        CHECK(stats.misses > 0);
+        if (n_batch == 1 && slots < 7) CHECK((stats.guesses > 0) == (way.lookahead == Lookahead::on));
+        if (n_batch == 1 && way.lookahead == Lookahead::off) CHECK(stats.speculative_bytes == 0);
+        check_accounts(engine);
       }
   }
 }
@@ -92,7 +118,7 @@ TEST_CASE("streaming: float experts") {
 TEST_CASE("streaming: hits and misses are counted, with all slots an expert is read once") {
   const RandomModel model = mixed_model(false);
   const auto path = test::write_model(model, "stream.gguf");
-  const Engine engine = open(path, 8);
+  const Engine engine = open(path, 8, 2, {.lookahead = Lookahead::off});
   const auto tokens = some_tokens(kTokens, model.hparams.n_vocab);
   const auto run = [&] { all_logits(engine, 10, tokens); };  // too few tokens at once to read ahead
   run();
@@ -112,7 +138,7 @@ TEST_CASE("streaming: the replay of a trace counts what the engine counted, chun
   const auto tokens = some_tokens(kTokens, model.hparams.n_vocab);
   for (const uint32_t slots : {0u, 1u, 2u, 3u, 7u}) {
     CAPTURE(slots);
-    const Engine engine = open(path, slots);
+    const Engine engine = open(path, slots, 2, {.piece_bytes = 16384, .lookahead = slots % 2 == 0 ? Lookahead::off : Lookahead::on});
     const auto trace_path = path.parent_path() / "trace.jsonl";
     ExpertTraceWriter writer(trace_path, trace_header(engine));
     std::atomic<bool> cancel{false};
@@ -152,6 +178,7 @@ TEST_CASE("streaming: the replay of a trace counts what the engine counted, chun
     CHECK(sum.misses == engine.stream_stats()->misses);
     CHECK(trace.engine->hits == sum.hits);
     CHECK(trace.engine->misses == sum.misses);
+    check_accounts(engine, &trace);
   }
 }
 
@@ -169,7 +196,7 @@ TEST_CASE("streaming: a failed read is an error, and the session goes on where i
   const auto want = all_logits(Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}}), 1, tokens);
   for (const int error : {EIO, ENODATA}) {
     std::atomic<bool> armed{false};
-    StreamOptions stream;
+    StreamOptions stream{.lookahead = Lookahead::off};
     stream.fault = [&](uint64_t, size_t) { return armed.exchange(false) ? error : 0; };
     const Engine engine = open(path, 2, 2, stream);
     Session session = engine.new_session({.n_ctx = kTokens, .n_batch = 1});
@@ -196,16 +223,46 @@ TEST_CASE("streaming: a failed read is an error, and the session goes on where i
   }
 }
 
+TEST_CASE("streaming: reads that fail while looking ahead cost at most the token they were needed for") {
+  const RandomModel model = mixed_model(false);
+  const auto path = test::write_model(model, "stream.gguf");
+  const auto tokens = some_tokens(kTokens, model.hparams.n_vocab);
+  const auto want = all_logits(Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}}), 1, tokens);
+  for (const uint32_t slots : {1u, 2u, 3u}) {
+    CAPTURE(slots);
+    std::atomic<uint64_t> n_reads{0};
+    StreamOptions stream{.piece_bytes = 16384, .lookahead = Lookahead::on};
+    stream.fault = [&](uint64_t attempt, size_t) { return attempt > 0 && ++n_reads % 211 == 0 ? EIO : 0; };
+    const Engine engine = open(path, slots, 2, stream);
+    Session session = engine.new_session({.n_ctx = kTokens, .n_batch = 1});
+    std::vector<float> got;
+    size_t n_failed = 0;
+    for (size_t i = 0; i < kTokens && n_failed < 1000;) {
+      try {
+        session.append({&tokens[i], 1});
+        got.insert(got.end(), session.logits().begin(), session.logits().end());
+        ++i;
+      } catch (const Error& e) {
+        CHECK(e.kind() == ErrorKind::io);
+        ++n_failed;
+      }
+    }
+    CHECK(n_failed > 0);
+    CHECK(engine.stream_stats()->guesses > 0);
+    CHECK(same_bits(got, want));
+  }
+}
+
 TEST_CASE("streaming: cancelled in the middle, then continued") {
   const RandomModel model = mixed_model(false);
   const auto path = test::write_model(model, "stream.gguf");
   const auto tokens = some_tokens(kTokens, model.hparams.n_vocab);
   const auto want = all_logits(Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}}), 1, tokens);
   std::atomic<bool> cancel{false};
-  StreamOptions stream;
+  StreamOptions stream{.piece_bytes = 16384, .lookahead = Lookahead::on};
   std::atomic<uint64_t> n_reads{0};
   stream.fault = [&](uint64_t, size_t) {
-    if (++n_reads % 64 == 0) cancel = true;
+    if (++n_reads % 301 == 0) cancel = true;
     return 0;
   };
   const Engine engine = open(path, 2, 2, stream);
@@ -225,4 +282,5 @@ TEST_CASE("streaming: cancelled in the middle, then continued") {
   }
   CHECK(n_cancelled > 0);
   CHECK(same_bits(got, want));
+  CHECK(engine.stream_stats()->good_guesses > 0);
 }
