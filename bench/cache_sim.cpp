@@ -4,7 +4,8 @@
 //   bench_cache_sim TRACE
 //
 // First the engine's policy with the slots that the trace was recorded with: hits and misses must be
-// those that the engine counted; exit code 1 when they are not. Then, for each number of slots per
+// those that the engine counted, and the bytes it read those of the misses, the padding around them
+// and the guesses that were wrong; exit code 1 when they are not. Then, for each number of slots per
 // layer, the hit rate and MB read per token of the engine's policy, LRU, LFU and Belady's optimum:
 // once for the tokens that went through the model alone (decode), once for the others (prompts).
 #include <algorithm>
@@ -66,7 +67,11 @@ bool print_recorded(const ExpertTrace& trace) {
   const bool same = trace.engine->hits == all.hits && trace.engine->misses == all.misses;
   std::printf("the engine counted %llu hits, %llu misses: %s\n", static_cast<unsigned long long>(trace.engine->hits),
               static_cast<unsigned long long>(trace.engine->misses), same ? "equal" : "NOT EQUAL");
-  return same;
+  const uint64_t padding = trace.engine->padding_bytes, wasted = trace.engine->wasted_bytes;
+  const bool same_bytes = trace.engine->disk_bytes == all.bytes + padding + wasted;
+  std::printf("the engine read %llu bytes, %llu of them padding, %llu for wrong guesses: %s\n", static_cast<unsigned long long>(trace.engine->disk_bytes),
+              static_cast<unsigned long long>(padding), static_cast<unsigned long long>(wasted), same_bytes ? "equal" : "NOT EQUAL");
+  return same && same_bytes;
 }
 
 // As if memory had never become short: each row is for so many slots from beginning to end.

@@ -31,6 +31,7 @@ struct StreamShare : StreamUse {
   double t_perfect = 0, t_demand = 0, eff_sched = 0, eff_disk = 0;  // seconds; T_perfect / measured; disk duty
   std::optional<double> eff_policy;  // decode: bytes that Belady's choice would have missed / bytes missed
   double major_faults = 0;
+  std::optional<double> kernel_bytes;  // per token, that the kernel read from disks for this process
   uint64_t peak_bytes = 0;  // of the process so far
 };
 
@@ -75,6 +76,7 @@ class StreamMeter {
   const Engine& engine_;
   std::optional<StreamStats> before_;
   uint64_t faults_before_ = 0;
+  std::optional<uint64_t> kernel_bytes_before_;
 };
 
 // What the router of a Runner's session chose: for --trace-experts all of it; where experts are

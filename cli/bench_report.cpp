@@ -116,6 +116,9 @@ Json result_json(const BenchResult& result) {
   json.update({{"hit_rate", s.hit_rate}, {"disk_bytes_per_token", s.disk_bytes}, {"disk_gb_s", s.disk_bytes_per_s / kGiga},
                {"wait_share", s.wait_share}, {"t_perfect_s", s.t_perfect}, {"t_demand_s", s.t_demand}, {"eff_sched", s.eff_sched},
                {"eff_disk", s.eff_disk}, {"majflt_per_token", s.major_faults}, {"peak_bytes", s.peak_bytes}, {"backend", s.backend}});
+  json.update({{"disk_bytes", s.read_bytes}, {"padding_bytes", s.padding_bytes}, {"speculative_bytes", s.speculative_bytes},
+               {"speculative_wasted_bytes", s.wasted_bytes}, {"good_guesses", s.good_guesses ? Json(*s.good_guesses) : Json()},
+               {"kernel_read_bytes_per_token", s.kernel_bytes ? Json(*s.kernel_bytes) : Json()}});
   if (s.eff_policy) json["eff_policy"] = *s.eff_policy;
   return json;
 }
@@ -144,7 +147,7 @@ std::string streaming_text(const BenchReport& r, const BenchResult& x) {
   return concat(x.test, ": experts in memory ", percent(s.hit_rate), ", ", figure(s.disk_bytes / kGiga), " GB/token from disk at ",
                 figure(s.disk_bytes_per_s / kGiga), " of ", figure(*r.disk_bytes_per_s / kGiga), " GB/s (", s.backend, "); T_perfect ",
                 figure(s.t_perfect), " s, T_demand ", figure(s.t_demand), " s, measured ", figure(1 / x.mean), " s: ", percent(s.eff_sched),
-                " of the perfect schedule", s.eff_policy ? concat("; the best choice of experts would miss ", percent(*s.eff_policy), " of the bytes") : "", "; waiting ", percent(s.wait_share), "; ", figure(s.major_faults), " major faults/token; peak ",
+                " of the perfect schedule", s.eff_policy ? concat("; the best choice of experts would miss ", percent(*s.eff_policy), " of the bytes") : "", s.good_guesses ? concat("; ", percent(*s.good_guesses), " of the guesses were right, ", format_size(s.wasted_bytes), " of ", format_size(s.read_bytes), " read in vain") : "", "; waiting ", percent(s.wait_share), "; ", figure(s.major_faults), " major faults/token; peak ",
                 format_size(s.peak_bytes), "\n");
 }
 

@@ -2,6 +2,7 @@
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <fstream>
 
 #include "cli/bench.h"
 #include "runtime/memory_plan.h"
@@ -15,10 +16,19 @@ struct rusage usage() {
   return out;
 }
 
+// What the kernel has read from disks for this process; nothing where it does not say.
+std::optional<uint64_t> kernel_read_bytes() {
+  std::ifstream file("/proc/self/io");
+  uint64_t value = 0;
+  for (std::string name; file >> name >> value;)
+    if (name == "read_bytes:") return value;
+  return std::nullopt;
+}
+
 }  // namespace
 
 StreamMeter::StreamMeter(const Engine& engine)
-    : engine_(engine), before_(engine.stream_stats()), faults_before_(static_cast<uint64_t>(usage().ru_majflt)) {}
+    : engine_(engine), before_(engine.stream_stats()), faults_before_(static_cast<uint64_t>(usage().ru_majflt)), kernel_bytes_before_(kernel_read_bytes()) {}
 
 StreamShare StreamMeter::end(double n_tokens, double seconds, double weight_bytes, double memory_bytes_per_s,
                              double disk_bytes_per_s) const {
@@ -31,6 +41,7 @@ StreamShare StreamMeter::end(double n_tokens, double seconds, double weight_byte
   out.eff_sched = out.t_perfect / t;
   out.eff_disk = t_io / t;
   out.major_faults = static_cast<double>(static_cast<uint64_t>(used.ru_majflt) - faults_before_) / n_tokens;
+  if (const auto now = kernel_read_bytes(); now && kernel_bytes_before_) out.kernel_bytes = static_cast<double>(*now - *kernel_bytes_before_) / n_tokens;
   out.peak_bytes = static_cast<uint64_t>(used.ru_maxrss) * 1024;
   return out;
 }

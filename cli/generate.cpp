@@ -238,6 +238,10 @@ Json to_json(const RunOptions& options, const Generation& g, const std::optional
                         {"disk_bytes_per_token", s->disk_bytes},
                         {"disk_gb_s", s->disk_bytes_per_s / 1e9},
                         {"disk_wait_share", s->wait_share},
+                        {"disk_bytes", s->read_bytes},
+                        {"padding_bytes", s->padding_bytes},
+                        {"speculative_bytes", s->speculative_bytes},
+                        {"speculative_wasted_bytes", s->wasted_bytes},
                         {"backend", s->backend}};
   return out;
 }

@@ -51,11 +51,11 @@ void add_stream_options(CLI::App& command, ModelOptions& options) {
       ->default_str("auto");
   command
       .add_option_function<std::string>(
-          "--lookahead", [&options](const std::string& name) { options.lookahead = name == "on" ? Lookahead::on : Lookahead::off; },
-          "Read the experts that the next layer will probably choose while nothing else is read")
-      ->check(CLI::IsMember({"on", "off"}))
-      ->type_name("on|off")
-      ->default_str("on");
+          "--lookahead", [&options](const std::string& name) { options.lookahead = name == "on" ? Lookahead::on : name == "off" ? Lookahead::off : Lookahead::automatic; },
+          "Read the experts that the next layer will probably choose while nothing else is read; auto: unless most guesses are wrong")
+      ->check(CLI::IsMember({"on", "off", "auto"}))
+      ->type_name("on|off|auto")
+      ->default_str("auto");
 }
 
 void add_memory_option(CLI::App& command, MemoryOptions& memory) {

@@ -30,15 +30,15 @@ void Decoder::embed(std::span<const Token> tokens) {
   });
 }
 
-void Decoder::forward(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel) {
+void Decoder::forward(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel, size_t n_next) {
   DUET_ASSERT(!tokens.empty() && tokens.size() <= n_batch_ && first + tokens.size() <= kv.n_ctx());
   n_ = tokens.size();
-  compute_.team([&] { evaluate(tokens, first, kv, cancel); });
+  compute_.team([&] { evaluate(tokens, first, kv, cancel, n_next); });
 }
 
-void Decoder::evaluate(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel) {
+void Decoder::evaluate(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel, size_t n_next) {
   const std::span<const float> hidden{residual_.data(), n_ * n_embd_};
-  const ExpertSource::Pass pass(source_);
+  const ExpertSource::Pass pass(source_, n_next);
   embed(tokens);
   attention_.begin(first, n_);
   if (probe_.hidden) probe_.hidden(-1, hidden);

@@ -31,8 +31,9 @@ class Decoder {
   Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch, ExpertSource* source = nullptr);
 
   // Evaluates 1..n_batch valid tokens at positions [first, first + n) and stores their keys and
-  // values; positions before `first` must be in the cache. Error(cancelled) between layers.
-  void forward(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel = nullptr);
+  // values; positions before `first` must be in the cache. n_next: tokens of the chunk that will follow
+  // at once. Error(cancelled) between layers.
+  void forward(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel = nullptr, size_t n_next = 0);
   // Each call is one team of threads (base/parallel.h); inside with_team() they share one.
   template <class Body>
   void with_team(const Body& body) const {
@@ -47,7 +48,7 @@ class Decoder {
   static uint64_t bytes_needed(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch);
 
  private:
-  void evaluate(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel);
+  void evaluate(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel, size_t n_next);
   void embed(std::span<const Token> tokens);
 
   const Model* model_;

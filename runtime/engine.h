@@ -42,14 +42,15 @@ struct MemoryOptions {
 };
 
 // Reading the experts that the router of the next layer would choose now, while nothing else is read.
-enum class Lookahead { off, on };
+// automatic: on, with pauses while it reads more in vain than it gains.
+enum class Lookahead { automatic, off, on };
 
 // How experts are read when they do not all fit in memory.
 struct StreamOptions {
   ReadBackend backend = ReadBackend::automatic;
   unsigned depth = kReadDepth;
   size_t piece_bytes = kReadBytes;  // of one read
-  Lookahead lookahead = Lookahead::on;
+  Lookahead lookahead = Lookahead::automatic;
   ReadFault fault = {};             // tests only
 };
 

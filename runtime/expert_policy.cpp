@@ -8,7 +8,6 @@ namespace duet {
 namespace {
 
 constexpr int32_t kFree = -1, kRetired = -2;
-constexpr uint32_t kLeastCache = 2;  // slots
 
 }  // namespace
 
@@ -35,7 +34,6 @@ void ExpertPolicy::mark_used(Layer& layer, std::span<const int32_t> chosen, size
 int32_t ExpertPolicy::take_slot(Layer& layer, uint64_t before) {
   const auto free = std::find(layer.expert.begin(), layer.expert.end(), kFree);
   if (free != layer.expert.end()) return static_cast<int32_t>(free - layer.expert.begin());
-  if (layer.n_slots < kLeastCache) return kStaging;
   const int32_t slot = oldest(layer, before);
   if (slot != kStaging) layer.slot[static_cast<size_t>(layer.expert[static_cast<size_t>(slot)])] = kStaging;
   return slot;

@@ -2,10 +2,9 @@
 // threads, so that the engine and the replay of a recorded trace (bench/cache_sim) are one code and
 // their counts equal.
 //
-// A layer has its own slots, one expert each. Layers with two slots or more are caches: least
-// recently used out first. With fewer, a cache would never hit (a token uses two experts and the
-// next one evicts both), so the first experts used stay for good ("pinned"). What gets no slot
-// passes through staging and is forgotten.
+// A layer has its own slots, one expert each, least recently used out first. What gets no slot passes
+// through staging and is forgotten, so that even a single slot hits: it holds the best expert of the
+// last token that missed it.
 #pragma once
 
 #include <cstddef>

@@ -113,12 +113,15 @@ void ExpertSource::make_buffers(const std::vector<uint32_t>& slots, uint32_t n_s
   for (uint32_t i = 0; i < n_staging; ++i) staging_.push_back(add(largest, true));
 }
 
-ExpertSource::Pass::Pass(ExpertSource* source) : source_(source) {
-  if (source != nullptr) lock_ = std::unique_lock(source->mutex_);
+ExpertSource::Pass::Pass(ExpertSource* source, size_t n_next) : source_(source) {
+  if (source == nullptr) return;
+  lock_ = std::unique_lock(source->mutex_);
+  source->long_one_follows_ = n_next >= kAllExpertsTokens;
+  source->finished_ = false;
 }
 
 ExpertSource::Pass::~Pass() {
-  if (source_ != nullptr) source_->abandon();
+  if (source_ != nullptr) source_->finish();
 }
 
 // ---- a layer ---------------------------------------------------------------------------------------
@@ -133,7 +136,7 @@ void ExpertSource::begin(size_t layer, std::span<const int32_t> chosen, size_t n
   for (const int32_t e : step_.hits) current_[static_cast<size_t>(e)] = &slot_buffer(layer, policy_.slot_of(layer, e));
   adopt_ahead();
   is_short_ = chosen.size() < kAllExpertsTokens * n_used;
-  if (!is_short_ && layer + 1 < shapes_.size()) {
+  if (layer + 1 < shapes_.size() ? !is_short_ : long_one_follows_) {
     for (size_t e = 0; e < n_expert_; ++e) expected_.push_back(static_cast<int32_t>(e));
     expected_class_ = ReadClass::ahead;
   }
@@ -141,7 +144,8 @@ void ExpertSource::begin(size_t layer, std::span<const int32_t> chosen, size_t n
 }
 
 bool ExpertSource::wants_guess() const {
-  return lookahead_ == Lookahead::on && is_short_ && layer_ + 1 < shapes_.size() && n_started_ == step_.loads.size() && free_staging() != nullptr;
+  const bool wanted = lookahead_ == Lookahead::on || (lookahead_ == Lookahead::automatic && gate_.open());
+  return wanted && is_short_ && layer_ + 1 < shapes_.size() && n_started_ == step_.loads.size() && free_staging() != nullptr;
 }
 
 void ExpertSource::guess(std::span<const int32_t> experts) {
@@ -199,7 +203,7 @@ void ExpertSource::start_more() {
 
 // The next of the experts that the next layer is expected to need. False: no buffer is free.
 bool ExpertSource::start_ahead() {
-  const size_t next = layer_ + 1;
+  const size_t next = (layer_ + 1) % shapes_.size();
   const int32_t expert = expected_[n_expected_done_];
   Buffer*& buffer = ahead_[static_cast<size_t>(expert)];
   if (buffer == nullptr && policy_.slot_of(next, expert) == ExpertPolicy::kStaging) {
@@ -336,7 +340,10 @@ void ExpertSource::copy(const Buffer& from, Buffer& to) {
   to.error.store(0);
 }
 
-void ExpertSource::end() { in_layer_ = false; }
+void ExpertSource::end() {
+  in_layer_ = false;
+  finished_ = layer_ + 1 == shapes_.size();
+}
 
 // ---- endings ---------------------------------------------------------------------------------------
 
@@ -361,6 +368,16 @@ void ExpertSource::settle(Buffer& buffer) {
   if (!std::exchange(buffer.unwanted, false)) return;
   speculative_bytes_ += n_read;
   wasted_bytes_ += n_read;
+}
+
+// What is being read for the next pass goes on.
+void ExpertSource::finish() {
+  if (finished_ && long_one_follows_) return;
+  abandon();
+  const uint64_t used = speculative_bytes_ - wasted_bytes_;
+  if (is_short_) gate_.passed(used - used_told_, wasted_bytes_ - wasted_told_);
+  used_told_ = used;
+  wasted_told_ = wasted_bytes_;
 }
 
 // The pass is over, by an error in the middle of a layer perhaps: nothing is left under way, and an

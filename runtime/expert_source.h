@@ -17,6 +17,7 @@
 #include "base/pages.h"
 #include "runtime/engine.h"
 #include "runtime/expert_policy.h"
+#include "runtime/lookahead_gate.h"
 #include "runtime/model.h"
 
 namespace duet {
@@ -40,7 +41,9 @@ class ExpertSource {
   // source usable.
   class Pass {
    public:
-    explicit Pass(ExpertSource* source);  // null: does nothing
+    // n_next: tokens of the chunk that will follow at once, 0 when none will: a long one has its first
+    // layer read ahead. Null: does nothing.
+    explicit Pass(ExpertSource* source, size_t n_next = 0);
     ~Pass();
     Pass(const Pass&) = delete;
     Pass& operator=(const Pass&) = delete;
@@ -108,6 +111,7 @@ class ExpertSource {
   void landed(uint64_t tag, int error);
   void wait_for(const std::atomic<Piece>& piece);
   void drain(const Buffer& buffer) const;
+  void finish();
   void abandon();
   void discard(Buffer& buffer);
   void settle(Buffer& buffer);
@@ -116,6 +120,7 @@ class ExpertSource {
   const Model* model_;
   size_t n_expert_, piece_bytes_;
   Lookahead lookahead_;
+  LookaheadGate gate_;
   std::vector<LayerShape> shapes_;
   ExpertPolicy policy_;
   PageArray memory_;
@@ -126,6 +131,7 @@ class ExpertSource {
   std::mutex mutex_;
   // Of the pass and layer at hand.
   bool in_layer_ = false, is_short_ = false;
+  bool long_one_follows_ = false, finished_ = false;  // the pass
   size_t layer_ = 0, n_started_ = 0;  // of step_.loads
   ExpertPolicy::Step step_;
   std::vector<Buffer*> current_;  // [n_expert] null: not chosen or not started
@@ -134,6 +140,7 @@ class ExpertSource {
   size_t n_expected_done_ = 0;
   ReadClass expected_class_ = ReadClass::ahead;
   uint64_t padding_bytes_ = 0, speculative_bytes_ = 0, wasted_bytes_ = 0, guesses_ = 0, good_guesses_ = 0;
+  uint64_t used_told_ = 0, wasted_told_ = 0;  // bytes that the gate has been told of
 
   std::atomic<uint32_t> epoch_{0};  // counts landings, for those who wait
   std::atomic<uint64_t> wait_ns_{0};

@@ -93,7 +93,11 @@ std::vector<uint32_t> parse_slots(const Json& json, const std::vector<uint32_t>&
 void parse_line(const Json& json, const std::string& source, ExpertTrace& trace, std::vector<uint32_t>& slots, bool& is_new) {
   if (trace.engine) fail(ErrorKind::format, source, ": follows the end of the trace");
   if (json.is_object() && json.contains("hits"))
-    trace.engine = {.hits = json_get<uint64_t>(json, "hits", source), .misses = json_get<uint64_t>(json, "misses", source)};
+    trace.engine = {.hits = json_get<uint64_t>(json, "hits", source),
+                    .misses = json_get<uint64_t>(json, "misses", source),
+                    .disk_bytes = json_get<uint64_t>(json, "disk_bytes", source),
+                    .padding_bytes = json_get<uint64_t>(json, "padding_bytes", source),
+                    .wasted_bytes = json_get<uint64_t>(json, "wasted_bytes", source)};
   else if (json.is_object() && json.contains("slots")) {
     slots = parse_slots(json, slots, trace.header, source);
     is_new = true;
@@ -146,7 +150,9 @@ void ExpertTraceWriter::write_chunk() {
 
 void ExpertTraceWriter::commit(const std::optional<StreamStats>& stats) {
   write_chunk();
-  if (stats) file_.write(Json{{"hits", stats->hits}, {"misses", stats->misses}}.dump() + "\n");
+  if (stats)
+    file_.write(Json{{"hits", stats->hits}, {"misses", stats->misses}, {"disk_bytes", stats->reads.bytes},
+                     {"padding_bytes", stats->padding_bytes}, {"wasted_bytes", stats->wasted_bytes}}.dump() + "\n");
   file_.commit();
 }
 

@@ -5,7 +5,8 @@
 //   {"layers": [[experts of each token, best first], ...]}    one line per chunk of tokens that went
 //   ...                                                        through the model together
 //   {"slots": [per layer]}                                     from the next chunk on, when memory became short
-//   {"hits": 123, "misses": 45}                                what the engine counted, when it streamed
+//   {"hits": 123, "misses": 45, "disk_bytes": 6789,             what the engine counted, when it streamed
+//    "padding_bytes": 10, "wasted_bytes": 11}                  (StreamStats)
 //
 // A chunk that was broken off has the layers that it passed: the engine has counted those too.
 #pragma once
@@ -34,6 +35,7 @@ struct ExpertTrace {
   };
   struct Counters {
     uint64_t hits = 0, misses = 0;
+    uint64_t disk_bytes = 0, padding_bytes = 0, wasted_bytes = 0;
   };
   ExpertTraceHeader header;
   std::vector<Chunk> chunks;

@@ -20,7 +20,6 @@ constexpr uint64_t kPageTableShare = 512;      // 8 bytes for 4096
 constexpr uint64_t kCacheBytes = 16 * kMiB;    // under way through the page cache, where nothing else goes
 constexpr uint32_t kDefaultContext = 4096;
 constexpr uint32_t kResidentBatch = 512, kLargestBatch = 4096;
-constexpr uint32_t kLeastCache = 2;  // slots; ExpertPolicy pins below
 
 uint64_t less(uint64_t a, uint64_t b) { return a - std::min(a, b); }
 
@@ -103,22 +102,13 @@ std::vector<uint32_t> hand_out_slots(const ModelSizes& sizes, uint64_t room) {
   const auto n_expert = sizes.hparams.n_expert;
   const uint64_t one_each = std::accumulate(sizes.expert_bytes.begin(), sizes.expert_bytes.end(), uint64_t{0});
   std::vector<uint32_t> slots(sizes.expert_bytes.size());
-  const auto give = [&](uint32_t n, uint32_t only_to) {
-    for (const size_t layer : spread(slots.size())) {
-      const uint64_t n_bytes = n * sizes.expert_bytes[layer];
-      if (n_bytes > room || slots[layer] != only_to || only_to + n > n_expert) continue;
-      slots[layer] += n;
-      room -= n_bytes;
-    }
-  };
   const auto each = static_cast<uint32_t>(std::min<uint64_t>(n_expert, room / one_each));
-  if (each >= kLeastCache) {
-    std::fill(slots.begin(), slots.end(), each);
-    room -= each * one_each;
-    give(1, each);
-  } else {
-    give(kLeastCache, 0);
-    give(1, 0);
+  std::fill(slots.begin(), slots.end(), each);
+  room -= each * one_each;
+  for (const size_t layer : spread(slots.size())) {
+    if (sizes.expert_bytes[layer] > room || each == n_expert) continue;
+    ++slots[layer];
+    room -= sizes.expert_bytes[layer];
   }
   return slots;
 }

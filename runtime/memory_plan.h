@@ -63,10 +63,9 @@ struct MemoryPlan {
 // nothing to stream: resident or refused.
 //
 // Streamed: dense weights, keys and values, scratch and staging first; what is left is slots, as
-// many in each layer, the rest of them one more in layers spread evenly. With less than two a layer
-// as many layers as possible get two, spread evenly, a last one perhaps one, the others none: two
-// slots hit more often than twice one (consecutive tokens share experts, and a single slot can only
-// be pinned), and a cache of one token's experts for all layers together would never hit.
+// many in each layer, the rest of them one more in layers spread evenly. Each
+// further slot of a layer hits less often than the one before (replayed: 19, 34, 47, 59 %), so that
+// even is best.
 //
 // Error(memory) (exit 5) naming the smallest budget that would do when even the floor (no slots, two
 // for staging) does not fit.

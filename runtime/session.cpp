@@ -107,7 +107,7 @@ void Session::State::evaluate(std::span<const Token> added, const Progress& prog
     const auto batch = added.subspan(done, std::min(decoder.n_batch(), added.size() - done));
     const bool last = done + batch.size() == added.size();
     decoder.with_team([&] {
-      decoder.forward(batch, tokens.size(), kv, cancel);
+      decoder.forward(batch, tokens.size(), kv, cancel, std::min(decoder.n_batch(), added.size() - done - batch.size()));
       if (last) decoder.logits(batch.size() - 1, 1, logits.data());
     });
     if (engine->experts) engine->experts->check_unchanged();

@@ -69,7 +69,7 @@ void estimate_prefill(SpeedEstimate& out, const ModelSizes& sizes, const MemoryP
 }  // namespace
 
 double expected_hit_rate(const HParams& hparams, uint32_t slots) {
-  constexpr std::array kMixtral = {0.0, 0.125, 0.31, 0.42, 0.54, 0.66, 0.77, 0.89, 1.0};
+  constexpr std::array kMixtral = {0.0, 0.17, 0.31, 0.42, 0.54, 0.66, 0.77, 0.89, 1.0};
   if (hparams.n_expert == 8 && hparams.n_expert_used == 2) return kMixtral[std::min<size_t>(slots, 8)];
   return std::min(1.0, static_cast<double>(slots) / hparams.n_expert);
 }

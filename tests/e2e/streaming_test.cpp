@@ -98,7 +98,8 @@ TEST_CASE("streaming: logits of the demo model equal resident ones byte for byte
           CAPTURE(io);
           CAPTURE(slots);
           CAPTURE(batch);
-          CHECK(logits(folder, {"--threads", threads, "--io", io, "--slots", slots, "--batch", batch}) == want);
+          CHECK(logits(folder, {"--threads", threads, "--io", io, "--slots", slots, "--batch", batch, "--lookahead", "on"}) == want);
+          if (std::string(batch) == "1") CHECK(logits(folder, {"--threads", threads, "--io", io, "--slots", slots, "--batch", batch, "--lookahead", "off"}) == want);
         }
 }
 
@@ -128,6 +129,7 @@ TEST_CASE("streaming: run --trace-experts holds what the engine counted") {
   REQUIRE(trace.engine.has_value());
   CHECK(trace.engine->hits == all.hits);
   CHECK(trace.engine->misses == all.misses);
+  CHECK(trace.engine->disk_bytes == all.bytes + trace.engine->padding_bytes + trace.engine->wasted_bytes);
   CHECK(json["streaming"]["hit_rate"].get<double>() == static_cast<double>(decode.hits) / static_cast<double>(decode.hits + decode.misses));
   size_t n_tokens = 0;
   for (const auto& chunk : trace.chunks) n_tokens += trace.n_tokens(chunk);
@@ -152,6 +154,10 @@ TEST_CASE("streaming: bench says how near its choice of experts is to the best, 
   for (size_t i = counts.size() - 48; i < counts.size(); ++i) measured += counts[i];
   CHECK(trace.engine->hits == all.hits);
   CHECK(trace.engine->misses == all.misses);
+  CHECK(trace.engine->disk_bytes == all.bytes + trace.engine->padding_bytes + trace.engine->wasted_bytes);
+  CHECK(decode["disk_bytes"].get<uint64_t>() == measured.bytes + decode["padding_bytes"].get<uint64_t>() + decode["speculative_wasted_bytes"].get<uint64_t>());
+  CHECK(decode["speculative_bytes"].get<uint64_t>() >= decode["speculative_wasted_bytes"].get<uint64_t>());
+  CHECK(decode.contains("kernel_read_bytes_per_token"));
   CHECK(decode["hit_rate"].get<double>() == static_cast<double>(measured.hits) / static_cast<double>(measured.hits + measured.misses));
   CHECK(decode["eff_policy"].get<double>() == doctest::Approx(best_share(trace, counts.size() - 48)));
 }

@@ -167,16 +167,18 @@ TEST_CASE("expert policy: a chunk displaces only what it does not use; recency i
   CHECK(cache.held() == Ids{0, 1, 4, 7});
 }
 
-TEST_CASE("expert policy: below two slots the first expert used stays") {
-  Cache pinned(1);
-  pinned.use({6, 2});
-  CHECK(pinned.held() == Ids{6});
-  CHECK(pinned.staged() == 1);
-  pinned.use({1, 0});
-  CHECK(pinned.held() == Ids{6});
-  CHECK(pinned.staged() == 2);
-  pinned.use({3, 6});
-  CHECK(pinned.step.hits == Ids{6});
+TEST_CASE("expert policy: one slot holds the best expert of the last token that missed it") {
+  Cache one(1);
+  one.use({6, 2});
+  CHECK(one.held() == Ids{6});
+  CHECK(one.staged() == 1);
+  one.use({1, 0});
+  CHECK(one.held() == Ids{1});
+  CHECK(one.staged() == 1);
+  one.use({3, 1});
+  CHECK(one.step.hits == Ids{1});
+  CHECK(one.held() == Ids{1});
+  CHECK(one.staged() == 1);
 
   Cache none(0);
   none.use({6, 2});
@@ -233,7 +235,7 @@ TEST_CASE("expert policy: shrinking frees free slots first, then the least recen
   cache.policy.shrink(0, 1, freed);
   CHECK(cache.held() == Ids{6});
   cache.use({1, 2});
-  CHECK(cache.held() == Ids{6});  // pinned now
+  CHECK(cache.held() == Ids{1});
   cache.policy.shrink(0, 0, freed);
   CHECK(cache.held().empty());
   CHECK(freed.size() == 6);

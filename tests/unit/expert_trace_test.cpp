@@ -71,6 +71,9 @@ TEST_CASE("expert trace: what is written is read, with chunks that were broken o
   CHECK_FALSE(std::filesystem::exists(path));
   StreamStats stats;
   stats.hits = 5;
+  stats.reads.bytes = 7;
+  stats.padding_bytes = 2;
+  stats.wasted_bytes = 1;
   stats.misses = 6;
   writer.commit(stats);
   const ExpertTrace trace = read_expert_trace(path);
@@ -86,6 +89,9 @@ TEST_CASE("expert trace: what is written is read, with chunks that were broken o
   CHECK(trace.chunks[3].layers == std::vector<Ids>{{6, 5}});
   REQUIRE(trace.engine.has_value());
   CHECK(trace.engine->hits == 5);
+  CHECK(trace.engine->disk_bytes == 7);
+  CHECK(trace.engine->padding_bytes == 2);
+  CHECK(trace.engine->wasted_bytes == 1);
   CHECK(trace.engine->misses == 6);
 }
 
@@ -117,7 +123,7 @@ TEST_CASE("expert trace: damaged files are refused with their line") {
   refused(header + R"({"layers":[]})", "expected 1 to 1 layers");
   refused(header + R"({"layers":[[1,2],[1,2]]})", "expected 1 to 1 layers");
   refused(header + R"({"hits":1})", "misses");
-  refused(header + "{\"hits\":1,\"misses\":2}\n{\"layers\":[[1,2]]}", "line 3: follows the end");
+  refused(header + "{\"hits\":1,\"misses\":2,\"disk_bytes\":3,\"padding_bytes\":4,\"wasted_bytes\":5}\n{\"layers\":[[1,2]]}", "line 3: follows the end");
   refused(R"({"expert_bytes":[9,9],"n_expert":4,"n_used":2,"slots":[2,2]})" "\n" R"({"layers":[[1,2],[1,2,0,1]]})", "different numbers");
   refused(header + R"({"slots":[2,2]})", "line 2: slots of 2 layers, not 1");
   refused(header + R"({"slots":[-1]})", "line 2");

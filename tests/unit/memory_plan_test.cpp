@@ -145,7 +145,7 @@ TEST_CASE("memory plan: one slot more goes to layers spread over the model") {
   }
 }
 
-TEST_CASE("memory plan: below two a layer some layers get two, the others are without") {
+TEST_CASE("memory plan: below one a layer some layers get one, spread over the model, the others none") {
   MemoryOptions options = ram(0);
   options.n_batch = 512;
   for (const uint32_t n : {1u, 2u, 17u, 32u, 63u}) {
@@ -153,8 +153,10 @@ TEST_CASE("memory plan: below two a layer some layers get two, the others are wi
     options.ram_bytes = budget_for(n, options);
     const MemoryPlan p = plan_memory(mixtral_8x7b(), options, 2, machine(64 * kGiB));
     check_adds_up(p);
-    CHECK(std::count(p.slots.begin(), p.slots.end(), 2u) == n / 2);
-    CHECK(std::count(p.slots.begin(), p.slots.end(), 1u) == n % 2);
+    CHECK(most(p.slots) == (n + 31) / 32);
+    CHECK(least(p.slots) == n / 32);
+    CHECK(std::accumulate(p.slots.begin(), p.slots.begin() + 16, 0u) >= n / 2 - std::min(n / 2, 2u));
+    CHECK(std::accumulate(p.slots.begin(), p.slots.begin() + 16, 0u) <= n / 2 + 2);
     CHECK(sum(p.slots) == n);
   }
 }
@@ -323,8 +325,7 @@ TEST_CASE("memory plan: 8x22B") {
   CHECK(sizes.expert_bytes[55] == 169'869'312ull + 3 * 4096);
   const MemoryPlan small = plan(16 * kGiB, sizes);
   check_adds_up(small);
-  CHECK(most(small.slots) == 2);
-  CHECK(least(small.slots) == 0);
+  CHECK(most(small.slots) - least(small.slots) <= 1);
   CHECK(sum(small.slots) > 50);
   CHECK(sum(small.slots) < 75);
   const MemoryPlan large = plan(40 * kGiB, sizes);
