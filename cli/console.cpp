@@ -1,6 +1,7 @@
 #include "cli/console.h"
 
 #include <sys/ioctl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "base/error.h"
 #include "base/json.h"
@@ -99,6 +101,12 @@ bool stderr_is_terminal() {
   return ::isatty(STDERR_FILENO) != 0 && (term == nullptr || std::strcmp(term, "dumb") != 0);
 }
 
+bool stdout_is_file() {
+  struct stat info {};
+  if (::fstat(STDOUT_FILENO, &info) != 0) return false;
+  return S_ISREG(info.st_mode) || (S_ISCHR(info.st_mode) && ::isatty(STDOUT_FILENO) == 0);
+}
+
 void install_signal_handlers() {
   struct sigaction action {};
   action.sa_handler = [](int) { interrupt_flag.store(true); };
@@ -112,23 +120,26 @@ void install_signal_handlers() {
 
 const std::atomic<bool>& interrupted() { return interrupt_flag; }
 
-ProgressBar::ProgressBar(std::string label, Unit unit)
-    : label_(std::move(label)),
-      unit_(unit),
-      enabled_(stderr_is_terminal()),
-      start_(Clock::now()),
-      last_draw_(start_) {}
+StatusLine::StatusLine(std::chrono::milliseconds interval)
+    : interval_(interval), enabled_(stderr_is_terminal()), last_draw_(Clock::now()) {}
 
-ProgressBar::~ProgressBar() {
-  if (drawn_) std::fputs("\r\033[K", stderr);
+void StatusLine::draw(std::string_view text) {
+  if (!enabled_) return;
+  last_draw_ = Clock::now();
+  drawn_ = true;
+  std::fprintf(stderr, "\r\033[K%.*s", static_cast<int>(std::min<size_t>(text.size(), static_cast<size_t>(terminal_columns() - 1))), text.data());
 }
 
+void StatusLine::clear() {
+  if (std::exchange(drawn_, false)) std::fputs("\r\033[K", stderr);
+}
+
+ProgressBar::ProgressBar(std::string label, Unit unit)
+    : label_(std::move(label)), unit_(unit), start_(StatusLine::Clock::now()) {}
+
 void ProgressBar::update(uint64_t done, uint64_t total, std::string_view detail) {
-  const Clock::time_point now = Clock::now();
-  if (!enabled_ || total == 0 || now - last_draw_ < std::chrono::milliseconds(100)) return;
-  last_draw_ = now;
-  drawn_ = true;
-  const double seconds = std::chrono::duration<double>(now - start_).count();
+  if (total == 0 || !line_.due()) return;
+  const double seconds = std::chrono::duration<double>(StatusLine::Clock::now() - start_).count();
   const double per_second = static_cast<double>(done) / std::max(seconds, 1e-9);
   const double fraction = std::min(1.0, static_cast<double>(done) / static_cast<double>(total));
   constexpr int kWidth = 24;
@@ -142,7 +153,7 @@ void ProgressBar::update(uint64_t done, uint64_t total, std::string_view detail)
   std::snprintf(line.data(), line.size(), "%s [%s] %3.0f%%  %s  ETA %s  %.*s", label_.c_str(),
                 bar.c_str(), 100 * fraction, rate_text(unit_, per_second).c_str(), eta.c_str(),
                 static_cast<int>(std::min<size_t>(detail.size(), 100)), detail.data());
-  std::fprintf(stderr, "\r\033[K%.*s", terminal_columns() - 1, line.data());
+  line_.draw(line.data());
 }
 
 }  // namespace duet::cli

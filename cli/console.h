@@ -37,32 +37,49 @@ NoticeFn notices();  // note(), as the library wants it
 void print_error(const std::string& text);
 
 bool stderr_is_terminal();
+// Nothing but a file takes what goes to stdout: no terminal, and no pipe, which `| tee` or a pager
+// may show on the same terminal.
+bool stdout_is_file();
 
 // Turns SIGINT and SIGTERM into a flag (a second signal kills), and SIGPIPE into a failed write.
 void install_signal_handlers();
 // True once SIGINT or SIGTERM has arrived. Hand its address to the library as `cancel`.
 const std::atomic<bool>& interrupted();
 
-// One line on stderr with percentage, rate and remaining time, redrawn at most ten times a second;
-// nothing at all when stderr is not a terminal. The destructor removes the line.
+// A line on stderr that is drawn over itself; nothing at all when stderr is not a terminal. The
+// destructor removes it. What is printed meanwhile must begin by removing it, as note() does.
+class StatusLine {
+ public:
+  using Clock = std::chrono::steady_clock;
+  explicit StatusLine(std::chrono::milliseconds interval);
+  StatusLine(const StatusLine&) = delete;
+  StatusLine& operator=(const StatusLine&) = delete;
+  ~StatusLine() { clear(); }
+
+  bool due() const { return enabled_ && Clock::now() - last_draw_ >= interval_; }
+  void draw(std::string_view text);
+  void clear();
+
+ private:
+  std::chrono::milliseconds interval_;
+  bool enabled_, drawn_ = false;
+  Clock::time_point last_draw_;
+};
+
+// A status line with percentage, rate and remaining time.
 class ProgressBar {
  public:
   enum class Unit { bytes, tokens, chunks };
   ProgressBar(std::string label, Unit unit);
-  ProgressBar(const ProgressBar&) = delete;
-  ProgressBar& operator=(const ProgressBar&) = delete;
-  ~ProgressBar();
 
   // `detail` (the tensor being converted, say) follows the figures.
   void update(uint64_t done, uint64_t total, std::string_view detail = {});
 
  private:
-  using Clock = std::chrono::steady_clock;
   std::string label_;
   Unit unit_;
-  bool enabled_;
-  bool drawn_ = false;
-  Clock::time_point start_, last_draw_;
+  StatusLine line_{std::chrono::milliseconds(100)};
+  StatusLine::Clock::time_point start_;
 };
 
 }  // namespace duet::cli

@@ -126,7 +126,14 @@ class Generator {
         tokenizer_(engine.tokenizer()),
         session_(session),
         sampler_(std::move(sampler)),
-        stream_(tokenizer_, is_answer) {}
+        stream_(tokenizer_, is_answer),
+        line_(engine),
+        has_line_(options.json || stdout_is_file()) {}
+
+  // A layer of the tokens at hand is done.
+  void layer_done(int layer) {
+    if (in_prompt_) line_.prompt(layer);
+  }
 
   Generation run(const std::vector<Token>& prompt) {
     out_.n_prompt = prompt.size();
@@ -137,6 +144,7 @@ class Generator {
       if (e.kind() != ErrorKind::cancelled) throw;
       out_.stop = Stop::interrupted;
     }
+    line_.clear();
     emit(stream_.finish());
     return std::move(out_);
   }
@@ -147,6 +155,8 @@ class Generator {
     ProgressBar bar("prompt", ProgressBar::Unit::tokens);
     session_.sync(prompt, [&](size_t done, size_t total) { bar.update(done, total); });
     out_.prefill_seconds = seconds_since(start);
+    in_prompt_ = false;
+    line_.clear();
     for (Token token : prompt) sampler_.accept(token);
   }
 
@@ -169,6 +179,7 @@ class Generator {
       session_.append({&token, 1});
       ++out_.n_decoded;
       out_.decode_seconds = seconds_since(start);
+      if (has_line_) line_.decoded(out_.n_decoded);
     }
     return Stop::length;
   }
@@ -186,6 +197,8 @@ class Generator {
   Session& session_;
   Sampler sampler_;
   TextStream stream_;
+  StreamLine line_;
+  bool has_line_, in_prompt_ = true;  // has_line_: the text being made is not shown on the terminal
   Generation out_;
 };
 
@@ -257,18 +270,22 @@ void run_generate(RunOptions options) {
   if (!chat && !options.raw) chat = engine.chat_template();
   const std::vector<Token> ids = prompt_ids(engine.tokenizer(), chat, prompt);
   std::optional<ExpertTraceWriter> trace;
-  RoutingFn routing;
+  std::optional<Generator> generator;
+  RoutingFn traced;
   if (!options.trace.empty()) {
     trace.emplace(options.trace, trace_header(engine));
-    routing = trace_routing(*trace, engine);
+    traced = trace_routing(*trace, engine);
   }
-  Session session = open_session(engine, options.model, 0, std::move(routing));
+  Session session = open_session(engine, options.model, 0, [&](int layer, std::span<const int32_t> experts) {
+    if (traced) traced(layer, experts);
+    generator->layer_done(layer);
+  });
   if (ids.size() > session.n_ctx())
     fail(ErrorKind::usage, "the prompt has ", ids.size(), " tokens, the context ", session.n_ctx(),
          "; shorten it or give --ctx ", ids.size() + 512);
   print_status(engine, session);
-  const Generation result =
-      Generator(options, engine, session, sampler, chat.has_value()).run(ids);
+  generator.emplace(options, engine, session, sampler, chat.has_value());
+  const Generation result = generator->run(ids);
   if (trace) trace->commit(engine.stream_stats());
   const std::optional<StreamUse> stream = streaming(engine, result);
   if (options.json)

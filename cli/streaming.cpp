@@ -1,5 +1,11 @@
 #include "cli/streaming.h"
 
+#include <algorithm>
+#include <utility>
+
+#include "base/error.h"
+#include "runtime/memory_plan.h"
+
 namespace duet::cli {
 
 StreamUse stream_use(const StreamStats& before, const StreamStats& now, double n_tokens, double seconds, int n_threads) {
@@ -17,6 +23,35 @@ StreamUse stream_use(const StreamStats& before, const StreamStats& now, double n
           .speculative_bytes = now.speculative_bytes - before.speculative_bytes,
           .wasted_bytes = now.wasted_bytes - before.wasted_bytes,
           .good_guesses = guesses > 0 ? std::optional(good / guesses) : std::nullopt};
+}
+
+StreamLine::StreamLine(const Engine& engine) : engine_(engine) {
+  older_ = {StatusLine::Clock::now(), 0, engine.stream_stats().value_or(StreamStats{})};
+  newer_ = older_;
+}
+
+void StreamLine::prompt(int layer) {
+  if (engine_.plan().streamed && line_.due()) draw(layer, 0);
+}
+
+void StreamLine::decoded(size_t n_tokens) {
+  if (engine_.plan().streamed && line_.due()) draw(-1, n_tokens);
+}
+
+// layer: of the prompt, or -1.
+void StreamLine::draw(int layer, size_t n_tokens) {
+  const Reading now{StatusLine::Clock::now(), n_tokens, *engine_.stream_stats()};
+  const double seconds = std::chrono::duration<double>(now.time - older_.time).count();
+  const auto n = static_cast<double>(n_tokens - std::min(older_.n_tokens, n_tokens));
+  const StreamUse use = stream_use(older_.stats, now.stats, std::max(n, 1.0), seconds, engine_.info().n_threads);
+  const std::string disk = concat(" | disk ", fixed(use.disk_bytes_per_s / 1e9, 2), " GB/s, ", fixed(100 * use.wait_share, 0), " % of time");
+  if (layer >= 0)
+    line_.draw(concat("prompt: layer ", layer + 1, " of ", engine_.info().hparams.n_layer, disk));
+  else  // as much as 80 columns hold
+    line_.draw(concat(n_tokens, " tok | ", fixed(n / seconds, 2), " tok/s | hit ", fixed(100 * use.hit_rate, 0), " % | ",
+                      fixed(use.disk_bytes / 1e9, 2), " GB/tok", disk));
+  if (now.time - newer_.time < std::chrono::seconds(2)) return;
+  older_ = std::exchange(newer_, now);
 }
 
 }  // namespace duet::cli

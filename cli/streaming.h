@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "cli/console.h"
 #include "runtime/engine.h"
 
 namespace duet::cli {
@@ -22,5 +23,29 @@ struct StreamUse {
 
 // Between two readings of Engine::stream_stats().
 StreamUse stream_use(const StreamStats& before, const StreamStats& now, double n_tokens, double seconds, int n_threads);
+
+// A line on a terminal about the last seconds while experts stream: nothing when all weights are in
+// memory or stderr is no terminal.
+class StreamLine {
+ public:
+  explicit StreamLine(const Engine& engine);
+  // A layer of a chunk of the prompt is done.
+  void prompt(int layer);
+  // n_tokens have been made since the first.
+  void decoded(size_t n_tokens);
+  void clear() { line_.clear(); }
+
+ private:
+  struct Reading {
+    StatusLine::Clock::time_point time;
+    size_t n_tokens = 0;
+    StreamStats stats;
+  };
+  void draw(int layer, size_t n_tokens);
+
+  const Engine& engine_;
+  StatusLine line_{std::chrono::milliseconds(250)};
+  Reading older_, newer_;  // between which and now figures are taken: 2 to 4 seconds
+};
 
 }  // namespace duet::cli

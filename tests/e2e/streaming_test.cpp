@@ -1,7 +1,10 @@
 // duet with experts streamed from disk: the same output, in the memory it was given.
 #include <doctest/doctest.h>
+#include <fcntl.h>
+#include <poll.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 
@@ -179,6 +182,74 @@ TEST_CASE("streaming: what cannot be traced is refused, a resident run can") {
   const duet::ExpertTrace trace = duet::read_expert_trace(path);
   CHECK_FALSE(trace.engine.has_value());
   CHECK(trace.header.slots.front() == trace.header.n_expert);
+}
+
+namespace {
+
+// A terminal that nobody sits at.
+class Terminal {
+ public:
+  Terminal() : fd_(::posix_openpt(O_RDWR | O_NOCTTY | O_NONBLOCK)) {
+    if (fd_ < 0 || ::grantpt(fd_) != 0 || ::unlockpt(fd_) != 0) return;
+    path_ = ::ptsname(fd_);
+    own_ = ::open(path_.c_str(), O_RDWR | O_NOCTTY);  // keeps what was written
+  }
+  Terminal(const Terminal&) = delete;
+  Terminal& operator=(const Terminal&) = delete;
+  ~Terminal() {
+    if (own_ >= 0) ::close(own_);
+    if (fd_ >= 0) ::close(fd_);
+  }
+  const std::string& path() const { return path_; }  // "": there is none
+  std::string shown() const {
+    std::string text;
+    struct pollfd waiting {fd_, POLLIN, 0};
+    char piece[4096];
+    while (::poll(&waiting, 1, 300) > 0) {  // what was written arrives a little later
+      const ssize_t n = ::read(fd_, piece, sizeof(piece));
+      if (n <= 0) break;
+      text.append(piece, static_cast<size_t>(n));
+    }
+    return text;
+  }
+
+ private:
+  int fd_, own_ = -1;
+  std::string path_;
+};
+
+// What a terminal on stderr shows of a run that streams for some seconds, with stdout as given.
+std::string shown_by_run(const std::string& options, const std::string& to) {
+  const Terminal terminal;
+  if (terminal.path().empty()) return {};
+  const ProcessResult result = run_process({"/bin/sh", "-c", DUET_BINARY " run " + kDemo + " -p 'The package' -n 1500 --ctx 2048 --temp 0 --ignore-eos --slots 2 " + options + " < /dev/null 2> " + terminal.path() + to},
+                                           {.environment = {{"TERM", "xterm"}}});
+  CHECK(result.exit_code == 0);
+  return terminal.shown();
+}
+
+size_t count(const std::string& text, const char* words) {
+  size_t n = 0;
+  for (size_t at = text.find(words); at != text.npos; at = text.find(words, at + 1)) ++n;
+  return n;
+}
+
+}  // namespace
+
+TEST_CASE("streaming: a live line on the terminal, never between the text") {
+  const std::string with_json = shown_by_run("--json", " | cat > /dev/null");
+  if (with_json.empty()) DUET_SKIP("no pseudo-terminals here");
+  const std::string erase = "\r\033[K";
+  for (const std::string& shown : {with_json, shown_by_run("", " > /dev/null")}) {
+    CAPTURE(shown);
+    CHECK(count(shown, " tok | ") > 0);
+    CHECK(count(shown, " GB/tok | disk ") == count(shown, " tok | "));
+    const size_t last = shown.rfind(" tok | "), end = shown.find(erase, last), closing = shown.find("[prompt ");
+    CHECK(end < closing);  // removed before the last words
+  }
+  const std::string piped = shown_by_run("", " | cat > /dev/null");  // cat may show it on the terminal
+  CHECK(count(piped, "[prompt ") == 1);
+  CHECK(count(piped, " tok | ") == 0);
 }
 
 TEST_CASE("streaming: a model larger than its memory cgroup keeps to --ram, and its text stays") {
