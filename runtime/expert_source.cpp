@@ -415,6 +415,7 @@ void ExpertSource::shrink(const std::vector<uint32_t>& slots) {
     policy_.shrink(layer, slots[layer], freed);
     for (const int32_t slot : freed) {
       Buffer& buffer = slot_buffer(layer, slot);
+      drain(buffer);
       buffer.expert = -1;
       memory_.give_back(buffer.memory, buffer.n_bytes);
     }
