@@ -1,5 +1,6 @@
-// One to three tokens times the 256-element formats with AVX-512 VNNI: four rows by four blocks at a time,
-// so that memory is read in few streams. Floats are added along a row, four rows side by side.
+// One to three tokens times the 256-element formats with AVX-512 VNNI: four rows by four blocks at a time
+// (kFewRows), so that memory is read in few streams: floats are added along a row, four rows side by
+// side. Or one block of sixteen rows.
 //
 // vpdpbusd adds four products of a row. Before anything is multiplied by a scale, the sums of two
 // groups share a register as 16-bit halves of its lanes, and four rows are added up within 128-bit
@@ -326,9 +327,23 @@ struct RowFormat<BlockIQ4_XS> {
   }
 };
 
+// Few streams are fetched best, but each block of the token is then arranged for four rows only: too
+// dear where computing takes longer than reading.
+template <class Block>
+constexpr bool kFewRows = !std::is_same_v<Block, BlockQ2_K> && !std::is_same_v<Block, BlockQ3_K>;
+
+struct FourSums {
+  using Type = __m128;
+};
+struct SixteenSums {
+  using Type = __m512;
+};
+
 template <class Block, bool kMulld = true>
 struct KRows : KPanel<Block, kMulld> {
-  static constexpr size_t kRows = 4, kBlocks = 4, kGroupsAhead = 2;
+  static constexpr size_t kRows = kFewRows<Block> ? 4 : 16, kBlocks = 16 / kRows;
+  static constexpr size_t kGroupsAhead = kFewRows<Block> ? 2 : 1;
+  using Sum = typename std::conditional_t<kFewRows<Block>, FourSums, SixteenSums>::Type;
 
   static void decode(const std::byte* const* rows, const std::byte* act, size_t cols, Ahead ahead,
                      float* y) {
@@ -336,29 +351,30 @@ struct KRows : KPanel<Block, kMulld> {
     const Block* block[kRows];
     for (size_t r = 0; r < kRows; ++r) block[r] = reinterpret_cast<const Block*>(rows[r]);
     const size_t n_blocks = cols / 256;
-    __m128 sum = {};
+    Sum sum = {};
     size_t b = 0;
     for (; b + kBlocks <= n_blocks; b += kBlocks) {
       sum = add_blocks(block, b, kBlocks, x + b, ahead, sum);
       ahead.next(kRows * kBlocks * sizeof(Block));
     }
     if (b < n_blocks) sum = add_blocks(block, b, n_blocks - b, x + b, ahead, sum);
-    _mm_store_ps(y, sum);
+    __builtin_memcpy(y, &sum, sizeof(sum));
   }
 
-  // Blocks [first, first + n) of each row, n up to four: more are computed and left out.
-  static DUET_INLINE __m128 add_blocks(const Block* const* rows, size_t first, size_t n, const BlockAct256* x,
-                                       const Ahead& ahead, __m128 sum) {
+  // Blocks [first, first + n) of each row, n up to kBlocks: more are computed and left out.
+  static DUET_INLINE Sum add_blocks(const Block* const* rows, size_t first, size_t n, const BlockAct256* x,
+                                    const Ahead& ahead, Sum sum) {
     const Block* block[16];
     __m512i dot[4], side[4], head[4];
     __m128 dx = {};
+    TokenBlock token;
 #pragma GCC unroll 4
     for (size_t s = 0; s < 4; ++s) {
-      const size_t b = s < n ? s : n - 1;
-      const TokenBlock token = RowFormat<Block>::arrange(x[b]);
+      const size_t b = s < n ? s : n - 1, row = kFewRows<Block> ? 0 : 4 * s;
+      if (s < kBlocks) token = RowFormat<Block>::arrange(x[b]);
       dx[s] = x[b].d;
 #pragma GCC unroll 4
-      for (size_t r = 0; r < 4; ++r) block[4 * s + r] = rows[r] + first + b;
+      for (size_t r = 0; r < 4; ++r) block[4 * s + r] = rows[row + r] + first + b;
       const auto fetch = [&](size_t r, __m512i& v) {
         ahead.fetch_after<kRows * kBlocks * sizeof(Block), kRows * kBlocks>(4 * s + r, v);
       };
@@ -368,7 +384,7 @@ struct KRows : KPanel<Block, kMulld> {
     return add_terms(terms(block, dot, side, head, dx), n, sum);
   }
 
-  // Lane 4 s + i: block s of row i.
+  // Lane 4 s + i: block s of row i, or row 4 s + i.
   struct Terms {
     __m512 dot, scale, min, min_scale;
   };
@@ -389,6 +405,11 @@ struct KRows : KPanel<Block, kMulld> {
       t.min_scale = _mm512_mul_ps(f.dmin, dx);
     }
     return t;
+  }
+  static DUET_INLINE __m512 add_terms(const Terms& t, size_t, __m512 sum) {
+    sum = _mm512_fmadd_ps(t.dot, t.scale, sum);
+    if constexpr (kHasMinimum<Block>) sum = _mm512_fnmadd_ps(t.min, t.min_scale, sum);
+    return sum;
   }
   // The first n blocks, one after the other.
   template <int s = 0>
