@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <chrono>
 #include <cstdio>
 #include <optional>
@@ -19,6 +20,7 @@
 #include "cli/streaming.h"
 #include "runtime/expert_trace.h"
 #include "runtime/memory_plan.h"
+#include "runtime/speculation.h"
 
 namespace duet::cli {
 namespace {
@@ -29,6 +31,7 @@ struct RunOptions {
   std::string template_name, trace;
   int64_t n_predict = 512;  // -1: until the end of the answer or of the context
   SamplerParams sampling;
+  SpeculationOptions speculation;
   std::optional<uint64_t> seed;
   bool raw = false, ignore_eos = false, json = false;
 };
@@ -125,6 +128,7 @@ class Generator {
         engine_(engine),
         tokenizer_(engine.tokenizer()),
         session_(session),
+        speculator_(engine, session, options.speculation),
         sampler_(std::move(sampler)),
         stream_(tokenizer_, is_answer),
         line_(engine),
@@ -149,6 +153,8 @@ class Generator {
     return std::move(out_);
   }
 
+  const Speculator& speculator() const { return speculator_; }
+
  private:
   void prefill(const std::vector<Token>& prompt) {
     const auto start = std::chrono::steady_clock::now();
@@ -167,21 +173,29 @@ class Generator {
   Stop decode() {
     out_.before_decode = engine_.stream_stats().value_or(StreamStats{});
     const auto start = std::chrono::steady_clock::now();
-    while (!length_reached()) {
+    if (length_reached()) return Stop::length;
+    std::optional<Token> next = take(session_.logits());
+    while (next) {
       if (interrupted()) return Stop::interrupted;
-      const Token token = sampler_.sample(session_.logits());
-      if (tokenizer_.is_eog(token) && !options_.ignore_eos) return Stop::eos;
-      sampler_.accept(token);
-      out_.ids.push_back(token);
-      emit(stream_.push(token));
-      if (length_reached()) break;
       if (session_.tokens().size() >= session_.n_ctx()) return Stop::context;
-      session_.append({&token, 1});
-      ++out_.n_decoded;
+      const size_t limit = options_.n_predict < 0 ? session_.n_ctx() : static_cast<size_t>(options_.n_predict) - out_.ids.size();
+      out_.n_decoded += speculator_.step(session_, *next, limit, [&](std::span<const float> logits) { return next = take(logits); });
       out_.decode_seconds = seconds_since(start);
       if (has_line_) line_.decoded(out_.n_decoded);
     }
-    return Stop::length;
+    return out_.stop;
+  }
+
+  // The next token, shown; nothing when it is the last or ends the answer (out_.stop says which).
+  std::optional<Token> take(std::span<const float> logits) {
+    const Token token = sampler_.sample(logits);
+    out_.stop = Stop::eos;
+    if (tokenizer_.is_eog(token) && !options_.ignore_eos) return std::nullopt;
+    sampler_.accept(token);
+    out_.ids.push_back(token);
+    emit(stream_.push(token));
+    out_.stop = Stop::length;
+    return length_reached() ? std::nullopt : std::optional(token);
   }
 
   void emit(const std::string& text) {
@@ -195,6 +209,7 @@ class Generator {
   const Engine& engine_;
   const Tokenizer& tokenizer_;
   Session& session_;
+  Speculator speculator_;
   Sampler sampler_;
   TextStream stream_;
   StreamLine line_;
@@ -259,6 +274,47 @@ Json to_json(const RunOptions& options, const Generation& g, const std::optional
   return out;
 }
 
+double ratio(uint64_t part, uint64_t whole) {
+  return whole > 0 ? static_cast<double>(part) / static_cast<double>(whole) : 0;
+}
+
+// Where the last tokens had stood before at length: what would now be proposed.
+size_t open_gate(const Speculator& s) { return s.gate().choose(kMaxDraft, s.max_draft()); }
+
+void print_speculation(const Speculator& s) {
+  const SpeculationStats& stats = s.stats();
+  std::string gate;
+  if (s.gated()) gate = open_gate(s) > 0 ? concat(" | gate open, up to ", open_gate(s), " at once") : " | gate closed";
+  std::fprintf(stderr, "[proposed %llu tok, %.0f %% accepted | %.2f tok/step%s]\n", static_cast<unsigned long long>(stats.drafted),
+               100 * ratio(stats.accepted, stats.drafted), ratio(stats.tokens, stats.steps), gate.c_str());
+}
+
+Json to_json(const Speculator& s) {
+  const SpeculationStats& stats = s.stats();
+  Json costs = Json::array();
+  for (const SpeculationGate::Length& length : s.gate().lengths())
+    if (length.steps > 0) costs.push_back({{"proposed", length.n_draft}, {"relative_time", length.cost}, {"steps", length.steps}});
+  Json out{{"proposed", stats.drafted},
+           {"accepted", stats.accepted},
+           {"steps", stats.steps},
+           {"tokens_per_step", ratio(stats.tokens, stats.steps)},
+           {"plain_step_s", s.gate().plain_seconds()},
+           {"costs", std::move(costs)}};
+  out["gate"] = s.gated() ? Json(open_gate(s)) : Json();
+  return out;
+}
+
+// off, auto or a number of tokens.
+SpeculationOptions parse_speculation(const std::string& text) {
+  if (text == "off") return {};
+  if (text == "auto") return {.max_draft = kMaxDraft, .gated = true};
+  size_t n = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), n);
+  if (error != std::errc() || end != text.data() + text.size() || n > kMaxDraft)
+    throw CLI::ValidationError("--speculate", concat("'", text, "' is not off, auto or a number up to ", kMaxDraft));
+  return {.max_draft = n, .gated = false};
+}
+
 void run_generate(RunOptions options) {
   const std::string prompt = assemble_prompt(options);
   options.sampling.seed = options.seed ? *options.seed : std::random_device{}();
@@ -285,16 +341,22 @@ void run_generate(RunOptions options) {
          "; shorten it or give --ctx ", ids.size() + 512);
   print_status(engine, session);
   generator.emplace(options, engine, session, sampler, chat.has_value());
+  const size_t max_draft = generator->speculator().max_draft();
+  if (max_draft < options.speculation.max_draft)
+    note(concat("at most ", max_draft, " tokens are proposed at once: with float weights more would change the last bits of logits"));
   const Generation result = generator->run(ids);
   if (trace) trace->commit(engine.stream_stats());
   const std::optional<StreamUse> stream = streaming(engine, result);
-  if (options.json)
-    print_json(to_json(options, result, stream));
-  else
+  if (options.json) {
+    Json json = to_json(options, result, stream);
+    if (options.speculation.max_draft > 0) json["speculation"] = to_json(generator->speculator());
+    print_json(json);
+  } else
     print("\n");
   flush_stdout();
   print_statistics(options, result);
   if (stream) print_streaming(*stream);
+  if (options.speculation.max_draft > 0) print_speculation(generator->speculator());
   if (result.stop == Stop::interrupted) throw Quit{kExitInterrupted};
 }
 
@@ -339,6 +401,13 @@ void add_run(CLI::App& app) {
       ->type_name("N")
       ->capture_default_str();
   add_sampling_options(command, *options);
+  command
+      .add_option_function<std::string>(
+          "--speculate", [options](const std::string& text) { options->speculation = parse_speculation(text); },
+          "Propose what followed where the last tokens stood before, and evaluate it at once; the text stays the "
+          "same. auto: as long as it is faster; N: always N tokens")
+      ->type_name("off|auto|N")
+      ->default_str("off");
   command.add_flag("--raw", options->raw, "Continue the prompt as it stands: no chat template");
   command.add_option("--template", options->template_name,
                      "Chat template by name [default: the model's own, none for a base model]");

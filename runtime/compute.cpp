@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "runtime/kernels/onednn_gemm.h"
 
@@ -79,6 +80,17 @@ size_t Activations::stride(ActFormat format) const {
     case ActFormat::f32: break;
   }
   return cols_ * sizeof(float);
+}
+
+uint32_t exact_batch(const Model& model) {
+  const auto may_gemm = [](const Weight& w) { return is_gemm(w, kGemmMinTokens); };
+  bool any = may_gemm(model.output());
+  for (const Layer& layer : model.layers()) {
+    for (const Weight* w : {&layer.attn_q, &layer.attn_k, &layer.attn_v, &layer.attn_output}) any |= may_gemm(*w);
+    for (const Expert& expert : layer.experts)
+      for (const Weight* w : {&expert.gate, &expert.up, &expert.down}) any |= may_gemm(*w);
+  }
+  return any ? kGemmMinTokens - 1 : std::numeric_limits<uint32_t>::max();
 }
 
 void normalize(const Compute& compute, const float* x, size_t n, const std::vector<float>& weight, float eps,

@@ -96,6 +96,9 @@ class Activations {
 void normalize(const Compute& compute, const float* x, size_t n, const std::vector<float>& weight, float eps,
                Activations& acts, ActFormats formats);
 
+// ModelInfo::exact_batch.
+uint32_t exact_batch(const Model& model);
+
 // Rows [first, first + n) of a weight times tokens.
 struct Product {
   const Weight* w;

@@ -82,6 +82,7 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
                  .n_params = state->model.n_params(),
                  .isa = kernels.isa,
                  .n_threads = state->compute.n_threads,
+                 .exact_batch = exact_batch(state->model),
                  .cost = model_cost(hparams, state->model.token_embd(), state->model.output(), state->model.layers()),
                  .expert_bytes = one_expert(sizes)};
   Engine engine;

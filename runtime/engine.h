@@ -118,6 +118,9 @@ struct ModelInfo {
   uint64_t file_bytes = 0, n_params = 0;
   std::string isa;          // kernels in use
   int n_threads = 0;
+  // Tokens evaluated together up to which each one's logits have the same bits as alone: few with
+  // float weights, whose products for more come from a library, any number else.
+  uint32_t exact_batch = 0;
   ModelCost cost;
   std::vector<uint64_t> expert_bytes;  // [n_layer] one expert in the file (the mean where they differ); empty when dense
 };

@@ -106,27 +106,30 @@ void Session::State::evaluate(std::span<const Token> added, const Progress& prog
   for (size_t done = 0; done < added.size();) {
     const auto batch = added.subspan(done, std::min(decoder.n_batch(), added.size() - done));
     const bool last = done + batch.size() == added.size();
+    const size_t unwanted = std::clamp<size_t>(skip, done, done + batch.size()) - done;
+    const bool delivers_last = sink && unwanted < batch.size();
     decoder.with_team([&] {
       decoder.forward(batch, tokens.size(), kv, cancel, std::min(decoder.n_batch(), added.size() - done - batch.size()));
-      if (last) decoder.logits(batch.size() - 1, 1, logits.data());
+      if (last && !delivers_last) decoder.logits(batch.size() - 1, 1, logits.data());
     });
     if (engine->experts) engine->experts->check_unchanged();
-    const size_t unwanted = std::clamp<size_t>(skip, done, done + batch.size()) - done;
     tokens.insert(tokens.end(), batch.begin(), batch.end());
     done += batch.size();
-    logits_valid = last;
+    logits_valid = last && !delivers_last;
     engine->after_chunk(batch.size());
-    if (sink) deliver(unwanted, batch.size() - unwanted, sink);
+    if (delivers_last) deliver(unwanted, batch.size() - unwanted, sink);
+    logits_valid = last;
     if (progress) progress(done, added.size());
   }
 }
 
-// Rows [first_row, first_row + n_rows) of the batch that ends the sequence.
+// Rows [first_row, first_row + n_rows) of the batch that ends the sequence; `logits` becomes the last.
 void Session::State::deliver(size_t first_row, size_t n_rows, const LogitsSink& sink) {
   const size_t batch_start = tokens.size() - first_row - n_rows;
   for (size_t row = first_row; row < first_row + n_rows;) {
     const size_t n = std::min(std::min(decoder.n_batch(), kLogitRows), first_row + n_rows - row);
     decoder.logits(row, n, logit_rows.data());
+    if (row + n == first_row + n_rows) std::copy_n(logit_rows.data() + (n - 1) * n_vocab, n_vocab, logits.data());
     sink(batch_start + row, n, {logit_rows.data(), n * n_vocab});
     row += n;
   }
