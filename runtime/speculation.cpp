@@ -48,7 +48,7 @@ PromptLookup::PromptLookup(size_t max_tokens) : ends_(table_entries(max_tokens))
 
 // Of the last n tokens.
 size_t PromptLookup::bucket(size_t n) const {
-  uint64_t hash = n;
+  uint64_t hash = n * 0xD6E8FEB86659FD93;
   for (size_t i = tokens_.size() - n; i < tokens_.size(); ++i)
     hash = (hash ^ static_cast<uint32_t>(tokens_[i])) * 0x9E3779B97F4A7C15;
   return (hash ^ hash >> 32) & (ends_.size() - 1);

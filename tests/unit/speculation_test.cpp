@@ -301,7 +301,7 @@ TEST_CASE("speculation: the gate proposes nothing without a match, room or a pla
 TEST_CASE("speculation: greedy and sampled answers are those of plain decoding, resident and streamed") {
   const RandomModel model = experts_model();
   const auto path = test::write_model(model, "speculation.gguf");
-  for (const std::optional<uint32_t> slots : {std::optional<uint32_t>{}, std::optional<uint32_t>{2}, std::optional<uint32_t>{3}}) {
+  for (const std::optional<uint32_t> slots : {std::optional<uint32_t>{}, std::optional<uint32_t>{2}}) {
     const Engine engine = open(path, slots);
     CAPTURE(engine.info().exact_batch);
     const auto prompt = copying_prompt(static_cast<Token>(model.hparams.n_vocab));
@@ -309,7 +309,7 @@ TEST_CASE("speculation: greedy and sampled answers are those of plain decoding, 
     CHECK(all.accepted > 0);
     for (const uint64_t seed : {1u, 2u, 3u})
       for (const float temperature : {0.1f, 1.0f}) {
-        const SpeculationStats some = check_same(engine, {prompt, sampled(seed, temperature)});
+        const SpeculationStats some = check_same(engine, {prompt, sampled(seed, temperature), 60});
         all.drafted += some.drafted;
         all.accepted += some.accepted;
       }
