@@ -1,6 +1,7 @@
 #include "base/pages.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
@@ -33,7 +34,10 @@ PageArray::PageArray(uint64_t n_bytes, bool huge) : n_bytes_(n_bytes) {
 
 void PageArray::give_back(std::byte* first, uint64_t n_bytes) const {
   DUET_ASSERT(first >= data() && first + n_bytes <= data() + n_bytes_);
-  static_cast<void>(::madvise(first, n_bytes, MADV_DONTNEED));
+  // Whole pages of the system only: it refuses others, and what lies beside is not ours to give.
+  const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE)), at = reinterpret_cast<uintptr_t>(first);
+  const uintptr_t begin = (at + page - 1) / page * page, end = (at + n_bytes) / page * page;
+  if (begin < end) static_cast<void>(::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED));
 }
 
 PageArray::~PageArray() {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 #include <string>
 
 #include "base/system_file.h"
@@ -15,11 +16,12 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// "some avg10=0.00 ...\nfull avg10=1.23 avg60=...": the number after "full avg10="; 0 when absent.
-double full_share(const fs::path& path) {
+// "some avg10=0.00 ...\nfull avg10=1.23 avg60=...": the number after "full avg10=".
+std::optional<double> full_share(const fs::path& path) {
   const std::string text = read_system_file(path), key = "full avg10=";
   const size_t at = text.find(key);
-  return at == std::string::npos ? 0 : std::clamp(std::strtod(text.c_str() + at + key.size(), nullptr), 0.0, 100.0);
+  if (at == std::string::npos) return std::nullopt;
+  return std::clamp(std::strtod(text.c_str() + at + key.size(), nullptr), 0.0, 100.0);
 }
 
 uint64_t high_events(const fs::path& folder) {
@@ -47,9 +49,11 @@ uint64_t major_faults() {
 }
 
 MemoryPressure read_memory_pressure(const fs::path& root) {
-  MemoryPressure out{.memory = read_host_memory(root), .own_bytes = anonymous_bytes(root), .full_avg10 = full_share(root / "proc/pressure/memory")};
-  if (out.memory.cgroup_version != 2) return out;
-  out.full_avg10 = std::max(out.full_avg10, full_share(out.memory.cgroup_folder / "memory.pressure"));
+  MemoryPressure out{.memory = read_host_memory(root), .own_bytes = anonymous_bytes(root)};
+  const bool has_group = out.memory.cgroup_version == 2;
+  const auto own = has_group ? full_share(out.memory.cgroup_folder / "memory.pressure") : std::nullopt;
+  out.full_avg10 = own ? *own : full_share(root / "proc/pressure/memory").value_or(0);
+  if (!has_group) return out;
   out.high_events = high_events(out.memory.cgroup_folder);
   return out;
 }

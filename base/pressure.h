@@ -16,8 +16,8 @@ uint64_t major_faults();
 struct MemoryPressure {
   HostMemory memory;             // limits as they are now
   uint64_t own_bytes = 0;        // anonymous memory of this process
-  double full_avg10 = 0;         // per cent of the last 10 s in which all waited for memory: of the machine or of
-                                 // the own cgroup (v2), the larger; 0 where the kernel does not tell
+  double full_avg10 = 0;         // per cent of the last 10 s in which all waited for memory: of the own cgroup (v2),
+                                 // else of the machine; 0 where the kernel does not tell
   uint64_t high_events = 0;      // times that the own cgroup exceeded its memory.high (v2)
 };
 

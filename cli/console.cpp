@@ -44,10 +44,22 @@ std::string one_line(std::string_view text) {
   return out;
 }
 
+// What stands in the terminal's current line.
+struct TerminalLine {
+  bool is_status = false;  // to be erased
+  bool is_text = false;    // of stdout, unfinished: to be left alone
+};
+TerminalLine& terminal_line() {
+  static TerminalLine line;
+  return line;
+}
+
 void print_remark(const char* prefix, const char* colour, const std::string& text) {
   const bool coloured = stderr_has_colour();
-  const char* clear_bar = stderr_is_terminal() ? "\r\033[K" : "";
-  std::fprintf(stderr, "%s%s%s%s %s\n", clear_bar, coloured ? colour : "", prefix,
+  TerminalLine& line = terminal_line();
+  const char* before = !stderr_is_terminal() ? "" : line.is_status ? "\r\033[K" : line.is_text ? "\n" : "";
+  line = {};
+  std::fprintf(stderr, "%s%s%s%s %s\n", before, coloured ? colour : "", prefix,
                coloured ? "\033[0m" : "", one_line(text).c_str());
 }
 
@@ -70,6 +82,7 @@ std::string rate_text(ProgressBar::Unit unit, double per_second) {
 
 void print(std::string_view text) {
   if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size()) fail_stdout();
+  if (!text.empty()) terminal_line().is_text = text.back() != '\n' && ::isatty(STDOUT_FILENO) != 0;
 }
 
 std::string fixed(double value, int digits) {
@@ -126,12 +139,12 @@ StatusLine::StatusLine(std::chrono::milliseconds interval)
 void StatusLine::draw(std::string_view text) {
   if (!enabled_) return;
   last_draw_ = Clock::now();
-  drawn_ = true;
+  drawn_ = terminal_line().is_status = true;
   std::fprintf(stderr, "\r\033[K%.*s", static_cast<int>(std::min<size_t>(text.size(), static_cast<size_t>(terminal_columns() - 1))), text.data());
 }
 
 void StatusLine::clear() {
-  if (std::exchange(drawn_, false)) std::fputs("\r\033[K", stderr);
+  if (std::exchange(drawn_, false) && std::exchange(terminal_line().is_status, false)) std::fputs("\r\033[K", stderr);
 }
 
 ProgressBar::ProgressBar(std::string label, Unit unit)

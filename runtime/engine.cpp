@@ -46,9 +46,9 @@ std::vector<uint64_t> one_expert(const ModelSizes& sizes) {
 }  // namespace
 
 void Engine::State::stream(const ModelSizes& sizes, const EngineOptions& options) {
+  watch = std::make_unique<MemoryWatch>(sizes, plan, options.watch, notice);  // first: loading takes long enough for a limit to change
   model.own_dense(options.stream);
   experts = std::make_unique<ExpertSource>(model, plan.slots, plan.n_staging, options.stream);
-  watch = std::make_unique<MemoryWatch>(sizes, plan, options.watch, notice);
 }
 
 void Engine::State::after_chunk(size_t n_tokens) const {

@@ -62,7 +62,8 @@ struct WatchOptions {
 
 // What streaming has done since the model was opened.
 //   reads.bytes = misses * bytes of an expert in the file + padding_bytes + wasted_bytes
-// exactly, between chunks of tokens, as long as no read has failed.
+// exactly, when no chunk of tokens is to follow at once, no read has failed, and the experts of a layer are of
+// one size. To be asked for by the thread that evaluates, or while none does.
 struct StreamStats {
   uint64_t hits = 0, misses = 0;  // experts that a chunk needed in a layer and that were, were not in memory
   BlockReaderStats reads;

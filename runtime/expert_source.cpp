@@ -62,7 +62,7 @@ ExpertSource::~ExpertSource() { reader_.reset(); }
 
 void ExpertSource::make_shapes(const Model& model) {
   std::vector<uint64_t> file_bytes;
-  for (const auto& path : model.file().part_paths()) file_bytes.push_back(std::filesystem::file_size(path));
+  for (const auto& file : model.file().part_identities()) file_bytes.push_back(file.size);
   for (size_t l = 0; l < model.layers().size(); ++l) {
     LayerShape& shape = shapes_.emplace_back();
     for (const Expert& expert : model.layers()[l].experts) {
@@ -240,9 +240,6 @@ void ExpertSource::start(Buffer& buffer, size_t layer, int32_t expert, ReadClass
     part_of(buffer.weights, kParts[p]).data = buffer.memory + shape.part_at[p] + ranges[p].head;
   }
   const size_t n = buffer.first_piece[3];
-  for (size_t i = 0; i < n; ++i) buffer.pieces[i].store(Piece::waiting, std::memory_order_relaxed);
-  buffer.n_waiting.store(static_cast<uint32_t>(n), std::memory_order_release);
-
   std::vector<ReadRange> reads;
   reads.reserve(n);
   const auto add = [&](size_t p, size_t i) {
@@ -258,6 +255,8 @@ void ExpertSource::start(Buffer& buffer, size_t layer, int32_t expert, ReadClass
     add(1, i);
   }
   for (size_t i = 0; i < n_pieces[2]; ++i) add(2, i);
+  for (size_t i = 0; i < n; ++i) buffer.pieces[i].store(Piece::waiting, std::memory_order_relaxed);
+  buffer.n_waiting.store(static_cast<uint32_t>(n), std::memory_order_release);
   reader_->submit(reads, urgency);
 }
 
@@ -297,7 +296,7 @@ void ExpertSource::wait(int32_t expert, ExpertPart part, size_t first_row, size_
   const size_t first = buffer.first_piece[p] + (head + first_row * row_bytes) / piece_bytes_;
   const size_t last = buffer.first_piece[p] + (head + end_row * row_bytes - 1) / piece_bytes_;
   for (size_t i = first; i <= last; ++i) {
-    if (buffer.pieces[i].load(std::memory_order_acquire) == Piece::waiting) wait_for(buffer.pieces[i]);
+    wait_while([&] { return buffer.pieces[i].load(std::memory_order_acquire) == Piece::waiting; });
     if (buffer.pieces[i].load(std::memory_order_relaxed) == Piece::landed) continue;
     const int error = buffer.error.load();
     fail(ErrorKind::io, model_->file().source(), ": cannot read expert ", expert, " of layer ", layer_, ": ",
@@ -305,14 +304,20 @@ void ExpertSource::wait(int32_t expert, ExpertPart part, size_t first_row, size_
   }
 }
 
-void ExpertSource::wait_for(const std::atomic<Piece>& piece) {
+template <class Busy>
+void ExpertSource::wait_while(const Busy& busy) {
+  if (!busy()) return;
   const auto start = std::chrono::steady_clock::now();
   for (;;) {
     const uint32_t seen = epoch_.load(std::memory_order_acquire);
-    if (piece.load(std::memory_order_acquire) != Piece::waiting) break;
+    if (!busy()) break;
     epoch_.wait(seen, std::memory_order_acquire);
   }
   wait_ns_ += static_cast<uint64_t>((std::chrono::steady_clock::now() - start) / std::chrono::nanoseconds(1));
+}
+
+void ExpertSource::drain(const Buffer& buffer) {
+  wait_while([&] { return buffer.n_waiting.load(std::memory_order_acquire) != 0; });
 }
 
 void ExpertSource::done(int32_t expert) {
@@ -346,14 +351,6 @@ void ExpertSource::end() {
 }
 
 // ---- endings ---------------------------------------------------------------------------------------
-
-void ExpertSource::drain(const Buffer& buffer) const {
-  for (;;) {
-    const uint32_t seen = epoch_.load(std::memory_order_acquire);
-    if (buffer.n_waiting.load(std::memory_order_acquire) == 0) return;
-    epoch_.wait(seen, std::memory_order_acquire);
-  }
-}
 
 // A guess that did not come true: what has not begun is not read.
 void ExpertSource::discard(Buffer& buffer) {

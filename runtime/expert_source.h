@@ -109,8 +109,9 @@ class ExpertSource {
   size_t piece_size(const Buffer& buffer, size_t piece) const;
   void start(Buffer& buffer, size_t layer, int32_t expert, ReadClass urgency);
   void landed(uint64_t tag, int error);
-  void wait_for(const std::atomic<Piece>& piece);
-  void drain(const Buffer& buffer) const;
+  template <class Busy>
+  void wait_while(const Busy& busy);
+  void drain(const Buffer& buffer);
   void finish();
   void abandon();
   void discard(Buffer& buffer);

@@ -117,8 +117,12 @@ bool SpeculationGate::out_of_date(const Length& length) const {
 // Unknown costs are hoped to be little more than those of the next smaller length; only the smallest
 // unknown one may be tried, because a trial of many tokens is a dear one where batches are dear.
 size_t SpeculationGate::choose(size_t match_length, size_t limit) const {
-  if (match_length == 0 || n_plain_ < 3 || n_steps_ - last_plain_ >= kPlainEvery) return 0;
-  size_t best = 0, n_smaller = 0;
+  return n_plain_ < 3 || n_steps_ - last_plain_ >= kPlainEvery ? 0 : best(match_length, limit);
+}
+
+size_t SpeculationGate::best(size_t match_length, size_t limit) const {
+  if (match_length == 0) return 0;
+  size_t chosen = 0, n_smaller = 0;
   double best_gain = kMargin, cost_smaller = 1;
   bool may_try = balance_ > 0;
   for (const Length& length : lengths()) {
@@ -131,10 +135,10 @@ size_t SpeculationGate::choose(size_t match_length, size_t limit) const {
     may_try = may_try && known;
     const double gain = expected_tokens(match_length, length.n_draft) / cost_smaller;
     if (gain <= best_gain) continue;
-    best = length.n_draft;
+    chosen = length.n_draft;
     best_gain = gain;
   }
-  return best;
+  return chosen;
 }
 
 void SpeculationGate::learn(const Step& step) {
@@ -227,7 +231,7 @@ size_t Speculator::step(Session& session, Token last, size_t limit, const Take& 
   take_seconds_ = 0;
   if (max_draft_ > 0) {
     for (size_t i = lookup_.size(); i < session.tokens().size(); ++i) lookup_.push(session.tokens()[i]);
-    lookup_.push(last);
+    if (lookup_.size() == session.tokens().size()) lookup_.push(last);  // else an exception ended the step that began with it
   }
   const size_t match = lookup_.match_length(), n_draft = draft_length(session, limit);
   lookup_.propose(std::max<size_t>(n_draft, 1), guess_);

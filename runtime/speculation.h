@@ -59,6 +59,8 @@ class SpeculationGate {
   // Tokens to propose after a match of so many (PromptLookup; 0: nothing can be proposed), at most
   // `limit`. 0: a plain step.
   size_t choose(size_t match_length, size_t limit) const;
+  // The same but for the plain steps that are due from time to time.
+  size_t best(size_t match_length, size_t limit) const;
 
   struct Step {
     size_t match_length = 0;  // when it began; 0: there was nothing to propose

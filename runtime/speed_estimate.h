@@ -16,8 +16,8 @@ struct MachineRates {
 
 // Share of the choices of a layer that find their expert in one of its `slots`, with the policy of
 // ExpertPolicy. Expected of Mixtral 8x7B: a model of consecutive tokens fitted to Table 5 of the
-// Mixtral paper (arXiv 2401.04088), to be replaced by recorded routing. Other numbers of experts and
-// pinned slots: as if every choice were as likely, slots / n_expert.
+// Mixtral paper (arXiv 2401.04088), to be replaced by recorded routing. Other numbers of experts:
+// as if every choice were as likely, slots / n_expert.
 double expected_hit_rate(const HParams& hparams, uint32_t slots);
 
 struct SpeedEstimate {

@@ -26,7 +26,7 @@ const ThrashDetector::Clock::time_point kStart = ThrashDetector::Clock::now();
 
 }  // namespace
 
-TEST_CASE("pressure: cgroup v2, the worse of machine and group") {
+TEST_CASE("pressure: cgroup v2, the own group's rather than the machine's") {
   const Machine m;
   m.file("proc/self/cgroup", "0::/user/duet");
   m.file("proc/self/statm", "5000 300 100 1 0 1 0");
@@ -37,6 +37,8 @@ TEST_CASE("pressure: cgroup v2, the worse of machine and group") {
   m.file("sys/fs/cgroup/user/duet/memory.pressure", stall("7.25"));
   const MemoryPressure p = m.read();
   CHECK(p.full_avg10 == doctest::Approx(7.25));
+  m.file("proc/pressure/memory", stall("50.00"));  // a neighbour's
+  CHECK(m.read().full_avg10 == doctest::Approx(7.25));
   CHECK(p.high_events == 12);
   CHECK(p.own_bytes == 200 * 4096);
   CHECK(p.memory.cgroup_limit_bytes == 3 * kGiB);
@@ -86,7 +88,8 @@ TEST_CASE("pressure: this machine") {
   const MemoryPressure p = read_memory_pressure();
   CHECK(p.memory.total_bytes > 0);
   CHECK(p.own_bytes > 0);
-  CHECK(major_faults() < 100'000'000);
+  const uint64_t faults = major_faults();
+  CHECK(major_faults() >= faults);
 }
 
 TEST_CASE("thrash detector: faults of eight tokens in a row, at most every 64 tokens") {

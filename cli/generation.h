@@ -1,0 +1,42 @@
+// What `duet run` has generated, and how it tells of it.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/json_fwd.h"
+#include "cli/streaming.h"
+#include "runtime/engine.h"
+#include "runtime/speculation.h"
+
+namespace duet::cli {
+
+// Why generation ended; in --json under "stop".
+enum class Stop { eos, length, context, interrupted };
+
+struct Generation {
+  std::string text;
+  std::vector<Token> ids;  // without the end-of-generation token
+  size_t n_prompt = 0;
+  double prefill_seconds = 0, decode_seconds = 0;
+  size_t n_decoded = 0;  // tokens that decode_seconds evaluated
+  StreamStats before_decode;
+  Stop stop = Stop::length;
+  uint64_t seed = 0;
+};
+
+// What its experts cost while tokens were made; nothing when all weights are in memory.
+std::optional<StreamUse> streaming(const Engine& engine, const Generation& g);
+
+Json to_json(const Generation& g, const std::optional<StreamUse>& stream);
+Json to_json(const Speculator& speculator);
+
+// All to stderr: before the first token, and at the end.
+void print_status(const Engine& engine, const Session& session);
+void print_statistics(const Generation& g);
+void print_streaming(const StreamUse& stream);
+void print_speculation(const Speculator& speculator);
+
+}  // namespace duet::cli
