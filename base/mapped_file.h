@@ -20,6 +20,10 @@ struct FileIdentity {
 // Of an open file; nothing when the system does not tell.
 std::optional<FileIdentity> identify(int descriptor);
 
+// Tells the kernel that what it has of this file in its page cache will not be read again soon. Best
+// effort; pages that are mapped stay.
+void drop_from_cache(const std::filesystem::path& path);
+
 // A read-only shared mapping of a whole regular file. Move-only; views die with it.
 // A file truncated by somebody else while mapped still raises SIGBUS on access.
 class MappedFile {

@@ -1,6 +1,5 @@
 #include "base/read_rate.h"
 
-#include <fcntl.h>
 
 #include <algorithm>
 #include <chrono>
@@ -10,7 +9,7 @@
 #include <random>
 
 #include "base/error.h"
-#include "base/file_descriptor.h"
+#include "base/mapped_file.h"
 #include "base/pages.h"
 
 namespace duet {
@@ -118,11 +117,6 @@ class Times {
   int error_ = 0;
 };
 
-void drop_cached(const fs::path& path) {
-  const FileDescriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  if (fd.is_open()) static_cast<void>(::posix_fadvise(fd.get(), 0, 0, POSIX_FADV_DONTNEED));
-}
-
 }  // namespace
 
 ReadRate measure_read_rate(const fs::path& file, const ReadRateOptions& o) {
@@ -139,7 +133,7 @@ ReadRate measure_read_rate(const fs::path& file, const ReadRateOptions& o) {
   auto reader =
       BlockReader::open({&file, 1}, times.done(), {.backend = o.backend, .depth = o.depth});
   ReadRate rate = {.direct = reader->direct(), .reader = reader->name()};
-  if (!rate.direct) drop_cached(file);
+  if (!rate.direct) drop_from_cache(file);
   const size_t n_needed = std::min<uint64_t>(block, size);
   const Clock::time_point end = Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                                    std::chrono::duration<double>(o.seconds));

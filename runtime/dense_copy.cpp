@@ -72,7 +72,10 @@ void Model::own_dense(const StreamOptions& options) {
     const Piece& piece = pieces[piece_of.at(w->data)];
     w->data = piece.range.to + piece.head;
   }
+  // Norms and routers were read through the page cache, which counts as ours: a few bytes each, but as
+  // much around them as the disk's read-ahead takes.
   for (const TensorView& tensor : file_.tensors()) file_.drop(tensor);
+  for (const auto& path : file_.part_paths()) drop_from_cache(path);
 }
 
 }  // namespace duet
