@@ -82,10 +82,11 @@ void check_accounts(const Engine& engine, const ExpertTrace* trace = nullptr) {
   CHECK(s.good_guesses <= s.guesses);
 }
 
-void check_equal(const RandomModel& model, std::initializer_list<uint32_t> all_slots) {
+void check_equal(const RandomModel& model, std::initializer_list<uint32_t> all_slots,
+                 std::initializer_list<uint32_t> batches = {1, 7, 32, static_cast<uint32_t>(kTokens)}) {
   const auto path = test::write_model(model, "stream.gguf");
   const auto tokens = some_tokens(kTokens, model.hparams.n_vocab);
-  for (const uint32_t n_batch : {1u, 7u, 32u, static_cast<uint32_t>(kTokens)}) {
+  for (const uint32_t n_batch : batches) {
     const auto want = all_logits(Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}}), n_batch, tokens);
     for (const Way& way : kWays)
       for (const uint32_t slots : all_slots) {
@@ -96,7 +97,7 @@ void check_equal(const RandomModel& model, std::initializer_list<uint32_t> all_s
         const Engine engine = open(path, slots, way.n_threads, {.backend = way.backend, .piece_bytes = 16384, .lookahead = way.lookahead});
         REQUIRE(engine.plan().streamed);
         CHECK(same_bits(all_logits(engine, n_batch, tokens), want));
-        CHECK(same_bits(all_logits(engine, n_batch, tokens), want));  // again, with what is in memory now
+        if (n_batch == 7) CHECK(same_bits(all_logits(engine, n_batch, tokens), want));  // again, with what is in memory now
         const StreamStats stats = *engine.stream_stats();
         CHECK(stats.misses > 0);
         if (n_batch == 1 && slots < 7) CHECK((stats.guesses > 0) == (way.lookahead == Lookahead::on));
@@ -112,7 +113,7 @@ TEST_CASE("streaming: logits equal resident ones, merged experts") { check_equal
 TEST_CASE("streaming: logits equal resident ones, per-expert tensors") { check_equal(mixed_model(true), {1, 2, 8}); }
 
 TEST_CASE("streaming: float experts") {
-  check_equal({.hparams = mixtral_hparams(), .type = [](const std::string&) { return DType::F32; }}, {2});
+  check_equal({.hparams = mixtral_hparams(), .type = [](const std::string&) { return DType::F32; }}, {2}, {7, kTokens});
 }
 
 TEST_CASE("streaming: hits and misses are counted, with all slots an expert is read once") {
