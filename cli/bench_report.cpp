@@ -144,10 +144,13 @@ void print_bench_json(const BenchReport& r) {
 
 std::string streaming_text(const BenchReport& r, const BenchResult& x) {
   const StreamShare& s = *x.streamed;
+  const std::string policy = s.eff_policy ? concat("; the best choice of experts would miss ", percent(*s.eff_policy), " of the bytes") : "";
+  const std::string guesses = s.good_guesses ? concat("; ", percent(*s.good_guesses), " of the guesses were right, ", format_size(s.wasted_bytes), " of ",
+                                                      format_size(s.read_bytes), " read in vain") : "";
   return concat(x.test, ": experts in memory ", percent(s.hit_rate), ", ", figure(s.disk_bytes / kGiga), " GB/token from disk at ",
                 figure(s.disk_bytes_per_s / kGiga), " of ", figure(*r.disk_bytes_per_s / kGiga), " GB/s (", s.backend, "); T_perfect ",
                 figure(s.t_perfect), " s, T_demand ", figure(s.t_demand), " s, measured ", figure(1 / x.mean), " s: ", percent(s.eff_sched),
-                " of the perfect schedule", s.eff_policy ? concat("; the best choice of experts would miss ", percent(*s.eff_policy), " of the bytes") : "", s.good_guesses ? concat("; ", percent(*s.good_guesses), " of the guesses were right, ", format_size(s.wasted_bytes), " of ", format_size(s.read_bytes), " read in vain") : "", "; waiting ", percent(s.wait_share), "; ", figure(s.major_faults), " major faults/token; peak ",
+                " of the perfect schedule", policy, guesses, "; waiting ", percent(s.wait_share), "; ", figure(s.major_faults), " major faults/token; peak ",
                 format_size(s.peak_bytes), "\n");
 }
 

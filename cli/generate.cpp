@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "base/json.h"
+#include "base/stopwatch.h"
 #include "cli/commands.h"
 #include "cli/console.h"
 #include "cli/generation.h"
@@ -33,10 +34,6 @@ struct RunOptions {
   std::optional<uint64_t> seed;
   bool raw = false, ignore_eos = false, json = false;
 };
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
 
 // ---- the prompt --------------------------------------------------------------------------------
 

@@ -236,9 +236,7 @@ MemoryPlan plan_memory(const ModelSizes& sizes, const MemoryOptions& options, in
   return Planner(sizes, options, n_threads, find_budget(options, memory)).make();
 }
 
-MemoryPlan shrunk_plan(MemoryPlan plan, const ModelSizes& sizes, uint64_t budget_bytes, std::string reason) {
-  plan.budget_bytes = budget_bytes;
-  plan.budget_reason = std::move(reason);
+MemoryPlan shrunk_plan(MemoryPlan plan, const ModelSizes& sizes, uint64_t budget_bytes) {
   const std::vector<uint32_t> fitting = hand_out_slots(sizes, less(room_in(budget_bytes, sizes), fixed_bytes(plan)));
   for (size_t layer = 0; layer < fitting.size(); ++layer) plan.slots[layer] = std::min(plan.slots[layer], fitting[layer]);
   count_slots(plan, sizes);

@@ -76,7 +76,7 @@ MemoryPlan plan_memory(const ModelSizes& sizes, const MemoryOptions& options, in
 uint64_t budget_in_cgroup(uint64_t limit, uint64_t used_by_others);
 // What is left of a streamed plan in a smaller budget: no layer has more slots than before, all else
 // stays. Where even no slots are too much, there are none and total_bytes exceeds the budget.
-MemoryPlan shrunk_plan(MemoryPlan plan, const ModelSizes& sizes, uint64_t budget_bytes, std::string reason);
+MemoryPlan shrunk_plan(MemoryPlan plan, const ModelSizes& sizes, uint64_t budget_bytes);
 // One slot less in every layer that has any.
 MemoryPlan with_one_slot_less(MemoryPlan plan, const ModelSizes& sizes);
 

@@ -65,7 +65,7 @@ void MemoryWatch::react_to_limit(const char* name, uint64_t limit, uint64_t used
   if (plan_.total_bytes <= budget) return;
   const uint64_t before = plan_.expert_bytes;
   const std::string what = concat(name, " lowered to ", format_size(limit));
-  plan_ = shrunk_plan(std::move(plan_), sizes_, budget, what);
+  plan_ = shrunk_plan(std::move(plan_), sizes_, budget);
   tell(what, before);
   if (plan_.total_bytes > budget)
     notice_(concat(what, ": without any expert in memory this process still takes ", format_size(plan_.total_bytes),

@@ -9,6 +9,7 @@
 #include "base/host.h"
 #include "base/pages.h"
 #include "base/parallel.h"
+#include "base/stopwatch.h"
 
 namespace duet {
 namespace {
@@ -18,7 +19,6 @@ constexpr int kReadRuns = 5, kMacRuns = 15;
 constexpr uint64_t kHugePage = uint64_t{2} << 20;
 constexpr uint64_t kMinBytes = uint64_t{64} << 20;  // below, caches would be measured
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 // Calls body(worker) once for each worker in [0, n_threads), all at once.
 template <class Body>

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "base/stopwatch.h"
 
 namespace duet {
 namespace {
@@ -34,10 +35,6 @@ size_t table_entries(size_t max_tokens) { return std::bit_ceil(std::clamp<size_t
 void blend(double& mean, double value, uint64_t n) {
   const double weight = std::max(kBlend, 1.0 / static_cast<double>(n));
   mean += weight * (n > 3 ? std::min(value, kOutlier * mean) - mean : value - mean);
-}
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 }  // namespace

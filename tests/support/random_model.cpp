@@ -103,6 +103,16 @@ HParams tiny_hparams() {
   return h;
 }
 
+HParams small_mixtral_hparams(uint32_t n_layer, uint32_t n_ff) {
+  HParams h = tiny_hparams();
+  h.n_layer = n_layer;
+  h.n_embd = 256;
+  h.n_ff = n_ff;
+  h.head_dim = h.n_rot = 64;
+  h.n_expert = 8;
+  return h;
+}
+
 namespace {
 
 // A folder of this process: tests that run at the same time may use the same names.

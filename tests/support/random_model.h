@@ -31,6 +31,8 @@ struct RandomModel {
 
 // 4 experts, 2 used, 2 layers, hidden 64, 97 tokens.
 HParams tiny_hparams();
+// 8 experts, 2 used, sizes that 256-element formats divide.
+HParams small_mixtral_hparams(uint32_t n_layer, uint32_t n_ff);
 
 // Writes the file into a folder of this process under DUET_TEST_DIR, removed at its end; gives its path.
 std::filesystem::path write_model(const RandomModel& model, const std::string& file_name);

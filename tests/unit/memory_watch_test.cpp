@@ -165,13 +165,7 @@ TEST_CASE("memory watch: one slot less each time the system waits for memory") {
 }
 
 TEST_CASE("streaming: the limit is lowered while running, the logits and the trace stay true") {
-  HParams h = tiny_hparams();
-  h.n_layer = 3;
-  h.n_embd = h.n_ff = 256;
-  h.n_head = 4;
-  h.n_head_kv = 2;
-  h.head_dim = h.n_rot = 64;
-  h.n_expert = 8;
+  const HParams h = small_mixtral_hparams(3, 256);
   const auto path = write_model({.hparams = h, .type = [](const std::string&) { return DType::Q4_K; }}, "watch.gguf");
   const auto tokens = some_tokens(kTokens, h.n_vocab);
   Session resident = Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}}).new_session({.n_ctx = kTokens, .n_batch = 1});

@@ -105,15 +105,7 @@ class Simulation {
 // ---- speculation -------------------------------------------------------------------------------
 
 RandomModel experts_model() {
-  HParams h = test::tiny_hparams();
-  h.n_embd = 256;
-  h.n_head = 4;
-  h.n_head_kv = 2;
-  h.head_dim = h.n_rot = 64;
-  h.n_ff = 512;
-  h.n_expert = 8;
-  h.n_expert_used = 2;
-  return {.hparams = h, .type = [](const std::string& name) {
+  return {.hparams = test::small_mixtral_hparams(2, 512), .type = [](const std::string& name) {
             return name.find("ffn_down") != name.npos || name == "output.weight" ? DType::Q6_K : DType::Q4_K;
           }};
 }

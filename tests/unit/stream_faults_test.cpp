@@ -30,14 +30,7 @@ namespace {
 constexpr uint32_t kTokens = 40;
 
 RandomModel random_model(uint64_t seed = 1) {
-  HParams h = tiny_hparams();
-  h.n_layer = 3;
-  h.n_embd = h.n_ff = 256;
-  h.n_head = 4;
-  h.n_head_kv = 2;
-  h.head_dim = h.n_rot = 64;
-  h.n_expert = 8;
-  return {.hparams = h, .seed = seed, .type = [](const std::string&) { return DType::Q4_K; }};
+  return {.hparams = small_mixtral_hparams(3, 256), .seed = seed, .type = [](const std::string&) { return DType::Q4_K; }};
 }
 
 // A model file of this test, the same bytes each time.

@@ -21,18 +21,7 @@ using test::some_tokens;
 
 namespace {
 
-HParams mixtral_hparams() {
-  HParams h = test::tiny_hparams();
-  h.n_layer = 3;
-  h.n_embd = 256;
-  h.n_head = 4;
-  h.n_head_kv = 2;
-  h.head_dim = h.n_rot = 64;
-  h.n_ff = 512;
-  h.n_expert = 8;
-  h.n_expert_used = 2;
-  return h;
-}
+HParams mixtral_hparams() { return test::small_mixtral_hparams(3, 512); }
 
 // Down projections of another type in one layer, as recipes mix them: buffers of two sizes.
 RandomModel mixed_model(bool split_experts) {
