@@ -114,8 +114,7 @@ void append(std::vector<TensorSpec>& out, std::span<const Row> rows, const HPara
     TensorSpec spec;
     spec.kind = row.kind;
     spec.layer = layer;
-    spec.gguf_name =
-        layer < 0 ? concat(row.gguf, ".weight") : concat("blk.", layer, ".", row.gguf, ".weight");
+    spec.gguf_name = tensor_name(row.kind, layer);
     spec.shape = row.shape(h);
     spec.optional = row.presence == Presence::rope_freqs;
     out.push_back(std::move(spec));
@@ -168,6 +167,11 @@ std::vector<TensorSpec> tensor_table(const HParams& hparams) {
     append(out, kLayer, hparams, static_cast<int>(layer));
   append(out, kTail, hparams, -1);
   return out;
+}
+
+std::string tensor_name(TensorKind kind, int layer) {
+  const char* name = row_of(kind).gguf;
+  return layer < 0 ? concat(name, ".weight") : concat("blk.", layer, ".", name, ".weight");
 }
 
 std::string split_expert_name(TensorKind kind, int layer, int expert) {

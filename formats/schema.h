@@ -72,6 +72,9 @@ std::vector<TensorSpec> tensor_table(const HParams& hparams);
 // ramp of the reciprocal between). Needs llama3_rope.factor > 0.
 std::vector<float> llama3_rope_freqs(const HParams& hparams);
 
+// Name of a tensor of the merged layout: "blk.3.ffn_up_exps.weight"; layer -1: not of a layer.
+std::string tensor_name(TensorKind kind, int layer);
+
 // Old per-expert layout: "blk.L.ffn_gate.E.weight" (kind one of the *_exps).
 std::string split_expert_name(TensorKind kind, int layer, int expert);
 

@@ -114,12 +114,17 @@ void Attention::forward(size_t layer_index, KvCache& kv, Activations& input, flo
   const size_t n_embd = model_->hparams().n_embd;
   normalize(compute_, residual, n_, layer.attn_norm, model_->hparams().rms_eps, input,
             act_bit(layer.attn_q) | act_bit(layer.attn_k) | act_bit(layer.attn_v));
+  if (compute_.observer != nullptr)
+    for (const TensorKind kind : {TensorKind::attn_q, TensorKind::attn_k, TensorKind::attn_v})
+      observe(compute_, kind, static_cast<int>(layer_index), input.row(0), n_, n_embd);
   queue_.add(layer.attn_q, input, 0, n_, q_.data(), n_head_ * head_dim_);
   queue_.add(layer.attn_k, input, 0, n_, k_.data(), n_head_kv_ * head_dim_);
   queue_.add(layer.attn_v, input, 0, n_, v_.data(), n_head_kv_ * head_dim_);
   queue_.run(compute_);
   rotate_and_store(layer_index, kv);
   attend(layer_index, kv);
+  if (compute_.observer != nullptr)
+    observe(compute_, TensorKind::attn_output, static_cast<int>(layer_index), out_.row(0), n_, n_head_ * head_dim_);
   queue_.add(layer.attn_output, out_, 0, n_, projected_.data(), n_embd);
   queue_.run(compute_);
   parallel_for(compute_.n_threads, n_, 32, [&](size_t begin, size_t end) {

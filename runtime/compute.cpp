@@ -103,6 +103,11 @@ void normalize(const Compute& compute, const float* x, size_t n, const std::vect
   });
 }
 
+void observe(const Compute& compute, TensorKind kind, int layer, const float* rows, size_t n_rows, size_t cols) {
+  const std::string name = tensor_name(kind, layer);
+  (*compute.observer)({.kind = kind, .layer = layer, .tensor = name, .expert = -1, .n_rows = n_rows, .cols = cols, .rows = rows, .router_weights = {}});
+}
+
 void multiply(const Compute& compute, const Product& p, std::span<float> panel) {
   const Format& format = *p.w->format;
   const MatmulArgs args{.w = p.w->data + p.first_row * p.w->row_bytes, .w_stride = p.w->row_bytes,

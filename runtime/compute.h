@@ -15,6 +15,7 @@
 #include "quant/format.h"
 #include "runtime/kernels/kernels.h"
 #include "runtime/model.h"
+#include "runtime/observer.h"
 
 namespace duet {
 
@@ -48,6 +49,7 @@ struct Compute {
   int n_threads = 1;
   float* panels = nullptr;  // [n_threads, kPanelFloats] of scratch for the task at hand
   const Placement* placement = nullptr;  // of the threads; null: anywhere
+  const ProductObserver* observer = nullptr;  // null: nobody looks
 
   // Runs body() with the threads at hand: every entry to the forward pass goes through here.
   template <class Body>
@@ -95,6 +97,9 @@ class Activations {
 // acts row t = rms_norm(x row t) * weight, quantized, for n rows of x [n, acts.cols()].
 void normalize(const Compute& compute, const float* x, size_t n, const std::vector<float>& weight, float eps,
                Activations& acts, ActFormats formats);
+
+// Tells compute.observer, which must be there, of rows [n_rows, cols] for one weight.
+void observe(const Compute& compute, TensorKind kind, int layer, const float* rows, size_t n_rows, size_t cols);
 
 // ModelInfo::exact_batch.
 uint32_t exact_batch(const Model& model);

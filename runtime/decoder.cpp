@@ -7,7 +7,7 @@ namespace duet {
 Decoder::Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch, ExpertSource* source)
     : model_(&model),
       panels_(static_cast<size_t>(compute.n_threads) * kPanelFloats),
-      compute_{compute.kernels, compute.n_threads, panels_.data(), compute.placement},
+      compute_{compute.kernels, compute.n_threads, panels_.data(), compute.placement, compute.observer},
       source_(source),
       n_batch_(n_batch),
       n_embd_(model.hparams().n_embd),
@@ -57,6 +57,7 @@ void Decoder::logits(size_t row, size_t n_rows, float* out) {
   compute_.team([&] {
     normalize(compute_, residual_.data() + row * n_embd_, n_rows, model_->output_norm(), model_->hparams().rms_eps,
               input_, act_bit(output));
+    if (compute_.observer != nullptr) observe(compute_, TensorKind::output, -1, input_.row(0), n_rows, n_embd_);
     queue_.add(output, input_, 0, n_rows, out, output.rows);
     queue_.run(compute_);
   });

@@ -23,6 +23,7 @@
 #include "base/topology.h"
 #include "formats/schema.h"
 #include "runtime/chat_template.h"
+#include "runtime/observer.h"
 #include "runtime/sampler.h"
 #include "runtime/tokenizer.h"
 
@@ -99,6 +100,9 @@ struct SessionOptions {
   KvType kv_type = KvType::f16;
   const std::atomic<bool>* cancel = nullptr;  // checked between layers; true -> Error(cancelled)
   RoutingFn routing = {};   // never called for a dense model
+  // Sees the inputs of all matrix products. Costs scratch beyond the memory plan: at most 1024 rows of n_ff
+  // floats or n_batch of n_embd. No cost when null.
+  ProductObserver products = {};
 };
 
 // Bytes of weights read, multiply-adds by kind of the activations they multiply.

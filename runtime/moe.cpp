@@ -60,6 +60,8 @@ Moe::Moe(const Model& model, const Compute& compute, size_t n_batch, ExpertSourc
       next_chosen_(guess_rows(n_batch, source) * n_used_),
       next_weights_(next_chosen_.size()),
       likely_(n_expert_),
+      slot_weight_(compute.observer != nullptr ? n_batch * n_used_ : 0),
+      observed_(compute.observer != nullptr ? std::max(n_batch * n_embd_, std::min(n_batch * n_used_, kWaveRows) * n_ff_) : 0),
       queue_(n_expert_ + kWaveRows / kTokenBlock) {
   wave_.reserve(n_expert_ + kWaveRows / kTokenBlock);
   blocks_.reserve(n_expert_ + kWaveRows / kMinTokenBlock);
@@ -74,6 +76,7 @@ uint64_t Moe::bytes_needed(const HParams& hparams, size_t n_batch) {
 void Moe::forward(size_t layer_index, size_t n, Activations& input, float* residual) {
   const Layer& layer = model_->layers()[layer_index];
   n_ = n;
+  layer_index_ = layer_index;
   wave_.clear();  // an error may have left some
   wave_rows_ = 0;
   ActFormats formats = act_bit(ActFormat::f32);
@@ -82,6 +85,7 @@ void Moe::forward(size_t layer_index, size_t n, Activations& input, float* resid
   route(layer, input, chosen_.data(), weights_.data());
   group();
   if (gathers()) gather(layer, input);
+  if (compute_.observer != nullptr) observe_inputs(input);
   choose_block_size();
   const Activations& rows = gathers() ? gathered_ : input;
   if (source_ == nullptr) run_resident(layer, rows);
@@ -205,6 +209,7 @@ void Moe::add_to_waves(int32_t index, const Expert& expert, const Activations& i
 void Moe::run_wave(const Activations& input, bool arriving) {
   if (wave_.empty()) return;
   make_hidden(input, arriving);
+  if (compute_.observer != nullptr) observe_hidden();
   down(arriving);
   wave_.clear();
   wave_rows_ = 0;
@@ -248,6 +253,7 @@ void Moe::make_hidden_block(const Activations& input, size_t worker, const Segme
   for (size_t t = 0; t < block.n; ++t) {
     float* values = gate + t * kHiddenRows;
     compute_.kernels->silu_mul(values, up + t * kHiddenRows, values, n_rows);
+    if (compute_.observer != nullptr) std::copy_n(values, n_rows, observed_.data() + (block.hidden_row + t) * n_ff_ + first_row);
     hidden_.set_part(*compute_.kernels, block.hidden_row + t, first_row, values, n_rows, expert.down.format->act);
   }
 }
@@ -268,6 +274,35 @@ void Moe::combine(float* residual) const {
       for (size_t i = t * n_used_; i < (t + 1) * n_used_; ++i)
         compute_.kernels->add_scaled(residual + t * n_embd_, out_.data() + slot_[i] * n_embd_, weights_[i], n_embd_);
   });
+}
+
+// `kind` of experts; that of the dense matrix in a model without.
+void Moe::tell(TensorKind kind, size_t expert, size_t first_slot, size_t n, const float* rows, size_t cols) const {
+  if (model_->hparams().n_expert == 0) {
+    if (kind == TensorKind::ffn_gate_exps) kind = TensorKind::ffn_gate;
+    else kind = kind == TensorKind::ffn_up_exps ? TensorKind::ffn_up : TensorKind::ffn_down;
+    return observe(compute_, kind, static_cast<int>(layer_index_), rows, n, cols);
+  }
+  const std::string name = tensor_name(kind, static_cast<int>(layer_index_));
+  (*compute_.observer)({.kind = kind, .layer = static_cast<int>(layer_index_), .tensor = name, .expert = static_cast<int>(expert),
+                        .n_rows = n, .cols = cols, .rows = rows, .router_weights = {slot_weight_.data() + first_slot, n}});
+}
+
+// Of the router, then of gate and up of each expert.
+void Moe::observe_inputs(Activations& input) {
+  if (!model_->layers()[layer_index_].router.empty())
+    observe(compute_, TensorKind::ffn_gate_inp, static_cast<int>(layer_index_), input.row(0), n_, n_embd_);
+  for (size_t i = 0; i < n_rows(); ++i) slot_weight_[slot_[i]] = weights_[i];
+  for (size_t e = 0; e < n_expert_; ++e) {
+    const size_t first = first_slot_[e], n = first_slot_[e + 1] - first;
+    if (n == 0) continue;
+    for (size_t i = 0; i < n; ++i) std::copy_n(input.row(static_cast<size_t>(slot_token_[first + i])), n_embd_, observed_.data() + i * n_embd_);
+    for (const TensorKind kind : {TensorKind::ffn_gate_exps, TensorKind::ffn_up_exps}) tell(kind, e, first, n, observed_.data(), n_embd_);
+  }
+}
+
+void Moe::observe_hidden() {
+  for (const Segment& s : wave_) tell(TensorKind::ffn_down_exps, static_cast<size_t>(s.index), s.first_slot, s.n, observed_.data() + s.hidden_row * n_ff_, n_ff_);
 }
 
 }  // namespace duet

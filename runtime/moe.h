@@ -51,6 +51,9 @@ class Moe {
   void make_hidden_block(const Activations& input, size_t worker, const Segment& block, size_t first_row);
   void down(bool arriving);
   void combine(float* residual) const;
+  void observe_inputs(Activations& input);
+  void observe_hidden();
+  void tell(TensorKind expert_kind, size_t expert, size_t first_slot, size_t n, const float* rows, size_t cols) const;
   size_t n_rows() const { return n_ * n_used_; }
   // Gathering costs a copy: not for one token, nor where every token goes the same way.
   bool gathers() const { return n_ > 1 && n_expert_ > 1; }
@@ -59,7 +62,7 @@ class Moe {
   Compute compute_;
   ExpertSource* source_;
   size_t n_expert_, n_used_, n_embd_, n_ff_;
-  size_t n_ = 0;
+  size_t n_ = 0, layer_index_ = 0;  // of the chunk at hand
   std::vector<int32_t> chosen_;     // [n_batch, n_used]
   std::vector<float> weights_;      // [n_batch, n_used]
   std::vector<size_t> slot_;        // [n_batch, n_used] row among the gathered ones
@@ -80,6 +83,9 @@ class Moe {
   std::vector<float> next_weights_;
   std::vector<float> likely_;       // [n_expert]
   std::vector<int32_t> guess_;      // [n_expert]
+  // For an observer: router weight by row, and the rows of an expert or the hidden rows of a wave in float.
+  std::vector<float> slot_weight_;  // [n_batch * n_used]
+  AlignedArray<float> observed_;
   MatmulQueue queue_;
 };
 

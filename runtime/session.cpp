@@ -58,7 +58,8 @@ struct Session::State {
         n_vocab(engine->model.hparams().n_vocab),
         n_ctx(n_context),
         cancel(options.cancel),
-        decoder(engine->model, engine->compute, n_ctx, n_batch, engine->experts.get()),
+        products(options.products),
+        decoder(engine->model, compute(), n_ctx, n_batch, engine->experts.get()),
         kv(engine->model.hparams(), n_ctx, options.kv_type),
         logits(n_vocab),
         logit_rows(std::min(n_batch, kLogitRows) * n_vocab) {
@@ -72,6 +73,11 @@ struct Session::State {
     }});
   }
 
+  Compute compute() const {
+    Compute out = engine->compute;
+    out.observer = products ? &products : nullptr;
+    return out;
+  }
   void check(size_t n_kept, std::span<const Token> added) const;
   void evaluate(std::span<const Token> added, const Progress& progress, const LogitsSink& sink, size_t skip);
   void deliver(size_t first_row, size_t n_rows, const LogitsSink& sink);
@@ -79,6 +85,7 @@ struct Session::State {
   std::shared_ptr<const Engine::State> engine;
   size_t n_vocab, n_ctx;
   const std::atomic<bool>* cancel;
+  const ProductObserver products;
   Decoder decoder;
   KvCache kv;
   std::vector<Token> tokens;       // those whose keys and values are in the cache

@@ -21,6 +21,11 @@ Vector values(const TensorView& view) {
 struct Reference {
   const GgufFile& file;
   const HParams& hp;
+  const ReferenceWatch& watch;
+
+  void tell(const std::string& tensor, const Vector& row, int expert = -1, double weight = 1) const {
+    if (watch) watch(tensor + ".weight", expert, row, weight);
+  }
 
   Vector vector(const std::string& name) const {
     const TensorView* view = file.find_tensor(name);
@@ -135,7 +140,9 @@ void attention_layer(const Reference& ref, size_t layer, const Vector& factors, 
     rotate(k, hp.head_dim, hp, factors, t);
     keys.push_back(k);
     vals.push_back(times(wv, y));
-    const Vector out = times(wo, attend(hp, q, keys, vals, t));
+    const Vector mixed = attend(hp, q, keys, vals, t), out = times(wo, mixed);
+    for (const char* name : {"attn_q", "attn_k", "attn_v"}) ref.tell(prefix + name, y);
+    ref.tell(prefix + "attn_output", mixed);
     for (size_t i = 0; i < out.size(); ++i) x[t][i] += out[i];
   }
 }
@@ -157,11 +164,17 @@ void ffn_layer(const Reference& ref, size_t layer, Matrix& x) {
     const Vector y = rms_norm(row, norm, double{hp.rms_eps});
     std::vector<std::pair<size_t, double>> chosen{{0, 1.0}};
     if (hp.n_expert > 0) chosen = route(hp, times(router, y));
+    if (hp.n_expert > 0) ref.tell(prefix + "ffn_gate_inp", y);
     for (const auto& [e, weight] : chosen) {
       Vector h = times(gate[e], y);
       const Vector u = times(up[e], y);
       for (size_t i = 0; i < h.size(); ++i) h[i] = h[i] / (1 + std::exp(-h[i])) * u[i];
       const Vector out = times(down[e], h);
+      const std::string suffix = hp.n_expert > 0 ? "_exps" : "";
+      const int expert = hp.n_expert > 0 ? static_cast<int>(e) : -1;
+      ref.tell(prefix + "ffn_gate" + suffix, y, expert, weight);
+      ref.tell(prefix + "ffn_up" + suffix, y, expert, weight);
+      ref.tell(prefix + "ffn_down" + suffix, h, expert, weight);
       for (size_t i = 0; i < out.size(); ++i) row[i] += weight * out[i];
     }
   }
@@ -169,8 +182,9 @@ void ffn_layer(const Reference& ref, size_t layer, Matrix& x) {
 
 }  // namespace
 
-Matrix reference_logits(const GgufFile& file, const HParams& hparams, std::span<const Token> tokens) {
-  const Reference ref{file, hparams};
+Matrix reference_logits(const GgufFile& file, const HParams& hparams, std::span<const Token> tokens,
+                        const ReferenceWatch& watch) {
+  const Reference ref{file, hparams, watch};
   const Matrix embedding = ref.matrix("token_embd.weight", hparams.n_vocab);
   Vector factors;
   if (file.find_tensor("rope_freqs.weight")) factors = ref.vector("rope_freqs.weight");
@@ -184,7 +198,11 @@ Matrix reference_logits(const GgufFile& file, const HParams& hparams, std::span<
   const Matrix output = tied ? embedding : ref.matrix("output.weight", hparams.n_vocab);
   const Vector norm = ref.vector("output_norm.weight");
   Matrix logits;
-  for (const Vector& row : x) logits.push_back(times(output, rms_norm(row, norm, double{hparams.rms_eps})));
+  for (const Vector& row : x) {
+    const Vector y = rms_norm(row, norm, double{hparams.rms_eps});
+    ref.tell("output", y);
+    logits.push_back(times(output, y));
+  }
   return logits;
 }
 

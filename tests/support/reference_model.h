@@ -3,7 +3,9 @@
 // runtime/, so that agreement means something.
 #pragma once
 
+#include <functional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "formats/gguf.h"
@@ -14,7 +16,11 @@ namespace duet::test {
 
 using Matrix = std::vector<std::vector<double>>;  // [rows][cols]
 
+// Told of every row that a matrix multiplies: merged GGUF name, expert (-1: none), the row, router weight.
+using ReferenceWatch = std::function<void(const std::string& tensor, int expert, const std::vector<double>& row, double weight)>;
+
 // Logits of every position, [n_tokens][n_vocab].
-Matrix reference_logits(const GgufFile& file, const HParams& hparams, std::span<const Token> tokens);
+Matrix reference_logits(const GgufFile& file, const HParams& hparams, std::span<const Token> tokens,
+                        const ReferenceWatch& watch = {});
 
 }  // namespace duet::test
