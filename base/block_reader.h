@@ -27,8 +27,8 @@ enum class ReadBackend { automatic, io_uring, pread, buffered };
 // Served in this order; first come, first served within a class.
 enum class ReadClass : uint8_t {
   demand,       // a computation waits for it
-  ahead,        // certainly needed later
-  speculative,  // perhaps needed
+  ahead,        // needed next, certainly or probably
+  speculative,  // perhaps needed later
 };
 
 // `offset`, `n_bytes` and `to` are multiples of kReadAlignment. The file must hold at least
@@ -86,9 +86,9 @@ class BlockReader {
 
   // Queues ranges in this order. Any thread.
   virtual void submit(std::span<const ReadRange> ranges, ReadClass urgency) = 0;
-  // Queued ranges of this class that have not begun end with ECANCELED before this returns; those
-  // under way go on. Returns how many were dropped.
-  virtual size_t cancel(ReadClass urgency) = 0;
+  // Queued ranges with tags first_tag, ... first_tag + n_tags - 1 that have not begun end with ECANCELED
+  // before this returns; those under way go on. Returns how many were dropped.
+  virtual size_t cancel(uint64_t first_tag, uint64_t n_tags) = 0;
   // Queued ranges with tags first_tag, ... first_tag + n_tags - 1 become more urgent, in their order
   // behind what this class holds already; those that are as urgent or have begun stay.
   virtual void promote(uint64_t first_tag, uint64_t n_tags, ReadClass urgency) = 0;

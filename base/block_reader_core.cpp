@@ -48,11 +48,11 @@ void ReaderCore::submit(std::span<const ReadRange> ranges, ReadClass urgency) {
   wake();
 }
 
-size_t ReaderCore::cancel(ReadClass urgency) {
+size_t ReaderCore::cancel(uint64_t first_tag, uint64_t n_tags) {
   Queue dropped;
   {
     const std::lock_guard lock(mutex_);
-    dropped.swap(queues_[index(urgency)]);
+    for (Queue& queue : queues_) take_out(queue, first_tag, n_tags, dropped);
   }
   for (const ReadRange& range : dropped) done_(range.tag, ECANCELED);
   return dropped.size();
@@ -60,13 +60,15 @@ size_t ReaderCore::cancel(ReadClass urgency) {
 
 void ReaderCore::promote(uint64_t first_tag, uint64_t n_tags, ReadClass urgency) {
   const std::lock_guard lock(mutex_);
-  for (size_t from = index(urgency) + 1; from < queues_.size(); ++from) {
-    Queue& queue = queues_[from];
-    const auto moved = std::stable_partition(queue.begin(), queue.end(),
-                                             [&](const ReadRange& r) { return r.tag - first_tag >= n_tags; });
-    queues_[index(urgency)].insert(queues_[index(urgency)].end(), moved, queue.end());
-    queue.erase(moved, queue.end());
-  }
+  for (size_t from = index(urgency) + 1; from < queues_.size(); ++from)
+    take_out(queues_[from], first_tag, n_tags, queues_[index(urgency)]);
+}
+
+// To the end of `to`, in their order.
+void ReaderCore::take_out(Queue& queue, uint64_t first_tag, uint64_t n_tags, Queue& to) {
+  const auto moved = std::stable_partition(queue.begin(), queue.end(), [&](const ReadRange& r) { return r.tag - first_tag >= n_tags; });
+  to.insert(to.end(), moved, queue.end());
+  queue.erase(moved, queue.end());
 }
 
 std::optional<size_t> ReaderCore::changed_file() const {

@@ -52,7 +52,7 @@ class ReaderCore : public BlockReader {
   explicit ReaderCore(ReaderSetup setup);
 
   void submit(std::span<const ReadRange> ranges, ReadClass urgency) final;
-  size_t cancel(ReadClass urgency) final;
+  size_t cancel(uint64_t first_tag, uint64_t n_tags) final;
   void promote(uint64_t first_tag, uint64_t n_tags, ReadClass urgency) final;
   std::optional<size_t> changed_file() const final;
   BlockReaderStats stats() const final;
@@ -81,6 +81,7 @@ class ReaderCore : public BlockReader {
   virtual void wake() {}  // there is something to take, or the reader was stopped
   void check(const ReadRange& range) const;
   bool take_locked(ReadJob& job);
+  static void take_out(Queue& queue, uint64_t first_tag, uint64_t n_tags, Queue& to);
   std::optional<int> after_error(ReadJob& job, int error);
   void go_on_cached(ReadJob& job);
 

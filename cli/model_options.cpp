@@ -52,7 +52,7 @@ void add_stream_options(CLI::App& command, ModelOptions& options) {
   command
       .add_option_function<std::string>(
           "--lookahead", [&options](const std::string& name) { options.lookahead = name == "on" ? Lookahead::on : name == "off" ? Lookahead::off : Lookahead::automatic; },
-          "Read the experts that the next layer will probably choose while nothing else is read; auto: unless most guesses are wrong")
+          "Read the experts that the next layers will probably choose while nothing else is read; auto: as far ahead as it pays")
       ->check(CLI::IsMember({"on", "off", "auto"}))
       ->type_name("on|off|auto")
       ->default_str("auto");

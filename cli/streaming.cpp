@@ -12,7 +12,11 @@ StreamUse stream_use(const StreamStats& before, const StreamStats& now, double n
   const auto hits = static_cast<double>(now.hits - before.hits), misses = static_cast<double>(now.misses - before.misses);
   const auto bytes = static_cast<double>(now.reads.bytes - before.reads.bytes);
   const double waited = static_cast<double>(now.wait_ns - before.wait_ns) * 1e-9;
-  const auto guesses = static_cast<double>(now.guesses - before.guesses), good = static_cast<double>(now.good_guesses - before.good_guesses);
+  double guesses = 0, good = 0;
+  for (size_t i = 0; i < now.guesses.size(); ++i) {
+    guesses += static_cast<double>(now.guesses[i].asked - before.guesses[i].asked);
+    good += static_cast<double>(now.guesses[i].right - before.guesses[i].right);
+  }
   return {.hit_rate = hits + misses > 0 ? hits / (hits + misses) : 1.0,
           .disk_bytes = bytes / n_tokens,
           .disk_bytes_per_s = bytes / seconds,

@@ -103,6 +103,10 @@ std::optional<StreamStats> Engine::stream_stats() const {
   return state_->experts->stats();
 }
 
+void Engine::set_lookahead(Lookahead lookahead, uint32_t n_layers) const {
+  if (state_->experts != nullptr) state_->experts->set_lookahead(lookahead, n_layers);
+}
+
 const Tokenizer& Engine::tokenizer() const {
   if (state_->tokenizer_error) std::rethrow_exception(state_->tokenizer_error);
   return *state_->tokenizer;

@@ -8,6 +8,7 @@
 // The library never prints, aborts or exits; failures are duet::Error (base/error.h).
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -42,9 +43,10 @@ struct MemoryOptions {
   std::optional<uint32_t> slots = {};  // experts held per layer, for tests and experiments; forces streaming
 };
 
-// Reading the experts that the router of the next layer would choose now, while nothing else is read.
-// automatic: on, with pauses while it reads more in vain than it gains.
+// Reading the experts that the routers of the next layers would choose now, while nothing else is read.
+// automatic: as many layers ahead as pay (runtime/lookahead_gate.h).
 enum class Lookahead { automatic, off, on };
+inline constexpr uint32_t kLookaheadLayers = 6;
 
 // How experts are read when they do not all fit in memory.
 struct StreamOptions {
@@ -52,6 +54,7 @@ struct StreamOptions {
   unsigned depth = kReadDepth;
   size_t piece_bytes = kReadBytes;  // of one read
   Lookahead lookahead = Lookahead::automatic;
+  uint32_t lookahead_layers = kLookaheadLayers;  // at most as many
   ReadFault fault = {};             // tests only
 };
 
@@ -59,6 +62,12 @@ struct StreamOptions {
 struct WatchOptions {
   std::filesystem::path root = "/";  // another: tests only
   std::chrono::milliseconds interval{1000};
+};
+
+// Guesses of the look-ahead that were first made so many layers ahead: experts asked for, those chosen, and
+// the bytes of them that had been read when it turned out.
+struct GuessStats {
+  uint64_t asked = 0, right = 0, used_bytes = 0, wasted_bytes = 0;
 };
 
 // What streaming has done since the model was opened.
@@ -71,7 +80,7 @@ struct StreamStats {
   uint64_t padding_bytes = 0;     // around the experts needed, to whole pages
   uint64_t speculative_bytes = 0; // read before the router had chosen
   uint64_t wasted_bytes = 0;      // those of them that were not needed
-  uint64_t guesses = 0, good_guesses = 0;  // experts whose reading the look-ahead asked for; those that were chosen
+  std::array<GuessStats, kLookaheadLayers> guesses = {};  // one layer ahead, two, ...
   uint64_t wait_ns = 0;           // of all threads, for rows that had not landed
   std::string backend;            // "io_uring, direct"
   std::vector<uint32_t> slots;    // [n_layer] experts held now: the plan's, or fewer when memory has become short
@@ -146,6 +155,8 @@ class Engine {
   const ModelInfo& info() const;
   const MemoryPlan& plan() const;                    // runtime/memory_plan.h; as made on opening
   std::optional<StreamStats> stream_stats() const;   // nothing when all weights are in memory
+  // From the next chunk of tokens on, to compare settings; nothing happens when all weights are in memory.
+  void set_lookahead(Lookahead lookahead, uint32_t n_layers) const;
   // A file without (or with an unusable) tokenizer or template opens all the same, for use by token
   // ids; what is wrong with them is thrown when they are asked for: Error(format), Error(unsupported).
   const Tokenizer& tokenizer() const;

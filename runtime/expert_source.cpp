@@ -38,6 +38,7 @@ struct ExpertSource::Buffer {
   std::atomic<int> error{0};
   std::atomic<uint64_t> n_read{0};  // bytes that have landed
   bool unwanted = false;            // holds a wrong guess, of which pieces may be under way
+  uint32_t distance = 0;            // of the guess that it was filled for
 
   bool holds(size_t l, int32_t e) const { return layer == l && expert == e; }
   bool complete() const { return n_waiting.load(std::memory_order_acquire) == 0 && error.load() == 0; }
@@ -47,10 +48,11 @@ ExpertSource::ExpertSource(const Model& model, std::vector<uint32_t> slots, uint
     : model_(&model),
       n_expert_(model.hparams().n_expert),
       piece_bytes_(std::max(round_up(options.piece_bytes, kReadAlignment), kReadAlignment)),
+      under_way_bytes_(options.depth * piece_bytes_),
       lookahead_(options.lookahead),
+      lookahead_layers_(std::min(options.lookahead_layers, kLookaheadLayers)),
       policy_(n_expert_, slots),
-      current_(n_expert_),
-      ahead_(n_expert_) {
+      current_(n_expert_) {
   DUET_ASSERT(n_expert_ > 0 && n_staging >= 2 && slots.size() == model.layers().size());
   make_shapes(model);
   make_buffers(slots, n_staging);
@@ -88,12 +90,12 @@ void ExpertSource::make_shapes(const Model& model) {
 }
 
 void ExpertSource::make_buffers(const std::vector<uint32_t>& slots, uint32_t n_staging) {
-  size_t largest = 0, total = 0;
+  size_t total = 0;
   for (size_t l = 0; l < shapes_.size(); ++l) {
-    largest = std::max(largest, shapes_[l].bytes);
+    largest_ = std::max(largest_, shapes_[l].bytes);
     total += slots[l] * shapes_[l].bytes;
   }
-  memory_ = PageArray(total + n_staging * largest);
+  memory_ = PageArray(total + n_staging * largest_);
   std::byte* at = memory_.data();
   const auto add = [&](size_t n_bytes, bool is_staging) {
     auto buffer = std::make_unique<Buffer>();
@@ -110,7 +112,7 @@ void ExpertSource::make_buffers(const std::vector<uint32_t>& slots, uint32_t n_s
     std::vector<Buffer*>& of_layer = slots_.emplace_back();
     for (uint32_t i = 0; i < slots[l]; ++i) of_layer.push_back(add(shapes_[l].bytes, false));
   }
-  for (uint32_t i = 0; i < n_staging; ++i) staging_.push_back(add(largest, true));
+  for (uint32_t i = 0; i < n_staging; ++i) staging_.push_back(add(largest_, true));
 }
 
 ExpertSource::Pass::Pass(ExpertSource* source, size_t n_next) : source_(source) {
@@ -134,57 +136,96 @@ void ExpertSource::begin(size_t layer, std::span<const int32_t> chosen, size_t n
   policy_.use(layer, chosen, n_used, step_);
   std::fill(current_.begin(), current_.end(), nullptr);
   for (const int32_t e : step_.hits) current_[static_cast<size_t>(e)] = &slot_buffer(layer, policy_.slot_of(layer, e));
-  adopt_ahead();
+  adopt_expected();
   is_short_ = chosen.size() < kAllExpertsTokens * n_used;
-  if (layer + 1 < shapes_.size() ? !is_short_ : long_one_follows_) {
-    for (size_t e = 0; e < n_expert_; ++e) expected_.push_back(static_cast<int32_t>(e));
-    expected_class_ = ReadClass::ahead;
-  }
+  if (layer + 1 < shapes_.size() ? !is_short_ : long_one_follows_) expect_all((layer + 1) % shapes_.size());
   start_more();
 }
 
-bool ExpertSource::wants_guess() const {
-  const bool wanted = lookahead_ == Lookahead::on || (lookahead_ == Lookahead::automatic && gate_.open());
-  return wanted && is_short_ && layer_ + 1 < shapes_.size() && n_started_ == step_.loads.size() && free_staging() != nullptr;
+void ExpertSource::expect_all(size_t layer) {
+  for (int32_t e = 0; e < static_cast<int32_t>(n_expert_); ++e)
+    if (policy_.slot_of(layer, e) == ExpertPolicy::kStaging) expected_.push_back({.layer = layer, .expert = e});
 }
 
-void ExpertSource::guess(std::span<const int32_t> experts) {
-  DUET_ASSERT(in_layer_ && expected_.empty() && layer_ + 1 < shapes_.size());
-  expected_.assign(experts.begin(), experts.end());
-  expected_class_ = ReadClass::speculative;
+size_t ExpertSource::guess_reach() const {
+  if (lookahead_ == Lookahead::off || !is_short_ || n_started_ < step_.loads.size()) return 0;
+  if (expected_.empty() && free_staging(shapes_[layer_].bytes) == nullptr) return 0;
+  size_t reach = std::min<size_t>(lookahead_layers_, shapes_.size() - 1 - layer_);
+  while (reach > 0 && lookahead_ == Lookahead::automatic && !gates_[reach - 1].open()) --reach;
+  return reach;
+}
+
+// What is being read and still guessed goes on. The next layer's comes before that of the others.
+void ExpertSource::guess(std::span<const Guess> guesses) {
+  DUET_ASSERT(in_layer_ && is_short_);
+  expected_.swap(expected_before_);
+  expected_.clear();
+  for (const auto& [layer, expert] : guesses) {
+    if (policy_.slot_of(layer, expert) != ExpertPolicy::kStaging) continue;
+    const auto distance = static_cast<uint32_t>(layer - layer_);
+    const auto known = std::find_if(expected_before_.begin(), expected_before_.end(),
+                                    [&, l = layer, e = expert](const Expected& x) { return x.layer == l && x.expert == e && x.buffer != nullptr; });
+    if (known != expected_before_.end()) {
+      if (distance == 1) reader_->promote(known->buffer->index << 32, known->buffer->first_piece[3], ReadClass::ahead);
+      expected_.push_back(std::exchange(*known, {}));
+    } else if (lookahead_ == Lookahead::on || gates_[distance - 1].open()) {
+      expected_.push_back({.layer = layer, .expert = expert, .distance = distance});
+    }
+  }
+  for (Expected& x : expected_before_) discard(x);
   start_more();
 }
 
 // What was read ahead for this layer waits in staging. What is needed is used first, being there
-// first; the rest was a wrong guess. A guess whose reading failed is read again.
-void ExpertSource::adopt_ahead() {
+// first; the rest was a wrong guess. A guess whose reading failed is read again. Guesses for later layers
+// give way where experts of this one have to pass through staging.
+void ExpertSource::adopt_expected() {
   size_t n_adopted = 0;
-  for (const int32_t expert : expected_) {
-    Buffer*& buffer = ahead_[static_cast<size_t>(expert)];
-    const auto load = std::find_if(step_.loads.begin(), step_.loads.end(), [=](const auto& l) { return l.expert == expert; });
-    if (buffer == nullptr || load == step_.loads.end() || buffer->error.load() != 0) continue;
-    adopt(*std::exchange(buffer, nullptr), *load);
+  for (Expected& x : expected_) {
+    if (x.layer != layer_) continue;
+    const auto load = std::find_if(step_.loads.begin(), step_.loads.end(), [&](const auto& l) { return l.expert == x.expert; });
+    if (x.buffer == nullptr || load == step_.loads.end() || x.buffer->error.load() != 0) {
+      discard(x);
+      continue;
+    }
+    adopt(x, *load);
     const auto place = step_.loads.begin() + static_cast<ptrdiff_t>(n_adopted++);
     std::rotate(place, load, load + 1);
   }
-  for (Buffer*& buffer : ahead_)
-    if (buffer != nullptr) discard(*std::exchange(buffer, nullptr));
-  expected_.clear();
-  n_expected_done_ = 0;
+  const bool crowded = std::any_of(step_.loads.begin() + static_cast<ptrdiff_t>(n_adopted), step_.loads.end(),
+                                   [](const auto& load) { return load.slot == ExpertPolicy::kStaging; });
+  std::erase_if(expected_, [&](Expected& x) {
+    if (x.layer != layer_ && crowded) discard(x);
+    return x.layer == layer_ || crowded;
+  });
 }
 
-// Where the policy wants to keep it, buffers change places, or (of different size) it is copied when it
+// Where the policy wants to keep it, buffers change places, or (where that cannot be) it is copied when it
 // has been computed.
-void ExpertSource::adopt(Buffer& buffer, const ExpertPolicy::Load& load) {
+void ExpertSource::adopt(Expected& expected, const ExpertPolicy::Load& load) {
+  Buffer& buffer = *std::exchange(expected.buffer, nullptr);
   reader_->promote(buffer.index << 32, buffer.first_piece[3], ReadClass::demand);
-  speculative_bytes_ += buffer.n_read.load(std::memory_order_relaxed);
-  if (expected_class_ == ReadClass::speculative) ++good_guesses_;
+  const uint64_t n_read = buffer.n_read.load(std::memory_order_relaxed);
+  speculative_bytes_ += n_read;
+  if (buffer.distance > 0) {
+    GuessStats& stats = guesses_[buffer.distance - 1];
+    ++stats.right;
+    stats.used_bytes += n_read;
+    gates_[buffer.distance - 1].gained(n_read);
+  }
   current_[static_cast<size_t>(load.expert)] = &buffer;
-  if (load.slot == ExpertPolicy::kStaging || slot_buffer(layer_, load.slot).n_bytes != buffer.n_bytes) return;
+  if (load.slot == ExpertPolicy::kStaging || !can_exchange(buffer, slot_buffer(layer_, load.slot))) return;
   Buffer*& old = slots_[layer_][static_cast<size_t>(load.slot)];
   old->expert = -1;
   std::swap(old->is_staging, buffer.is_staging);
   std::swap(*std::find(staging_.begin(), staging_.end(), &buffer), old);
+}
+
+// Layers may have experts of different sizes. Two buffers of staging hold any, as what passes through it needs.
+bool ExpertSource::can_exchange(const Buffer& staging, const Buffer& slot) const {
+  if (slot.n_bytes >= staging.n_bytes) return true;
+  const auto holds_any = [&](const Buffer* b) { return b->n_bytes == largest_; };
+  return std::count_if(staging_.begin(), staging_.end(), holds_any) > 2;
 }
 
 // Starts what buffers allow: this layer's loads in their order, then the next layer's.
@@ -193,33 +234,32 @@ void ExpertSource::start_more() {
     const auto [expert, slot] = step_.loads[n_started_];
     Buffer*& buffer = current_[static_cast<size_t>(expert)];
     if (buffer != nullptr) continue;  // read ahead
-    buffer = slot == ExpertPolicy::kStaging ? free_staging() : &slot_buffer(layer_, slot);
+    buffer = slot == ExpertPolicy::kStaging ? free_staging(shapes_[layer_].bytes) : &slot_buffer(layer_, slot);
     if (buffer == nullptr) return;
     start(*buffer, layer_, expert, ReadClass::demand);
   }
-  while (n_expected_done_ < expected_.size() && start_ahead()) {
+  start_expected();
+}
+
+void ExpertSource::start_expected() {
+  for (Expected& x : expected_) {
+    if (x.buffer != nullptr) continue;
+    x.buffer = free_staging(shapes_[x.layer].bytes);
+    if (x.buffer == nullptr) return;
+    start(*x.buffer, x.layer, x.expert, x.distance <= 1 ? ReadClass::ahead : ReadClass::speculative);
+    x.buffer->distance = x.distance;
+    if (x.distance > 0) ++guesses_[x.distance - 1].asked;
   }
 }
 
-// The next of the experts that the next layer is expected to need. False: no buffer is free.
-bool ExpertSource::start_ahead() {
-  const size_t next = (layer_ + 1) % shapes_.size();
-  const int32_t expert = expected_[n_expected_done_];
-  Buffer*& buffer = ahead_[static_cast<size_t>(expert)];
-  if (buffer == nullptr && policy_.slot_of(next, expert) == ExpertPolicy::kStaging) {
-    buffer = free_staging();
-    if (buffer == nullptr) return false;
-    start(*buffer, next, expert, expected_class_);
-    if (expected_class_ == ReadClass::speculative) ++guesses_;
+// The smallest that will do.
+ExpertSource::Buffer* ExpertSource::free_staging(size_t n_bytes) const {
+  Buffer* best = nullptr;
+  for (Buffer* buffer : staging_) {
+    if (buffer->expert >= 0 || buffer->n_bytes < n_bytes || buffer->n_waiting.load(std::memory_order_acquire) != 0) continue;
+    if (best == nullptr || buffer->n_bytes < best->n_bytes) best = buffer;
   }
-  ++n_expected_done_;
-  return true;
-}
-
-ExpertSource::Buffer* ExpertSource::free_staging() const {
-  for (Buffer* buffer : staging_)
-    if (buffer->expert < 0 && buffer->n_waiting.load(std::memory_order_acquire) == 0) return buffer;
-  return nullptr;
+  return best;
 }
 
 // Pieces of gate and up take turns, as their rows are used together; then those of down.
@@ -240,13 +280,12 @@ void ExpertSource::start(Buffer& buffer, size_t layer, int32_t expert, ReadClass
     part_of(buffer.weights, kParts[p]).data = buffer.memory + shape.part_at[p] + ranges[p].head;
   }
   const size_t n = buffer.first_piece[3];
-  std::vector<ReadRange> reads;
-  reads.reserve(n);
+  reads_.clear();
   const auto add = [&](size_t p, size_t i) {
     if (i >= n_pieces[p]) return;
     const Range& range = ranges[p];
     const size_t at = i * piece_bytes_, n_bytes = std::min(piece_bytes_, range.n_bytes - at);
-    reads.push_back({.file = range.file, .offset = range.offset + at, .n_bytes = n_bytes,
+    reads_.push_back({.file = range.file, .offset = range.offset + at, .n_bytes = n_bytes,
                      .n_needed = std::min(n_bytes, range.n_needed - std::min(range.n_needed, at)),
                      .to = buffer.memory + shape.part_at[p] + at, .tag = buffer.index << 32 | (buffer.first_piece[p] + i)});
   };
@@ -257,7 +296,7 @@ void ExpertSource::start(Buffer& buffer, size_t layer, int32_t expert, ReadClass
   for (size_t i = 0; i < n_pieces[2]; ++i) add(2, i);
   for (size_t i = 0; i < n; ++i) buffer.pieces[i].store(Piece::waiting, std::memory_order_relaxed);
   buffer.n_waiting.store(static_cast<uint32_t>(n), std::memory_order_release);
-  reader_->submit(reads, urgency);
+  reader_->submit(reads_, urgency);
 }
 
 void ExpertSource::landed(uint64_t tag, int error) {
@@ -353,8 +392,10 @@ void ExpertSource::end() {
 // ---- endings ---------------------------------------------------------------------------------------
 
 // A guess that did not come true: what has not begun is not read.
-void ExpertSource::discard(Buffer& buffer) {
-  reader_->cancel(expected_class_);
+void ExpertSource::discard(Expected& expected) {
+  if (expected.buffer == nullptr) return;
+  Buffer& buffer = *std::exchange(expected.buffer, nullptr);
+  reader_->cancel(buffer.index << 32, buffer.first_piece[3]);
   buffer.expert = -1;
   buffer.unwanted = true;
 }
@@ -365,26 +406,25 @@ void ExpertSource::settle(Buffer& buffer) {
   if (!std::exchange(buffer.unwanted, false)) return;
   speculative_bytes_ += n_read;
   wasted_bytes_ += n_read;
+  if (buffer.distance == 0) return;
+  guesses_[buffer.distance - 1].wasted_bytes += n_read;
+  gates_[buffer.distance - 1].lost(std::min(n_read, under_way_bytes_));
 }
 
 // What is being read for the next pass goes on.
 void ExpertSource::finish() {
   if (finished_ && long_one_follows_) return;
   abandon();
-  const uint64_t used = speculative_bytes_ - wasted_bytes_;
-  if (is_short_) gate_.passed(used - used_told_, wasted_bytes_ - wasted_told_);
-  used_told_ = used;
-  wasted_told_ = wasted_bytes_;
+  if (is_short_)
+    for (LookaheadGate& gate : gates_) gate.passed();
 }
 
 // The pass is over, by an error in the middle of a layer perhaps: nothing is left under way, and an
 // expert of which something is missing is not there.
 void ExpertSource::abandon() {
-  for (const ReadClass urgency : {ReadClass::demand, ReadClass::ahead, ReadClass::speculative}) reader_->cancel(urgency);
-  for (Buffer*& buffer : ahead_)
-    if (buffer != nullptr) discard(*std::exchange(buffer, nullptr));
+  reader_->cancel(0, UINT64_MAX);
+  for (Expected& x : expected_) discard(x);
   expected_.clear();
-  n_expected_done_ = 0;
   for (const auto& buffer : buffers_) {
     drain(*buffer);
     settle(*buffer);
@@ -419,6 +459,12 @@ void ExpertSource::shrink(const std::vector<uint32_t>& slots) {
   }
 }
 
+void ExpertSource::set_lookahead(Lookahead lookahead, uint32_t n_layers) {
+  const std::lock_guard lock(mutex_);
+  lookahead_ = lookahead;
+  lookahead_layers_ = std::min(n_layers, kLookaheadLayers);
+}
+
 StreamStats ExpertSource::stats() const {
   std::vector<uint32_t> slots;
   for (size_t layer = 0; layer < shapes_.size(); ++layer) slots.push_back(policy_.slots(layer));
@@ -431,7 +477,6 @@ StreamStats ExpertSource::stats() const {
           .speculative_bytes = speculative_bytes_,
           .wasted_bytes = wasted_bytes_,
           .guesses = guesses_,
-          .good_guesses = good_guesses_,
           .wait_ns = wait_ns_.load(),
           .backend = reader_->name() + refused,
           .slots = std::move(slots)};

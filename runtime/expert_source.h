@@ -56,12 +56,16 @@ class ExpertSource {
   // The chunk has reached a layer; chosen [n_tokens, n_used]. Reads begin. A chunk long enough to
   // need all experts of the next layer too has them read ahead.
   void begin(size_t layer, std::span<const int32_t> chosen, size_t n_used);
-  // Whether guess() would start anything in this layer: a short chunk, look-ahead on, and a free buffer.
-  bool wants_guess() const;
-  // What the next layer will probably need, most probable first. Missing ones are read while nothing
-  // else is, into buffers that nobody uses; what has not begun when that layer chooses otherwise is
-  // not read.
-  void guess(std::span<const int32_t> experts);
+  // How many layers ahead guesses are worth while in this layer; 0 in long chunks, and where there is no buffer.
+  size_t guess_reach() const;
+  struct Guess {
+    size_t layer;
+    int32_t expert;
+  };
+  // What the next layers will probably need, the nearest layer first, in it the most probable expert, instead of
+  // what was guessed before. Missing ones are read while nothing else is, into buffers that nobody uses; what
+  // has not begun when it turns out to be wrong is not read.
+  void guess(std::span<const Guess> guesses);
   // What is there, and what is being read, in the order in which it arrives.
   std::span<const int32_t> hits() const { return step_.hits; }
   std::span<const ExpertPolicy::Load> loads() const { return step_.loads; }
@@ -80,6 +84,8 @@ class ExpertSource {
   // back to the system and is not used again. Between passes.
   void shrink(const std::vector<uint32_t>& slots);
 
+  void set_lookahead(Lookahead lookahead, uint32_t n_layers);  // between passes
+
   StreamStats stats() const;
 
  private:
@@ -97,15 +103,24 @@ class ExpertSource {
   };
   struct Buffer;
   enum class Piece : uint8_t { waiting, landed, failed };
+  // An expert of a later layer.
+  struct Expected {
+    size_t layer = 0;
+    int32_t expert = -1;
+    uint32_t distance = 0;     // layers ahead when it was guessed; 0: certain
+    Buffer* buffer = nullptr;  // null: its reading has not begun
+  };
 
   void make_shapes(const Model& model);
   void make_buffers(const std::vector<uint32_t>& slots, uint32_t n_staging);
-  Buffer* free_staging() const;
+  Buffer* free_staging(size_t n_bytes) const;
   Buffer& slot_buffer(size_t layer, int32_t slot) { return *slots_[layer][static_cast<size_t>(slot)]; }
-  void adopt_ahead();
-  void adopt(Buffer& buffer, const ExpertPolicy::Load& load);
+  void adopt_expected();
+  void adopt(Expected& expected, const ExpertPolicy::Load& load);
+  bool can_exchange(const Buffer& staging, const Buffer& slot) const;
+  void expect_all(size_t layer);
   void start_more();
-  bool start_ahead();
+  void start_expected();
   size_t piece_size(const Buffer& buffer, size_t piece) const;
   void start(Buffer& buffer, size_t layer, int32_t expert, ReadClass urgency);
   void landed(uint64_t tag, int error);
@@ -114,17 +129,20 @@ class ExpertSource {
   void drain(const Buffer& buffer);
   void finish();
   void abandon();
-  void discard(Buffer& buffer);
+  void discard(Expected& expected);
   void settle(Buffer& buffer);
   void copy(const Buffer& from, Buffer& to);
 
   const Model* model_;
   size_t n_expert_, piece_bytes_;
+  uint64_t under_way_bytes_;  // at most, of reads that have begun
   Lookahead lookahead_;
-  LookaheadGate gate_;
+  uint32_t lookahead_layers_;
+  std::array<LookaheadGate, kLookaheadLayers> gates_;  // one layer ahead, two, ...
   std::vector<LayerShape> shapes_;
   ExpertPolicy policy_;
   PageArray memory_;
+  size_t largest_ = 0;  // expert of any layer
   std::vector<std::unique_ptr<Buffer>> buffers_;
   std::vector<std::vector<Buffer*>> slots_;  // [n_layer][slots]
   std::vector<Buffer*> staging_;
@@ -136,12 +154,10 @@ class ExpertSource {
   size_t layer_ = 0, n_started_ = 0;  // of step_.loads
   ExpertPolicy::Step step_;
   std::vector<Buffer*> current_;  // [n_expert] null: not chosen or not started
-  std::vector<Buffer*> ahead_;    // [n_expert] of the next layer
-  std::vector<int32_t> expected_; // of the next layer, to be read when this layer has all it needs
-  size_t n_expected_done_ = 0;
-  ReadClass expected_class_ = ReadClass::ahead;
-  uint64_t padding_bytes_ = 0, speculative_bytes_ = 0, wasted_bytes_ = 0, guesses_ = 0, good_guesses_ = 0;
-  uint64_t used_told_ = 0, wasted_told_ = 0;  // bytes that the gate has been told of
+  std::vector<ReadRange> reads_;  // scratch of start()
+  std::vector<Expected> expected_, expected_before_;  // to be read when this layer has all it needs, in this order; scratch
+  uint64_t padding_bytes_ = 0, speculative_bytes_ = 0, wasted_bytes_ = 0;
+  std::array<GuessStats, kLookaheadLayers> guesses_{};
 
   std::atomic<uint32_t> epoch_{0};  // counts landings, for those who wait
   std::atomic<uint64_t> wait_ns_{0};

@@ -170,7 +170,7 @@ void Moe::run_resident(const Layer& layer, const Activations& input) {
 // Those in memory first, while the others are being read.
 void Moe::run_streamed(size_t layer_index, const Activations& input, const float* residual) {
   source_->begin(layer_index, chosen(), n_used_);
-  if (source_->wants_guess()) guess_next(model_->layers()[layer_index + 1], residual);
+  guess_ahead(layer_index, source_->guess_reach(), residual);
   for (const int32_t e : source_->hits()) add_to_waves(e, source_->need(e), input, false);
   run_wave(input, false);
   for (const ExpertPolicy::Load& load : source_->loads()) {
@@ -181,18 +181,25 @@ void Moe::run_streamed(size_t layer_index, const Activations& input, const float
   source_->end();
 }
 
-// The next layer's router asked before this layer has added its part: what a layer adds is small beside
-// the residual, so mostly it says the same. First the expert that most weight falls to.
-void Moe::guess_next(const Layer& next, const float* residual) {
-  normalize(compute_, residual, n_, next.ffn_norm, model_->hparams().rms_eps, next_input_, act_bit(ActFormat::f32));
-  route(next, next_input_, next_chosen_.data(), next_weights_.data());
-  std::fill(likely_.begin(), likely_.end(), 0.0f);
-  for (size_t i = 0; i < n_rows(); ++i) likely_[static_cast<size_t>(next_chosen_[i])] += next_weights_[i];
-  guess_.clear();
-  for (size_t e = 0; e < n_expert_; ++e)
-    if (likely_[e] > 0) guess_.push_back(static_cast<int32_t>(e));
-  std::stable_sort(guess_.begin(), guess_.end(), [&](int32_t a, int32_t b) { return likely_[static_cast<size_t>(a)] > likely_[static_cast<size_t>(b)]; });
-  source_->guess(guess_);
+// The next layers' routers asked before the layers up to them have added their parts: what a layer adds is small
+// beside the residual, so mostly they say the same. First the expert that most weight falls to.
+void Moe::guess_ahead(size_t layer_index, size_t reach, const float* residual) {
+  if (reach == 0) return;
+  guesses_.clear();
+  for (size_t l = layer_index + 1; l <= layer_index + reach; ++l) {
+    const Layer& layer = model_->layers()[l];
+    normalize(compute_, residual, n_, layer.ffn_norm, model_->hparams().rms_eps, next_input_, act_bit(ActFormat::f32));
+    route(layer, next_input_, next_chosen_.data(), next_weights_.data());
+    std::fill(likely_.begin(), likely_.end(), 0.0f);
+    for (size_t i = 0; i < n_rows(); ++i) likely_[static_cast<size_t>(next_chosen_[i])] += next_weights_[i];
+    const auto first = static_cast<ptrdiff_t>(guesses_.size());
+    for (size_t e = 0; e < n_expert_; ++e)
+      if (likely_[e] > 0) guesses_.push_back({l, static_cast<int32_t>(e)});
+    std::stable_sort(guesses_.begin() + first, guesses_.end(), [&](const auto& a, const auto& b) {
+      return likely_[static_cast<size_t>(a.expert)] > likely_[static_cast<size_t>(b.expert)];
+    });
+  }
+  source_->guess(guesses_);
 }
 
 // Collects the rows of an expert; full waves run.

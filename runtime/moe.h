@@ -44,7 +44,7 @@ class Moe {
   void choose_block_size();
   void run_resident(const Layer& layer, const Activations& input);
   void run_streamed(size_t layer_index, const Activations& input, const float* residual);
-  void guess_next(const Layer& next, const float* residual);
+  void guess_ahead(size_t layer_index, size_t reach, const float* residual);
   void add_to_waves(int32_t index, const Expert& expert, const Activations& input, bool arriving);
   void run_wave(const Activations& input, bool arriving);
   void make_hidden(const Activations& input, bool arriving);
@@ -82,7 +82,7 @@ class Moe {
   std::vector<int32_t> next_chosen_;
   std::vector<float> next_weights_;
   std::vector<float> likely_;       // [n_expert]
-  std::vector<int32_t> guess_;      // [n_expert]
+  std::vector<ExpertSource::Guess> guesses_;
   // For an observer: router weight by row, and the rows of an expert or the hidden rows of a wave in float.
   std::vector<float> slot_weight_;  // [n_batch * n_used]
   AlignedArray<float> observed_;

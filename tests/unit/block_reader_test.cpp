@@ -267,7 +267,7 @@ TEST_CASE("block_reader: demand before ahead before speculative, each in its ord
   }
 }
 
-TEST_CASE("block_reader: cancel drops what has not begun of one class") {
+TEST_CASE("block_reader: cancel drops what has not begun of a range of tags") {
   const TempFolder folder;
   const Sample sample(folder / "file", 32 * kPage);
   for (const ReadBackend backend : backends()) {
@@ -283,8 +283,8 @@ TEST_CASE("block_reader: cancel drops what has not begun of one class") {
     gate.wait_reached();
     reader->submit({&ranges[1], 4}, ReadClass::speculative);
     reader->submit({&ranges[5], 3}, ReadClass::demand);
-    CHECK(reader->cancel(ReadClass::speculative) == 4);
-    CHECK(reader->cancel(ReadClass::ahead) == 0);
+    CHECK(reader->cancel(0, 5) == 4);  // the first has begun
+    CHECK(reader->cancel(0, 5) == 0);
     CHECK(sink.order() == std::vector<uint64_t>{1, 2, 3, 4});  // before cancel returned
     gate.open();
     REQUIRE(sink.wait(8));
@@ -505,7 +505,7 @@ TEST_CASE("block_reader: ranges submitted and cancelled by several threads at on
         const ReadRange r = sample.range(tag % 64, 1, pages.at(tag * kPage), tag);
         reader->submit({&r, 1}, static_cast<ReadClass>(tag % 3));
         reader->promote(tag, 1, ReadClass::demand);
-        if (i % 10 == 0) n_cancelled += reader->cancel(ReadClass::speculative);
+        if (i % 10 == 0) n_cancelled += reader->cancel(tag, 1);
         static_cast<void>(reader->stats());
       }
     };

@@ -55,6 +55,17 @@ constexpr Way kWays[] = {{ReadBackend::automatic, 2, Lookahead::on},
                          {ReadBackend::pread, 2, Lookahead::off},
                          {ReadBackend::buffered, 2, Lookahead::on}};
 
+GuessStats all_guesses(const StreamStats& stats) {
+  GuessStats sum;
+  for (const GuessStats& g : stats.guesses) {
+    sum.asked += g.asked;
+    sum.right += g.right;
+    sum.used_bytes += g.used_bytes;
+    sum.wasted_bytes += g.wasted_bytes;
+  }
+  return sum;
+}
+
 // Every byte read is accounted for.
 void check_accounts(const Engine& engine, const ExpertTrace* trace = nullptr) {
   const StreamStats s = *engine.stream_stats();
@@ -68,7 +79,10 @@ void check_accounts(const Engine& engine, const ExpertTrace* trace = nullptr) {
   }
   CHECK(s.wasted_bytes <= s.speculative_bytes);
   CHECK(s.speculative_bytes <= s.reads.bytes);
-  CHECK(s.good_guesses <= s.guesses);
+  const GuessStats guesses = all_guesses(s);
+  CHECK(guesses.right <= guesses.asked);
+  CHECK(guesses.used_bytes + guesses.wasted_bytes <= s.speculative_bytes);
+  CHECK(guesses.wasted_bytes <= s.wasted_bytes);
 }
 
 void check_equal(const RandomModel& model, std::initializer_list<uint32_t> all_slots,
@@ -89,7 +103,7 @@ void check_equal(const RandomModel& model, std::initializer_list<uint32_t> all_s
         if (n_batch == 7) CHECK(same_bits(all_logits(engine, n_batch, tokens), want));  // again, with what is in memory now
         const StreamStats stats = *engine.stream_stats();
         CHECK(stats.misses > 0);
-        if (n_batch == 1 && slots < 7) CHECK((stats.guesses > 0) == (way.lookahead == Lookahead::on));
+        if (n_batch == 1 && slots < 7) CHECK((all_guesses(stats).asked > 0) == (way.lookahead == Lookahead::on));
         if (n_batch == 1 && way.lookahead == Lookahead::off) CHECK(stats.speculative_bytes == 0);
         check_accounts(engine);
       }
@@ -100,6 +114,45 @@ void check_equal(const RandomModel& model, std::initializer_list<uint32_t> all_s
 
 TEST_CASE("streaming: logits equal resident ones, merged experts") { check_equal(mixed_model(false), {0, 1, 2, 3, 7}); }
 TEST_CASE("streaming: logits equal resident ones, per-expert tensors") { check_equal(mixed_model(true), {1, 2, 8}); }
+
+// Token after token, so that most of the guesses come from far away; the depth changes between tokens too.
+TEST_CASE("streaming: guesses for several layers, experts of two sizes") {
+  constexpr uint32_t kLayers = 8;
+  RandomModel model = mixed_model(false);
+  model.hparams = test::small_mixtral_hparams(kLayers, 512);
+  model.type = [](const std::string& name) {
+    const bool large = name.find("blk.1.ffn_down") != name.npos || name.find("blk.4.ffn_down") != name.npos || name == "output.weight";
+    return large ? DType::Q6_K : DType::Q4_K;
+  };
+  const auto path = test::write_model(model, "stream.gguf");
+  const auto tokens = some_tokens(kTokens, model.hparams.n_vocab);
+  const auto want = all_logits(Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}}), 1, tokens);
+  for (const ReadBackend backend : {ReadBackend::automatic, ReadBackend::pread, ReadBackend::buffered})
+    for (const uint32_t reach : {2u, kLookaheadLayers})
+      for (const uint32_t slots : {0u, 1u, 2u, 3u, 6u}) {
+        CAPTURE(static_cast<int>(backend));
+        CAPTURE(reach);
+        CAPTURE(slots);
+        const Engine engine = open(path, slots, 2, {.backend = backend, .piece_bytes = 16384, .lookahead = Lookahead::on, .lookahead_layers = reach});
+        const auto trace_path = path.parent_path() / "trace.jsonl";
+        ExpertTraceWriter writer(trace_path, trace_header(engine));
+        Session session = engine.new_session({.n_ctx = kTokens, .n_batch = 1, .routing = trace_routing(writer, engine)});
+        std::vector<float> got;
+        for (size_t i = 0; i < kTokens; ++i) {
+          if (i == kTokens / 2) engine.set_lookahead(Lookahead::off, 0);
+          if (i == kTokens / 2 + 10) engine.set_lookahead(Lookahead::automatic, reach);
+          session.append({&tokens[i], 1});
+          got.insert(got.end(), session.logits().begin(), session.logits().end());
+        }
+        CHECK(same_bits(got, want));
+        writer.commit(engine.stream_stats());
+        const ExpertTrace trace = read_expert_trace(trace_path);
+        check_accounts(engine, &trace);
+        const auto guesses = engine.stream_stats()->guesses;
+        if (slots >= 2) CHECK(guesses[1].asked > 0);
+        for (size_t i = reach; i < guesses.size(); ++i) CHECK(guesses[i].asked == 0);
+      }
+}
 
 TEST_CASE("streaming: float experts") {
   check_equal({.hparams = mixtral_hparams(), .type = [](const std::string&) { return DType::F32; }}, {2}, {7, kTokens});
@@ -238,7 +291,7 @@ TEST_CASE("streaming: reads that fail while looking ahead cost at most the token
       }
     }
     CHECK(n_failed > 0);
-    CHECK(engine.stream_stats()->guesses > 0);
+    CHECK(all_guesses(*engine.stream_stats()).asked > 0);
     CHECK(same_bits(got, want));
   }
 }
@@ -272,5 +325,5 @@ TEST_CASE("streaming: cancelled in the middle, then continued") {
   }
   CHECK(n_cancelled > 0);
   CHECK(same_bits(got, want));
-  CHECK(engine.stream_stats()->good_guesses > 0);
+  CHECK(all_guesses(*engine.stream_stats()).right > 0);
 }
