@@ -12,6 +12,7 @@ void add_commands(CLI::App& app) {
   add_make_synthetic(app);
   add_bench(app);
   add_perplexity(app);
+  add_imatrix(app);
   add_logits(app);
   add_tokenize(app);
   add_detokenize(app);

@@ -32,6 +32,7 @@ void add_detokenize(CLI::App& app);
 void add_template(CLI::App& app);
 void add_logits(CLI::App& app);
 void add_perplexity(CLI::App& app);
+void add_imatrix(CLI::App& app);
 void add_bench(CLI::App& app);
 
 // Adds them all, in the order in which help lists them (cli/commands.cpp).

@@ -17,7 +17,7 @@ namespace duet::cli {
 namespace {
 
 struct ConvertArgs {
-  std::string source, output, type, name;
+  std::string source, output, type, name, imatrix;
   bool vocab_only = false, dry_run = false, force = false, json = false;
   int n_threads = 0;
 };
@@ -42,6 +42,7 @@ ConvertOptions library_options(const ConvertArgs& args) {
   options.overwrite = args.force;
   options.n_threads = args.n_threads;
   options.name = args.name;
+  options.imatrix = args.imatrix;
   options.notice = notices();
   options.cancel = &interrupted();
   return options;
@@ -106,6 +107,9 @@ void run_conversion(const ConvertArgs& args, const char* label, PlanFn plan, Wri
 }
 
 void add_shared_options(CLI::App& command, ConvertArgs& args) {
+  command.add_option("--imatrix", args.imatrix,
+                     "Importance matrix that weights errors: made by duet imatrix or llama-imatrix")
+      ->type_name("FILE");
   add_threads_option(command, args.n_threads);
   command.add_flag("--dry-run", args.dry_run,
                    "Only print what would be written: each tensor's type and size");

@@ -9,6 +9,7 @@
 #include "base/json.h"
 #include "base/mapped_file.h"
 #include "converters/hf_tokenizer.h"
+#include "converters/importance.h"
 #include "converters/quantize.h"
 #include "converters/recipe.h"
 #include "formats/safetensors.h"
@@ -203,6 +204,7 @@ HfModel load_model(const fs::path& folder, const ConvertOptions& options) {
     model.metadata.push_back({"general.quantization_version", GgufValue::u32(2)});
     model.weights = Safetensors::open(folder);
     make_jobs(model, recipe);
+    apply_imatrix(options, model.hparams, model.jobs, model.metadata);
   }
   model.metadata.insert(model.metadata.end(), tokenizer.begin(), tokenizer.end());
   return model;

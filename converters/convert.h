@@ -29,6 +29,7 @@ struct ConvertOptions {
   bool overwrite = false;  // an existing output is an error otherwise
   int n_threads = 0;       // 0: HostCores::usable()
   std::string name;        // general.name; "": from the folder
+  std::string imatrix;     // importance matrix (formats/imatrix.h) that weights squared errors; "": none
   NoticeFn notice;         // one-line remarks; may be null
   std::function<void(const ConvertProgress&)> progress;
   const std::atomic<bool>* cancel = nullptr;  // true -> Error(cancelled), nothing left behind

@@ -32,6 +32,7 @@ struct Chunk {
   const TensorJob* job = nullptr;
   const RowRun* run = nullptr;
   size_t job_index = 0;
+  uint64_t run_row = 0;                // rows of the job before the run
   uint64_t first_row = 0, n_rows = 0;  // output rows within the run
   bool last_of_run = false;
 
@@ -42,13 +43,15 @@ struct Chunk {
 std::vector<Chunk> cut_chunks(const std::vector<TensorJob>& jobs) {
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < jobs.size(); ++i) {
+    uint64_t run_row = 0;
     for (const RowRun& run : jobs[i].runs) {
       const uint64_t n_rows = run.source.rows();
       const uint64_t step = std::max<uint64_t>(1, kChunkElems / run.source.cols());
       for (uint64_t row = 0; row < n_rows; row += step) {
         const uint64_t n = std::min(step, n_rows - row);
-        chunks.push_back({&jobs[i], &run, i, row, n, row + n == n_rows});
+        chunks.push_back({&jobs[i], &run, i, run_row, row, n, row + n == n_rows});
       }
+      run_row += n_rows;
     }
   }
   return chunks;
@@ -86,6 +89,16 @@ bool all_finite(std::span<const float> values) {
   return largest < 0x7f800000u;
 }
 
+// Of a row of the chunk; null when there is none.
+const float* importance_of(const Chunk& chunk, uint64_t row) {
+  const TensorJob& job = *chunk.job;
+  if (job.importance.empty()) return nullptr;
+  uint64_t n_rows = 1;
+  for (size_t i = 0; i + 1 < job.shape.size(); ++i) n_rows *= job.shape[i];
+  const uint64_t cols = job.shape.back(), n_matrices = job.importance.size() / cols;
+  return job.importance.data() + (chunk.run_row + chunk.first_row + row) / (n_rows / n_matrices) * cols;
+}
+
 void encode_rows(const Chunk& chunk, std::byte* out, uint64_t begin, uint64_t end) {
   const TensorView& source = chunk.run->source;
   const Format& to = *chunk.job->format;
@@ -103,7 +116,7 @@ void encode_rows(const Chunk& chunk, std::byte* out, uint64_t begin, uint64_t en
     if (same) {
       std::memcpy(out + i * out_bytes, in, out_bytes);  // bit for bit
     } else {
-      to.encode_row(values.data(), out + i * out_bytes, cols, nullptr);
+      to.encode_row(values.data(), out + i * out_bytes, cols, importance_of(chunk, i));
     }
   }
 }

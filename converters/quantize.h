@@ -31,6 +31,8 @@ struct TensorJob {
   std::vector<uint64_t> shape;     // row-major
   std::vector<RowRun> runs = {};   // together exactly the rows of `shape`
   bool must_be_finite = true;      // a NaN or infinity in the source is an error
+  // Weights of squared errors, [n_matrices, cols], each for an equal share of the rows; empty: none.
+  std::vector<float> importance = {};
 };
 
 // Row of the source from which output row `row` comes. [n_heads * head_dim] rows.

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "converters/convert.h"
+#include "converters/importance.h"
 #include "converters/quantize.h"
 #include "converters/recipe.h"
 
@@ -103,6 +104,7 @@ Source load_source(const fs::path& input, const ConvertOptions& options) {
                   "' is copied as it is: not part of the model that the metadata describe"));
     source.jobs.push_back({tensor.name, tensor.format, tensor.shape, {{.source = tensor}}, false});
   }
+  apply_imatrix(options, hparams, source.jobs, source.metadata);
   return source;
 }
 

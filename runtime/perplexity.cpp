@@ -24,7 +24,8 @@ void summarize(PerplexityResult& result) {
   result.perplexity = std::exp(result.nll);
 }
 
-void score_chunk(Session& session, std::span<const Token> chunk, int n_threads, std::vector<float>& token_nll) {
+void score_chunk(Session& session, std::span<const Token> chunk, int n_threads, const PerplexityOptions& options,
+                 std::vector<float>& token_nll) {
   const size_t first = chunk.size() / 2, base = token_nll.size();
   token_nll.resize(base + chunk.size() - 1 - first);
   session.truncate(0);
@@ -37,8 +38,21 @@ void score_chunk(Session& session, std::span<const Token> chunk, int n_threads, 
             token_nll[base + pos + i - first] = static_cast<float>(
                 negative_log_likelihood(logits.subspan(i * n_vocab, n_vocab), chunk[pos + i + 1]));
         });
+        if (options.rows) options.rows(logits, chunk.subspan(pos + 1, n_rows));
       },
       first);
+}
+
+std::vector<Token> cut_chunks(std::span<const Token> ids, std::optional<Token> bos, uint32_t n_ctx, size_t max_chunks) {
+  if (n_ctx < 4) fail(ErrorKind::usage, "perplexity: a context of ", n_ctx, " is too short; at least 4");
+  const size_t fitting = ids.size() / n_ctx;
+  if (fitting == 0)
+    fail(ErrorKind::usage, "perplexity: the text has ", ids.size(), " tokens, one chunk needs ", n_ctx,
+         "; give a longer text or a smaller context");
+  const size_t n_chunks = max_chunks > 0 ? std::min(fitting, max_chunks) : fitting;
+  std::vector<Token> out(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(n_chunks * n_ctx));
+  for (size_t i = 0; bos && i < n_chunks; ++i) out[i * n_ctx] = *bos;
+  return out;
 }
 
 }  // namespace
@@ -50,33 +64,29 @@ double negative_log_likelihood(std::span<const float> logits, Token target) {
   return std::log(sum) - (double{logits[static_cast<size_t>(target)]} - best);
 }
 
-PerplexityResult perplexity(const Engine& engine, std::string_view text, const PerplexityOptions& options) {
+std::vector<Token> perplexity_chunks(const Engine& engine, std::string_view text, uint32_t n_ctx, size_t max_chunks) {
   const Tokenizer& tokenizer = engine.tokenizer();
   std::vector<Token> ids = tokenizer.encode(text);
   std::optional<Token> bos;
   if (tokenizer.add_bos()) bos = tokenizer.bos();
   if (bos) ids.insert(ids.begin(), *bos);
-  return perplexity(engine, ids, bos, options);
+  return cut_chunks(ids, bos, n_ctx, max_chunks);
+}
+
+PerplexityResult perplexity(const Engine& engine, std::string_view text, const PerplexityOptions& options) {
+  return perplexity(engine, perplexity_chunks(engine, text, options.n_ctx, options.max_chunks), std::nullopt, options);
 }
 
 PerplexityResult perplexity(const Engine& engine, std::span<const Token> ids, std::optional<Token> bos,
                             const PerplexityOptions& options) {
-  if (options.n_ctx < 4) fail(ErrorKind::usage, "perplexity: a context of ", options.n_ctx, " is too short; at least 4");
-  const size_t fitting = ids.size() / options.n_ctx;
-  if (fitting == 0)
-    fail(ErrorKind::usage, "perplexity: the text has ", ids.size(), " tokens, one chunk needs ", options.n_ctx,
-         "; give a longer text or a smaller context");
-  const size_t n_chunks = options.max_chunks > 0 ? std::min(fitting, options.max_chunks) : fitting;
+  const std::vector<Token> chunks = cut_chunks(ids, bos, options.n_ctx, options.max_chunks);
+  const size_t n_chunks = chunks.size() / options.n_ctx;
   Session session = engine.new_session({.n_ctx = options.n_ctx, .n_batch = options.n_batch,
                                         .kv_type = options.kv_type, .cancel = options.cancel});
   PerplexityResult result;
   result.n_ctx = options.n_ctx;
-  std::vector<Token> chunk;
   for (size_t i = 0; i < n_chunks; ++i) {
-    const auto source = ids.subspan(i * options.n_ctx, options.n_ctx);
-    chunk.assign(source.begin(), source.end());
-    if (bos) chunk[0] = *bos;
-    score_chunk(session, chunk, engine.info().n_threads, result.token_nll);
+    score_chunk(session, std::span(chunks).subspan(i * options.n_ctx, options.n_ctx), engine.info().n_threads, options, result.token_nll);
     result.n_chunks = i + 1;
     summarize(result);
     if (options.progress) options.progress(result, n_chunks);

@@ -32,9 +32,15 @@ struct PerplexityOptions {
   size_t max_chunks = 0;           // 0: all
   KvType kv_type = KvType::f32;
   const std::atomic<bool>* cancel = nullptr;
+  // Logits of scored positions [n_rows, n_vocab], in text order, and the tokens that follow them [n_rows].
+  std::function<void(std::span<const float> logits, std::span<const Token> targets)> rows = {};
   // After each chunk: the result so far (without token_nll) and how many chunks there will be.
   std::function<void(const PerplexityResult& so_far, size_t n_chunks)> progress = {};
 };
+
+// The ids of whole chunks of a text, [n_chunks, n_ctx], each beginning with BOS where the vocabulary
+// wants one; max_chunks 0: all. Error(usage) when the text is shorter than one chunk.
+std::vector<Token> perplexity_chunks(const Engine& engine, std::string_view text, uint32_t n_ctx, size_t max_chunks);
 
 // Error(usage) when the text is shorter than one chunk or n_ctx is too small to score anything.
 PerplexityResult perplexity(const Engine& engine, std::string_view text, const PerplexityOptions& options);

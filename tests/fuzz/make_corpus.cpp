@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <filesystem>
 
+#include "formats/logits_reference.h"
 #include "tests/support/gguf_builder.h"
 #include "tests/support/tiny_model.h"
 #include "tests/support/vocab.h"
@@ -71,6 +72,30 @@ void write_safetensors(const std::filesystem::path& folder) {
   file("seed-empty", "{}", 0);
 }
 
+void write_imatrix(const std::filesystem::path& folder) {
+  const std::string values = raw(1.0f) + raw(2.0f) + raw(3.0f) + raw(4.0f);
+  GgufBuilder file;
+  file.text("general.type", "imatrix").texts("imatrix.datasets", {"a.txt"});
+  file.u32("imatrix.chunk_count", 2).u32("imatrix.chunk_size", 512);
+  file.tensors.push_back({"blk.0.ffn_up_exps.weight.in_sum2", {2, 2}, 0, values});
+  file.tensors.push_back({"blk.0.ffn_up_exps.weight.counts", {1, 2}, 0, raw(1.0f) + raw(0.0f)});
+  write_bytes(folder / "seed-gguf", file.build());
+  const std::string name = "blk.0.ffn_up.0.weight";
+  const std::string entry = raw(static_cast<int>(name.size())) + name + raw(3) + raw(4) + values;
+  write_text(folder / "seed-legacy", raw(1) + entry + raw(7) + raw(1) + "t");
+}
+
+void write_logits_reference(const std::filesystem::path& folder) {
+  const LogitsReferenceHeader header{"m", 3, 6, 4, std::vector<int32_t>(24, 2)};  // 8 rows
+  LogitsReferenceWriter writer(folder / "seed-small", header);
+  for (size_t i = 0; i < header.n_rows(); ++i) {
+    const float logits[3] = {0, static_cast<float>(i), -50};
+    const int32_t target = 1;
+    writer.add(logits, {&target, 1}, 1);
+  }
+  writer.finish();
+}
+
 void write_tokenizer(const std::filesystem::path& folder) {
   const auto seed = [&](const char* name, const GgufBuilder& vocabulary, const std::string& text) {
     const std::vector<std::byte> bytes = vocabulary.build();
@@ -95,5 +120,7 @@ int main(int argc, char** argv) {
   write_gguf(std::filesystem::path(argv[1]) / "gguf");
   write_safetensors(std::filesystem::path(argv[1]) / "safetensors");
   write_tokenizer(std::filesystem::path(argv[1]) / "tokenizer");
+  write_imatrix(std::filesystem::path(argv[1]) / "imatrix");
+  write_logits_reference(std::filesystem::path(argv[1]) / "logits_reference");
   return 0;
 }
