@@ -86,7 +86,11 @@ Attention::Attention(const Model& model, const Compute& compute, size_t n_ctx, s
       projected_(n_batch * model.hparams().n_embd),
       scratch_(static_cast<size_t>(compute.n_threads) * scratch_floats_),
       partials_(partial_floats(model.hparams(), n_ctx, n_batch)),
-      out_(n_batch, n_head_ * head_dim_) {}
+      out_(n_batch, n_head_ * head_dim_) {
+  runs_.reserve(n_batch);
+  run_of_.reserve(n_batch);
+  tiles_.reserve(n_batch);
+}
 
 uint64_t Attention::bytes_needed(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch) {
   const uint64_t per_token = uint64_t{3} * hparams.n_head * hparams.head_dim +
@@ -95,21 +99,43 @@ uint64_t Attention::bytes_needed(const HParams& hparams, int n_threads, size_t n
                           partial_floats(hparams, n_ctx, n_batch));
 }
 
-void Attention::begin(size_t first, size_t n) {
-  first_ = first;
-  n_ = n;
-  for (size_t t = 0; t < n; ++t) {
+void Attention::begin(std::span<const KvRun> runs) {
+  runs_.clear();
+  run_of_.clear();
+  n_ = 0;
+  n_bytes_ = 0;
+  for (const KvRun& run : runs) {
+    runs_.push_back({run, n_});
+    n_ += run.n;
+    n_bytes_ += uint64_t{run.n} * (run.first + run.n) * n_head_ * head_dim_ * sizeof(float);
+  }
+  for (const Run& run : runs_) run_of_.insert(run_of_.end(), run.n, &run);
+  for (size_t t = 0; t < n_; ++t) {
     float* cs = cos_sin_.data() + t * n_rot_;
     for (size_t i = 0; i < speeds_.size(); ++i) {
       // In double: a float near 2^16 radians is off by up to 0.004.
-      const double angle = static_cast<double>(first + t) * double{speeds_[i]};
+      const double angle = static_cast<double>(run_of_[t]->position(t)) * double{speeds_[i]};
       cs[2 * i] = static_cast<float>(std::cos(angle));
       cs[2 * i + 1] = static_cast<float>(std::sin(angle));
     }
   }
+  make_tiles();
 }
 
-void Attention::forward(size_t layer_index, KvCache& kv, Activations& input, float* residual) {
+// A few tasks per thread, where that does not make every tile small. Later queries see more keys:
+// handing out the longest tasks first evens the load.
+void Attention::make_tiles() {
+  const auto n_threads = static_cast<size_t>(compute_.threads_for(n_bytes_));
+  const size_t tile_tokens = std::clamp<size_t>(n_ * n_head_kv_ / (4 * n_threads), 1, max_tile_tokens_);
+  tiles_.clear();
+  for (const Run& run : runs_)
+    for (size_t t = run.row; t < run.row + run.n; t += tile_tokens)
+      tiles_.push_back({&run, 0, t, std::min(run.row + run.n, t + tile_tokens)});
+  const auto cost = [](const Tile& tile) { return (tile.t_end - tile.t_begin) * tile.run->position(tile.t_end); };
+  std::sort(tiles_.begin(), tiles_.end(), [&](const Tile& a, const Tile& b) { return cost(a) > cost(b); });
+}
+
+void Attention::forward(size_t layer_index, Activations& input, float* residual) {
   const Layer& layer = model_->layers()[layer_index];
   const size_t n_embd = model_->hparams().n_embd;
   normalize(compute_, residual, n_, layer.attn_norm, model_->hparams().rms_eps, input,
@@ -121,8 +147,8 @@ void Attention::forward(size_t layer_index, KvCache& kv, Activations& input, flo
   queue_.add(layer.attn_k, input, 0, n_, k_.data(), n_head_kv_ * head_dim_);
   queue_.add(layer.attn_v, input, 0, n_, v_.data(), n_head_kv_ * head_dim_);
   queue_.run(compute_);
-  rotate_and_store(layer_index, kv);
-  attend(layer_index, kv);
+  rotate_and_store(layer_index);
+  attend(layer_index);
   if (compute_.observer != nullptr)
     observe(compute_, TensorKind::attn_output, static_cast<int>(layer_index), out_.row(0), n_, n_head_ * head_dim_);
   queue_.add(layer.attn_output, out_, 0, n_, projected_.data(), n_embd);
@@ -132,7 +158,7 @@ void Attention::forward(size_t layer_index, KvCache& kv, Activations& input, flo
   });
 }
 
-void Attention::rotate_and_store(size_t layer_index, KvCache& kv) {
+void Attention::rotate_and_store(size_t layer_index) {
   const KernelTable& kernels = *compute_.kernels;
   parallel_for(compute_.n_threads, n_, kKvBlock, [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) {
@@ -141,26 +167,21 @@ void Attention::rotate_and_store(size_t layer_index, KvCache& kv) {
       float* k = k_.data() + t * n_head_kv_ * head_dim_;
       for (size_t h = 0; h < n_head_; ++h) kernels.rope(q + h * head_dim_, cs, n_rot_);
       for (size_t h = 0; h < n_head_kv_; ++h) kernels.rope(k + h * head_dim_, cs, n_rot_);
-      kv.store(kernels, layer_index, first_ + t, k, v_.data() + t * n_head_kv_ * head_dim_);
+      run_of_[t]->kv->store(kernels, layer_index, run_of_[t]->position(t), k, v_.data() + t * n_head_kv_ * head_dim_);
     }
   });
 }
 
-void Attention::attend(size_t layer_index, const KvCache& kv) {
-  const uint64_t n_bytes = uint64_t{n_} * (first_ + n_) * n_head_ * head_dim_ * sizeof(float);
-  const int n_threads = compute_.threads_for(n_bytes);
-  const Spans spans = spans_seen(0, n_);
-  if (n_threads > 1 && n_ <= kSplitTokens && spans.end - spans.begin > 1) {
-    attend_split(layer_index, kv, spans, n_threads);
+void Attention::attend(size_t layer_index) {
+  const int n_threads = compute_.threads_for(n_bytes_);
+  const Spans spans = spans_seen(runs_[0], 0, runs_[0].n);
+  if (n_threads > 1 && runs_.size() == 1 && n_ <= kSplitTokens && spans.end - spans.begin > 1) {
+    attend_split(layer_index, runs_[0], spans, n_threads);
   } else {
-    // A few tasks per thread, where that does not make every tile small.
-    const size_t fair = n_ * n_head_kv_ / (4 * static_cast<size_t>(n_threads));
-    const size_t tile_tokens = std::clamp<size_t>(fair, 1, max_tile_tokens_);
-    const size_t n_tiles = (n_ + tile_tokens - 1) / tile_tokens;
-    // Later queries see more keys: handing out the longest tasks first evens the load.
-    parallel_tasks(n_threads, n_tiles * n_head_kv_, [&](size_t worker, size_t task) {
-      const size_t t = (n_tiles - 1 - task / n_head_kv_) * tile_tokens, head_kv = task % n_head_kv_;
-      attend_whole(kv.view(layer_index, head_kv), worker, {head_kv, t, std::min(n_, t + tile_tokens)});
+    parallel_tasks(n_threads, tiles_.size() * n_head_kv_, [&](size_t worker, size_t task) {
+      Tile tile = tiles_[task / n_head_kv_];
+      tile.head_kv = task % n_head_kv_;
+      attend_whole(tile.run->kv->view(layer_index, tile.head_kv), worker, tile);
     });
   }
   const ActFormats formats = act_bit(model_->layers()[layer_index].attn_output);
@@ -175,7 +196,7 @@ void Attention::attend_whole(const KvView& kv, size_t worker, const Tile& tile) 
   float* scratch = scratch_.data() + worker * scratch_floats_;
   float* rows = scratch + attention_scratch_floats(n_rows, head_dim_);
   float* later = rows + n_rows * row_floats_;
-  const Spans spans = spans_seen(tile.t_begin, tile.t_end);
+  const Spans spans = spans_seen(*tile.run, tile.t_begin, tile.t_end);
   for (size_t span = spans.begin; span < spans.end; ++span) {
     attend_span(kv, tile, span, scratch, span == spans.begin ? rows : later);
     for (size_t i = 0; span > spans.begin && i < n_rows; ++i)
@@ -186,12 +207,12 @@ void Attention::attend_whole(const KvView& kv, size_t worker, const Tile& tile) 
 }
 
 // The chunk as one tile per KV head and span, for different threads; then the same merges.
-void Attention::attend_split(size_t layer_index, const KvCache& kv, Spans spans, int n_threads) {
+void Attention::attend_split(size_t layer_index, const Run& run, Spans spans, int n_threads) {
   const size_t n_tiles = (n_ + max_tile_tokens_ - 1) / max_tile_tokens_, n_spans = spans.end - spans.begin;
   parallel_tasks(n_threads, n_head_kv_ * n_tiles * n_spans, [&](size_t worker, size_t task) {
     const size_t span = spans.begin + task % n_spans, t = task / n_spans % n_tiles * max_tile_tokens_;
     const size_t head_kv = task / n_spans / n_tiles;
-    attend_span(kv.view(layer_index, head_kv), {head_kv, t, std::min(n_, t + max_tile_tokens_)}, span,
+    attend_span(run.kv->view(layer_index, head_kv), {&run, head_kv, t, std::min(n_, t + max_tile_tokens_)}, span,
                 scratch_.data() + worker * scratch_floats_, partial(span - spans.begin, head_kv, t));
   });
   parallel_for(n_threads, n_ * n_head_, group_, [&](size_t begin, size_t end) {
@@ -212,7 +233,7 @@ void Attention::attend_span(const KvView& kv, const Tile& tile, size_t span, flo
                                .n_tokens = tile.t_end - tile.t_begin,
                                .group = group_,
                                .head_dim = head_dim_,
-                               .first = first_ + tile.t_begin,
+                               .first = tile.run->position(tile.t_begin),
                                .window = window_,
                                .key_begin = span * kSpan,
                                .key_end = (span + 1) * kSpan,
@@ -227,11 +248,11 @@ void Attention::finish_row(const float* row, size_t token, size_t head) {
   for (size_t i = 0; i < head_dim_; ++i) out[i] = row[i] * inverse;
 }
 
-// Spans in which tokens [t_begin, t_end) see keys.
-Attention::Spans Attention::spans_seen(size_t t_begin, size_t t_end) const {
-  const size_t pos = first_ + t_begin;
+// Spans in which rows [t_begin, t_end) of a run see keys.
+Attention::Spans Attention::spans_seen(const Run& run, size_t t_begin, size_t t_end) const {
+  const size_t pos = run.position(t_begin);
   const size_t first_key = window_ > 0 && pos + 1 > window_ ? pos + 1 - window_ : 0;
-  return {first_key / kSpan, (first_ + t_end - 1) / kSpan + 1};
+  return {first_key / kSpan, run.position(t_end - 1) / kSpan + 1};
 }
 
 float* Attention::partial(size_t span, size_t head_kv, size_t token) const {

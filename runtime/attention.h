@@ -19,34 +19,48 @@
 
 namespace duet {
 
+// Consecutive positions [first, first + n) of one sequence.
+struct KvRun {
+  KvCache* kv;
+  size_t first, n;
+};
+
 // Scratch for chunks of up to n_batch tokens in a context of n_ctx. One thread at a time.
 class Attention {
  public:
   Attention(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch);
 
-  // Sets the positions [first, first + n) of the chunk that the next forward() calls evaluate.
-  void begin(size_t first, size_t n);
+  // Sets the rows of the chunk that the next forward() calls evaluate: those of the runs, one after
+  // the other, no sequence twice. Keys before a run must be in its cache; its own are stored.
+  void begin(std::span<const KvRun> runs);
   // residual [n, n_embd] += attention(rms_norm(residual)); `input` is scratch [n_batch, n_embd].
-  void forward(size_t layer_index, KvCache& kv, Activations& input, float* residual);
+  void forward(size_t layer_index, Activations& input, float* residual);
 
   size_t size_bytes() const;
   static uint64_t bytes_needed(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch);
 
  private:
-  // What one task evaluates: tokens [t_begin, t_end) of the chunk in the heads of one KV head.
+  // Rows [row, row + n) of the chunk.
+  struct Run : KvRun {
+    size_t row;
+    size_t position(size_t t) const { return first + t - row; }  // of row t
+  };
+  // What one task evaluates: rows [t_begin, t_end) of a run in the heads of one KV head.
   struct Tile {
+    const Run* run;
     size_t head_kv, t_begin, t_end;
   };
   struct Spans {
     size_t begin, end;
   };
-  void rotate_and_store(size_t layer_index, KvCache& kv);
-  void attend(size_t layer_index, const KvCache& kv);
+  void make_tiles();
+  void rotate_and_store(size_t layer_index);
+  void attend(size_t layer_index);
   void attend_whole(const KvView& kv, size_t worker, const Tile& tile);
-  void attend_split(size_t layer_index, const KvCache& kv, Spans spans, int n_threads);
+  void attend_split(size_t layer_index, const Run& run, Spans spans, int n_threads);
   void attend_span(const KvView& kv, const Tile& tile, size_t span, float* scratch, float* out) const;
   void finish_row(const float* row, size_t token, size_t head);
-  Spans spans_seen(size_t t_begin, size_t t_end) const;
+  Spans spans_seen(const Run& run, size_t t_begin, size_t t_end) const;
   float* partial(size_t span, size_t head_kv, size_t token) const;
 
   const Model* model_;
@@ -55,7 +69,11 @@ class Attention {
   size_t group_, row_floats_;
   size_t max_tile_tokens_;
   size_t scratch_floats_;   // of one worker
-  size_t first_ = 0, n_ = 0;
+  size_t n_ = 0;                     // rows of the chunk
+  uint64_t n_bytes_ = 0;             // touched by all queries, about
+  std::vector<Run> runs_;
+  std::vector<const Run*> run_of_;   // [n]
+  std::vector<Tile> tiles_;          // of KV head 0, longest first
   std::vector<float> speeds_;        // [n_rot / 2] radians per position
   AlignedArray<float> cos_sin_;      // [n_batch, n_rot]
   AlignedArray<float> q_, k_, v_;    // [n_batch, n_head or n_head_kv * head_dim]

@@ -14,37 +14,52 @@ Decoder::Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_
       residual_(n_batch * n_embd_),
       input_(n_batch, n_embd_),
       attention_(model, compute_, n_ctx, n_batch),
-      moe_(model, compute_, n_batch, source) {}
+      moe_(model, compute_, n_batch, source) {
+  tokens_.reserve(n_batch);
+  runs_.reserve(n_batch);
+}
 
 uint64_t Decoder::bytes_needed(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch) {
   return sizeof(float) * (n_batch * 2 * hparams.n_embd + static_cast<uint64_t>(n_threads) * kPanelFloats) + Attention::bytes_needed(hparams, n_threads, n_ctx, n_batch) +
          Moe::bytes_needed(hparams, n_batch);
 }
 
-void Decoder::embed(std::span<const Token> tokens) {
+void Decoder::embed() {
   const Weight& table = model_->token_embd();
   const auto decode = compute_.kernels->decode_row[static_cast<size_t>(table.format->dtype)];
-  parallel_for(compute_.n_threads, tokens.size(), 64, [&](size_t begin, size_t end) {
+  parallel_for(compute_.n_threads, n_, 64, [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t)
-      decode(table.data + static_cast<size_t>(tokens[t]) * table.row_bytes, residual_.data() + t * n_embd_, n_embd_);
+      decode(table.data + static_cast<size_t>(tokens_[t]) * table.row_bytes, residual_.data() + t * n_embd_, n_embd_);
   });
 }
 
 void Decoder::forward(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel, size_t n_next) {
-  DUET_ASSERT(!tokens.empty() && tokens.size() <= n_batch_ && first + tokens.size() <= kv.n_ctx());
-  n_ = tokens.size();
-  compute_.team([&] { evaluate(tokens, first, kv, cancel, n_next); });
+  const TokenRun run{tokens, first, &kv};
+  forward({&run, 1}, cancel, n_next);
 }
 
-void Decoder::evaluate(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel, size_t n_next) {
+void Decoder::forward(std::span<const TokenRun> runs, const std::atomic<bool>* cancel, size_t n_next) {
+  tokens_.clear();
+  runs_.clear();
+  for (const TokenRun& run : runs) {
+    DUET_ASSERT(!run.tokens.empty() && tokens_.size() + run.tokens.size() <= n_batch_ && run.first + run.tokens.size() <= run.kv->n_ctx());
+    tokens_.insert(tokens_.end(), run.tokens.begin(), run.tokens.end());
+    runs_.push_back({run.kv, run.first, run.tokens.size()});
+  }
+  n_ = tokens_.size();
+  DUET_ASSERT(n_ > 0);
+  compute_.team([&] { evaluate(cancel, n_next); });
+}
+
+void Decoder::evaluate(const std::atomic<bool>* cancel, size_t n_next) {
   const std::span<const float> hidden{residual_.data(), n_ * n_embd_};
   const ExpertSource::Pass pass(source_, n_next);
-  embed(tokens);
-  attention_.begin(first, n_);
+  embed();
+  attention_.begin(runs_);
   if (probe_.hidden) probe_.hidden(-1, hidden);
   for (size_t i = 0; i < model_->layers().size(); ++i) {
     if (cancel != nullptr && cancel->load(std::memory_order_relaxed)) fail(ErrorKind::cancelled, "interrupted");
-    attention_.forward(i, kv, input_, residual_.data());
+    attention_.forward(i, input_, residual_.data());
     moe_.forward(i, n_, input_, residual_.data());
     if (probe_.hidden) probe_.hidden(static_cast<int>(i), hidden);
     if (probe_.routing) probe_.routing(static_cast<int>(i), moe_.chosen(), moe_.weights());
@@ -53,14 +68,34 @@ void Decoder::evaluate(std::span<const Token> tokens, size_t first, KvCache& kv,
 
 void Decoder::logits(size_t row, size_t n_rows, float* out) {
   DUET_ASSERT(row + n_rows <= n_);
-  const Weight& output = model_->output();
   compute_.team([&] {
     normalize(compute_, residual_.data() + row * n_embd_, n_rows, model_->output_norm(), model_->hparams().rms_eps,
-              input_, act_bit(output));
-    if (compute_.observer != nullptr) observe(compute_, TensorKind::output, -1, input_.row(0), n_rows, n_embd_);
-    queue_.add(output, input_, 0, n_rows, out, output.rows);
-    queue_.run(compute_);
+              input_, act_bit(model_->output()));
+    multiply_output(n_rows, out);
   });
+}
+
+void Decoder::logits(std::span<const size_t> rows, float* out) {
+  DUET_ASSERT(rows.size() <= n_batch_);
+  compute_.team([&] {
+    parallel_for(compute_.n_threads, rows.size(), 8, [&](size_t begin, size_t end) {
+      for (size_t i = begin; i < end; ++i) {
+        DUET_ASSERT(rows[i] < n_);
+        compute_.kernels->rms_norm(residual_.data() + rows[i] * n_embd_, model_->output_norm().data(), model_->hparams().rms_eps,
+                                   input_.row(i), n_embd_);
+        input_.quantize(*compute_.kernels, i, act_bit(model_->output()));
+      }
+    });
+    multiply_output(rows.size(), out);
+  });
+}
+
+// The normalised rows of input_.
+void Decoder::multiply_output(size_t n_rows, float* out) {
+  const Weight& output = model_->output();
+  if (compute_.observer != nullptr) observe(compute_, TensorKind::output, -1, input_.row(0), n_rows, n_embd_);
+  queue_.add(output, input_, 0, n_rows, out, output.rows);
+  queue_.run(compute_);
 }
 
 }  // namespace duet

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <functional>
 #include <span>
+#include <vector>
 
 #include "runtime/attention.h"
 #include "runtime/compute.h"
@@ -25,14 +26,24 @@ struct DecoderProbe {
   std::function<void(int layer, std::span<const int32_t> experts, std::span<const float> weights)> routing;
 };
 
+// Consecutive tokens of one sequence at positions [first, first + n). Positions before must be in
+// the cache; theirs are stored.
+struct TokenRun {
+  std::span<const Token> tokens;
+  size_t first;
+  KvCache* kv;
+};
+
 // Owns all scratch, allocated on construction. One thread at a time. The model must outlive it.
 class Decoder {
  public:
   Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch, ExpertSource* source = nullptr);
 
-  // Evaluates 1..n_batch valid tokens at positions [first, first + n) and stores their keys and
-  // values; positions before `first` must be in the cache. n_next: tokens of the chunk that will follow
-  // at once. Error(cancelled) between layers.
+  // Evaluates 1..n_batch valid tokens in all, of one sequence or of several, none of them twice: rows of
+  // the chunk, run after run. What the rows of a sequence become does not depend on the others, to the
+  // bit, up to ModelInfo::exact_batch rows. n_next: tokens of the chunk that will follow at once.
+  // Error(cancelled) between layers.
+  void forward(std::span<const TokenRun> runs, const std::atomic<bool>* cancel = nullptr, size_t n_next = 0);
   void forward(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel = nullptr, size_t n_next = 0);
   // Each call is one team of threads (base/parallel.h); inside with_team() they share one.
   template <class Body>
@@ -41,6 +52,8 @@ class Decoder {
   }
   // Logits of rows [row, row + n_rows) of the last forward() -> out [n_rows, n_vocab].
   void logits(size_t row, size_t n_rows, float* out);
+  // The same for any rows, at most n_batch.
+  void logits(std::span<const size_t> rows, float* out);
 
   size_t n_batch() const { return n_batch_; }
   void set_probe(DecoderProbe probe) { probe_ = std::move(probe); }
@@ -48,14 +61,17 @@ class Decoder {
   static uint64_t bytes_needed(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch);
 
  private:
-  void evaluate(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel, size_t n_next);
-  void embed(std::span<const Token> tokens);
+  void evaluate(const std::atomic<bool>* cancel, size_t n_next);
+  void embed();
+  void multiply_output(size_t n_rows, float* out);
 
   const Model* model_;
   AlignedArray<float> panels_;    // Compute::panels
   Compute compute_;
   ExpertSource* source_;          // null: all experts are in memory
   size_t n_batch_, n_embd_, n_ = 0;
+  std::vector<Token> tokens_;     // of the chunk
+  std::vector<KvRun> runs_;
   AlignedArray<float> residual_;  // [n_batch, n_embd]
   Activations input_;             // [n_batch, n_embd]
   Attention attention_;

@@ -39,6 +39,7 @@ struct MemoryOptions {
   Ram ram = Ram::automatic;
   uint64_t ram_bytes = 0;
   uint32_t n_ctx = 0, n_batch = 0;  // 0: SessionOptions' default, or chosen by the plan
+  uint32_t n_sequences = 1;         // sequences of n_ctx positions, evaluated together (runtime/batch.h)
   KvType kv_type = KvType::f16;
   std::optional<uint32_t> slots = {};  // experts held per layer, for tests and experiments; forces streaming
 };
@@ -165,6 +166,7 @@ class Engine {
 
  private:
   friend class Session;
+  friend class Batch;
   struct State;
   Engine() = default;
   std::shared_ptr<const State> state_;

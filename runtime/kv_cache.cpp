@@ -55,7 +55,8 @@ uint64_t KvCache::bytes_needed(const HParams& hparams, size_t n_ctx, KvType type
 }
 
 KvCache::KvCache(const HParams& hparams, size_t n_ctx, KvType type)
-    : n_ctx_(n_ctx),
+    : n_layer_(hparams.n_layer),
+      n_ctx_(n_ctx),
       n_segments_(segments(n_ctx)),
       head_dim_(hparams.head_dim),
       n_head_kv_(hparams.n_head_kv),
@@ -75,6 +76,18 @@ KvView KvCache::view(size_t layer, size_t head) const {
           .value_row_bytes = sizes_.value_row,
           .type = type_};
 }
+
+// Whole segments: what lies behind the n-th position is never read before it is written.
+void KvCache::copy_prefix(const KvCache& from, size_t n) {
+  DUET_ASSERT(from.data_.size_bytes() == data_.size_bytes() && from.type_ == type_ && n <= n_ctx_);
+  const size_t segment_bytes = n_head_kv_ * unit_bytes();
+  for (size_t layer = 0; layer < n_layer_; ++layer) {
+    const size_t at = layer * n_segments_ * segment_bytes;
+    std::memcpy(data_.data() + at, from.data_.data() + at, segments(n) * segment_bytes);
+  }
+}
+
+size_t KvCache::touched_bytes(size_t n) const { return n_layer_ * segments(n) * n_head_kv_ * unit_bytes(); }
 
 void KvCache::store(const KernelTable& kernels, size_t layer, size_t pos, const float* k, const float* v) {
   DUET_ASSERT(head_dim_ <= kMaxHeadDim);

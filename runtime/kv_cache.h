@@ -22,7 +22,12 @@ class KvCache {
   void store(const KernelTable& kernels, size_t layer, size_t pos, const float* k, const float* v);
   KvView view(size_t layer, size_t head) const;
 
+  // Takes over the first n positions of a cache of the same size, type and model.
+  void copy_prefix(const KvCache& from, size_t n);
+
   size_t n_ctx() const { return n_ctx_; }
+  // Of physical memory once n positions have been written, about.
+  size_t touched_bytes(size_t n) const;
   size_t size_bytes() const { return data_.size_bytes(); }
   // Bytes of a cache of this size, without making one. Error as the constructor.
   static uint64_t bytes_needed(const HParams& hparams, size_t n_ctx, KvType type);
@@ -39,7 +44,7 @@ class KvCache {
   void store_value(const KernelTable& kernels, std::byte* row, const float* v) const;
   void store_value_q8(const KernelTable& kernels, std::byte* values, size_t in_segment, const float* v) const;
 
-  size_t n_ctx_, n_segments_, head_dim_, n_head_kv_;
+  size_t n_layer_, n_ctx_, n_segments_, head_dim_, n_head_kv_;
   DType type_;
   Sizes sizes_;
   AlignedArray<std::byte> data_;

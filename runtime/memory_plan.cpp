@@ -134,7 +134,7 @@ class Planner {
     plan_.budget_reason = budget_.reason;
     plan_.n_ctx = options.n_ctx > 0 ? options.n_ctx : trained > 0 ? std::min(trained, kDefaultContext) : kDefaultContext;
     plan_.dense_bytes = sizes.dense_bytes;
-    plan_.kv_bytes = KvCache::bytes_needed(sizes.hparams, plan_.n_ctx, options.kv_type);
+    plan_.kv_bytes = options.n_sequences * KvCache::bytes_needed(sizes.hparams, plan_.n_ctx, options.kv_type);
   }
 
   MemoryPlan make() {

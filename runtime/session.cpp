@@ -1,56 +1,12 @@
 #include <algorithm>
-#include <limits>
 #include <vector>
 
-#include "base/host.h"
-#include "base/units.h"
 #include "runtime/decoder.h"
 #include "runtime/engine_state.h"
 #include "runtime/kv_cache.h"
+#include "runtime/session_memory.h"
 
 namespace duet {
-namespace {
-
-uint32_t context_length(const HParams& hparams, uint32_t asked, uint32_t planned, const NoticeFn& notice) {
-  if (asked == 0) return planned;
-  if (hparams.n_ctx_train > 0 && asked > hparams.n_ctx_train)
-    notice(concat("context ", asked, " is longer than the ", hparams.n_ctx_train,
-                  " positions the model was trained with; quality beyond them is unknown"));
-  return asked;
-}
-
-const char* smaller_kv_types(const HParams& hparams, KvType type) {
-  const bool q8 = hparams.head_dim % 32 == 0;
-  if (type == KvType::f32) return q8 ? " or keys and values in f16 or q8_0" : " or keys and values in f16";
-  return type == KvType::f16 && q8 ? " or keys and values in q8_0" : "";
-}
-
-// Refuses what clearly cannot fit. The page cache that holds the weights counts as available, so a
-// model larger than memory is no obstacle.
-void check_memory(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch, KvType type) {
-  const uint64_t kv = KvCache::bytes_needed(hparams, n_ctx, type);
-  const uint64_t scratch = Decoder::bytes_needed(hparams, n_threads, n_ctx, n_batch);
-  const HostMemory memory = read_host_memory();
-  uint64_t available = memory.available_bytes;
-  if (memory.cgroup_limit_bytes) available = std::min(available, *memory.cgroup_limit_bytes);
-  if (available == 0 || (kv <= available && scratch <= available - kv)) return;
-  fail(ErrorKind::memory, "a context of ", n_ctx, " positions needs ", kv, " bytes (", format_size(kv),
-       ") of KV cache and ", format_size(scratch), " of working memory, ", available, " bytes (", format_size(available),
-       ") are available; use a smaller context", smaller_kv_types(hparams, type),
-       scratch > kv ? " or a smaller batch" : "");
-}
-
-// Where experts are streamed, memory is divided already.
-void check_plan(const MemoryPlan& plan, const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch, KvType type) {
-  const uint64_t planned = plan.kv_bytes + plan.scratch_bytes;
-  const uint64_t needed = KvCache::bytes_needed(hparams, n_ctx, type) + Decoder::bytes_needed(hparams, n_threads, n_ctx, n_batch);
-  if (needed <= planned) return;
-  fail(ErrorKind::memory, "a context of ", n_ctx, " positions in batches of ", n_batch, " needs ", format_size(needed),
-       ", but ", format_size(planned), " were set aside for a context of ", plan.n_ctx, " in batches of ", plan.n_batch,
-       " when the model was opened; open it with the larger context");
-}
-
-}  // namespace
 
 struct Session::State {
   State(std::shared_ptr<const Engine::State> e, size_t n_context, size_t n_batch, const SessionOptions& options)
@@ -143,13 +99,8 @@ void Session::State::deliver(size_t first_row, size_t n_rows, const LogitsSink& 
 }
 
 Session Engine::new_session(const SessionOptions& options) const {
-  const HParams& hparams = state_->info.hparams;
-  const uint32_t n_ctx = context_length(hparams, options.n_ctx, state_->plan.n_ctx, state_->notice);
-  const uint32_t n_batch = std::min(options.n_batch > 0 ? options.n_batch : state_->plan.n_batch, n_ctx);
-  const int n_threads = state_->compute.n_threads;
-  if (state_->plan.streamed) check_plan(state_->plan, hparams, n_threads, n_ctx, n_batch, options.kv_type);
-  else check_memory(hparams, n_threads, n_ctx, n_batch, options.kv_type);
-  return Session(std::make_unique<Session::State>(state_, n_ctx, n_batch, options));
+  const SessionSize size = session_size(*this, options.n_ctx, options.n_batch, 1, options.kv_type, state_->notice);
+  return Session(std::make_unique<Session::State>(state_, size.n_ctx, size.n_batch, options));
 }
 
 Session::Session(std::unique_ptr<State> state) : state_(std::move(state)) {}

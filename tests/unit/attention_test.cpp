@@ -69,8 +69,9 @@ std::vector<float> outputs(const Fixture& f, size_t n, const Chunks& c, size_t r
   const auto evaluate = [&](size_t begin) {
     for (size_t first = begin; first < n; first += c.n_batch) {
       const size_t n_chunk = std::min(c.n_batch, n - first);
-      attention.begin(first, n_chunk);
-      attention.forward(0, kv, input, residual.data() + first * n_embd);
+      const KvRun run{&kv, first, n_chunk};
+      attention.begin({&run, 1});
+      attention.forward(0, input, residual.data() + first * n_embd);
     }
   };
   evaluate(0);
@@ -165,8 +166,9 @@ TEST_CASE("attention: positions near 64k are rotated exactly") {
   KvCache kv(f.hparams, kFar + 8, KvType::f32);
   const auto run = [&](size_t first) {
     std::vector<float> residual = inputs(4, h.n_embd);
-    attention.begin(first, 4);
-    attention.forward(0, kv, input, residual.data());
+    const KvRun rows{&kv, first, 4};
+    attention.begin({&rows, 1});
+    attention.forward(0, input, residual.data());
     return std::vector<float>(residual.begin() + 2 * h.n_embd, residual.end());  // those that see two of the four
   };
   const auto near = run(0), far = run(kFar);

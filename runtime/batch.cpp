@@ -1,0 +1,110 @@
+#include "runtime/batch.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "runtime/decoder.h"
+#include "runtime/engine_state.h"
+#include "runtime/kv_cache.h"
+#include "runtime/session_memory.h"
+
+namespace duet {
+
+struct Sequence::State {
+  KvCache kv;
+  std::vector<Token> tokens;  // those whose keys and values are in the cache
+  size_t most = 0;            // tokens ever held
+};
+
+Sequence::Sequence(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Sequence::Sequence(Sequence&&) noexcept = default;
+Sequence& Sequence::operator=(Sequence&&) noexcept = default;
+Sequence::~Sequence() = default;
+
+std::span<const Token> Sequence::tokens() const { return state_->tokens; }
+size_t Sequence::bytes() const { return state_->kv.touched_bytes(state_->most); }
+
+void Sequence::truncate(size_t n) {
+  if (n < state_->tokens.size()) state_->tokens.resize(n);
+}
+
+void Sequence::copy_prefix(const Sequence& from, size_t n) {
+  DUET_ASSERT(n <= from.state_->tokens.size());
+  state_->kv.copy_prefix(from.state_->kv, n);
+  state_->tokens.assign(from.state_->tokens.begin(), from.state_->tokens.begin() + static_cast<ptrdiff_t>(n));
+  state_->most = std::max(state_->most, n);
+}
+
+struct Batch::State {
+  State(std::shared_ptr<const Engine::State> e, const SessionSize& s, const BatchOptions& options)
+      : engine(std::move(e)),
+        size(s),
+        kv_type(options.kv_type),
+        cancel(options.cancel),
+        n_vocab(engine->model.hparams().n_vocab),
+        decoder(engine->model, engine->compute, size.n_ctx, size.n_batch, engine->experts.get()),
+        logits(std::min<size_t>(size.n_batch, kMaxLogitRows) * n_vocab) {
+    runs.reserve(size.n_batch);
+  }
+  void check(const Part& part) const;
+
+  std::shared_ptr<const Engine::State> engine;
+  SessionSize size;
+  KvType kv_type;
+  const std::atomic<bool>* cancel;
+  size_t n_vocab;
+  Decoder decoder;
+  std::vector<TokenRun> runs;
+  AlignedArray<float> logits;  // [kMaxLogitRows, n_vocab]
+};
+
+void Batch::State::check(const Part& part) const {
+  for (const Token id : part.tokens)
+    if (id < 0 || static_cast<size_t>(id) >= n_vocab) fail(ErrorKind::usage, "token id ", id, " is outside the vocabulary of ", n_vocab);
+  const size_t n = part.sequence->tokens().size() + part.tokens.size();
+  if (n > size.n_ctx) fail(ErrorKind::usage, n, " tokens exceed the context of ", size.n_ctx, " positions");
+}
+
+Batch::Batch(const Engine& engine, const BatchOptions& options)
+    : state_(std::make_unique<State>(engine.state_, session_size(engine, options.n_ctx, options.n_batch, options.n_sequences, options.kv_type, engine.state_->notice), options)) {}
+Batch::Batch(Batch&&) noexcept = default;
+Batch::~Batch() = default;
+
+uint32_t Batch::n_ctx() const { return state_->size.n_ctx; }
+uint32_t Batch::n_batch() const { return state_->size.n_batch; }
+
+size_t Batch::sequence_bytes() const {
+  return KvCache::bytes_needed(state_->engine->model.hparams(), state_->size.n_ctx, state_->kv_type);
+}
+
+Sequence Batch::new_sequence() const {
+  return Sequence(std::make_unique<Sequence::State>(Sequence::State{KvCache(state_->engine->model.hparams(), state_->size.n_ctx, state_->kv_type), {}, 0}));
+}
+
+void Batch::evaluate(std::span<const Part> parts) {
+  State& s = *state_;
+  s.runs.clear();
+  size_t n = 0;
+  for (const Part& part : parts) {
+    s.check(part);
+    s.runs.push_back({part.tokens, part.sequence->tokens().size(), &part.sequence->state_->kv});
+    n += part.tokens.size();
+  }
+  s.decoder.forward(s.runs, s.cancel);
+  if (s.engine->experts) s.engine->experts->check_unchanged();
+  for (const Part& part : parts) {
+    Sequence::State& sequence = *part.sequence->state_;
+    sequence.tokens.insert(sequence.tokens.end(), part.tokens.begin(), part.tokens.end());
+    sequence.most = std::max(sequence.most, sequence.tokens.size());
+  }
+  s.engine->after_chunk(n);
+}
+
+std::span<const float> Batch::logits(std::span<const size_t> rows) {
+  State& s = *state_;
+  DUET_ASSERT(rows.size() <= kMaxLogitRows);
+  s.decoder.logits(rows, s.logits.data());
+  return {s.logits.data(), rows.size() * s.n_vocab};
+}
+
+}  // namespace duet
