@@ -49,7 +49,7 @@ struct ConvertPlan {
 };
 
 // Recipes as users name them: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q4_K_M Q4_K_S Q4_0 Q3_K_L Q3_K_M
-// Q3_K_S Q2_K.
+// Q3_K_S Q2_K IQ4_NL IQ4_XS.
 std::vector<std::string> recipe_names();
 
 // Hugging Face folder (config.json, *.safetensors, tokenizer.model or tokenizer.json) -> GGUF.

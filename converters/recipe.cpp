@@ -14,6 +14,7 @@ constexpr Recipe kRecipes[] = {
     {"Q4_K_S", FileType::Q4_K_S, DType::Q4_K}, {"Q4_0", FileType::Q4_0, DType::Q4_0},
     {"Q3_K_L", FileType::Q3_K_L, DType::Q3_K}, {"Q3_K_M", FileType::Q3_K_M, DType::Q3_K},
     {"Q3_K_S", FileType::Q3_K_S, DType::Q3_K}, {"Q2_K", FileType::Q2_K, DType::Q2_K},
+    {"IQ4_NL", FileType::IQ4_NL, DType::IQ4_NL}, {"IQ4_XS", FileType::IQ4_XS, DType::IQ4_XS},
 };
 
 // The first and the last eighth of the layers, and every third one between.
@@ -44,6 +45,10 @@ DType attn_v_type(const Recipe& recipe, const HParams& hparams, uint32_t layer) 
     case FileType::Q5_K_M:
       if (use_more_bits(layer, hparams.n_layer)) type = DType::Q6_K;
       break;
+    case FileType::IQ4_NL:
+    case FileType::IQ4_XS:
+      if (hparams.n_head / hparams.n_head_kv >= 4) type = DType::Q5_K;
+      break;
     default:
       break;
   }
@@ -66,6 +71,8 @@ DType attn_output_type(const Recipe& recipe, const HParams& hparams) {
     case FileType::Q3_K_S:
     case FileType::Q4_K_S:
     case FileType::Q4_K_M:
+    case FileType::IQ4_NL:
+    case FileType::IQ4_XS:
       return eight ? DType::Q5_K : recipe.base;
     default:
       return recipe.base;
@@ -82,6 +89,9 @@ DType ffn_down_type(const Recipe& recipe, uint32_t layer, uint32_t n_layer) {
       return DType::Q5_K;
     case FileType::Q4_K_S:
       return layer < n_layer / 8 ? DType::Q5_K : DType::Q4_K;
+    case FileType::IQ4_NL:
+    case FileType::IQ4_XS:
+      return layer < n_layer / 8 ? DType::Q5_K : recipe.base;
     case FileType::Q4_K_M:
     case FileType::Q5_K_M:
       return use_more_bits(layer, n_layer) ? DType::Q6_K : recipe.base;
@@ -136,6 +146,9 @@ DType fitting_type(DType type, uint64_t cols) {
       break;
     case DType::Q6_K:
       smaller = DType::Q8_0;
+      break;
+    case DType::IQ4_XS:
+      smaller = DType::IQ4_NL;
       break;
     default:
       break;

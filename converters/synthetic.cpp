@@ -96,6 +96,14 @@ constexpr ScaleFields kScaleFields[] = {
     {DType::Q6_K, offsetof(BlockQ6_K, d)},
     {DType::IQ4_NL, offsetof(BlockIQ4_NL, d)},
     {DType::IQ4_XS, offsetof(BlockIQ4_XS, d)},
+    {DType::IQ1_S, offsetof(BlockIQ1_S, d)},
+    {DType::IQ2_XXS, offsetof(BlockIQ2_XXS, d)},
+    {DType::IQ2_XS, offsetof(BlockIQ2_XS, d)},
+    {DType::IQ2_S, offsetof(BlockIQ2_S, d)},
+    {DType::IQ3_XXS, offsetof(BlockIQ3_XXS, d)},
+    {DType::IQ3_S, offsetof(BlockIQ3_S, d)},
+    {DType::TQ1_0, offsetof(BlockTQ1_0, d)},
+    {DType::TQ2_0, offsetof(BlockTQ2_0, d)},
 };
 
 const ScaleFields* scale_fields(DType dtype) {
@@ -360,6 +368,22 @@ uint32_t file_type_of(const Format& type) {
       return 25;
     case DType::IQ4_XS:
       return 30;
+    case DType::IQ2_XXS:
+      return 19;
+    case DType::IQ2_XS:
+      return 20;
+    case DType::IQ3_XXS:
+      return 23;
+    case DType::IQ1_S:
+      return 24;
+    case DType::IQ3_S:
+      return 26;
+    case DType::IQ2_S:
+      return 28;
+    case DType::TQ1_0:
+      return 36;
+    case DType::TQ2_0:
+      return 37;
     default:
       break;
   }
@@ -370,10 +394,12 @@ uint32_t file_type_of(const Format& type) {
 }
 
 const Format& find_type(const std::string& name) {
-  if (const Format* format = find_format(name)) return *format;
+  // IQ1_M, whose scale lies in pieces, is not offered.
+  const auto offered = [](const Format& format) { return format.dtype != DType::IQ1_M; };
+  if (const Format* format = find_format(name); format != nullptr && offered(*format)) return *format;
   std::string choices;
   for (const Format& format : all_formats())
-    choices += concat(choices.empty() ? "" : " ", format.name);
+    if (offered(format)) choices += concat(choices.empty() ? "" : " ", format.name);
   fail(ErrorKind::usage, "unknown type '", name, "'; choose one of: ", choices);
 }
 

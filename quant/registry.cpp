@@ -11,13 +11,17 @@ namespace duet {
 extern const Format kFormatF32, kFormatF16, kFormatBF16;
 extern const Format kFormatQ4_0, kFormatQ4_1, kFormatQ5_0, kFormatQ5_1, kFormatQ8_0;
 extern const Format kFormatQ2_K, kFormatQ3_K, kFormatQ4_K, kFormatQ5_K, kFormatQ6_K;
-extern const Format kFormatIQ4_NL, kFormatIQ4_XS;
+extern const Format kFormatIQ1_S, kFormatIQ1_M, kFormatIQ2_XXS, kFormatIQ2_XS, kFormatIQ2_S;
+extern const Format kFormatIQ3_XXS, kFormatIQ3_S, kFormatIQ4_NL, kFormatIQ4_XS;
+extern const Format kFormatTQ1_0, kFormatTQ2_0;
 
 std::span<const Format> all_formats() {
   static const std::array table = {
       kFormatF32,  kFormatF16,  kFormatBF16, kFormatQ4_0,   kFormatQ4_1,
       kFormatQ5_0, kFormatQ5_1, kFormatQ8_0, kFormatQ2_K,   kFormatQ3_K,
       kFormatQ4_K, kFormatQ5_K, kFormatQ6_K, kFormatIQ4_NL, kFormatIQ4_XS,
+      kFormatIQ1_S, kFormatIQ1_M, kFormatIQ2_XXS, kFormatIQ2_XS, kFormatIQ2_S,
+      kFormatIQ3_XXS, kFormatIQ3_S, kFormatTQ1_0, kFormatTQ2_0,
   };
   return table;
 }

@@ -5,6 +5,7 @@
 
 #include "quant/f16.h"
 #include "quant/format.h"
+#include "quant/iq_blocks.h"
 #include "runtime/kernels/kernels.h"
 #include "runtime/kernels/tables.h"
 
@@ -179,6 +180,24 @@ void unpack(const BlockIQ4_XS& b, Unpacked256& out) {
     unpack_nibbles(b.qs + 16 * j, 16, out.q + 32 * j, [](int v, size_t) { return kIq4Levels[v]; });
   }
 }
+
+template <class Block>
+void unpack_wide(const Block& b, Unpacked256& out) {
+  WideBlock wide;
+  unpack(b, wide);
+  out.d = wide.d;
+  for (size_t g = 0; g < 16; ++g) out.scale[g] = wide.scale[g];
+  std::memcpy(out.q, wide.q, sizeof out.q);
+}
+void unpack(const BlockIQ1_S& b, Unpacked256& out) { unpack_wide(b, out); }
+void unpack(const BlockIQ1_M& b, Unpacked256& out) { unpack_wide(b, out); }
+void unpack(const BlockIQ2_XXS& b, Unpacked256& out) { unpack_wide(b, out); }
+void unpack(const BlockIQ2_XS& b, Unpacked256& out) { unpack_wide(b, out); }
+void unpack(const BlockIQ2_S& b, Unpacked256& out) { unpack_wide(b, out); }
+void unpack(const BlockIQ3_XXS& b, Unpacked256& out) { unpack_wide(b, out); }
+void unpack(const BlockIQ3_S& b, Unpacked256& out) { unpack_wide(b, out); }
+void unpack(const BlockTQ1_0& b, Unpacked256& out) { unpack_wide(b, out); }
+void unpack(const BlockTQ2_0& b, Unpacked256& out) { unpack_wide(b, out); }
 
 template <class Block>
 constexpr bool kHasMinimum256 = requires(Block b) {
@@ -399,6 +418,15 @@ void fill_formats(KernelTable& table) {
   set_format<DType::Q5_K>(table, matmul256<BlockQ5_K>);
   set_format<DType::Q6_K>(table, matmul256<BlockQ6_K>);
   set_format<DType::IQ4_XS>(table, matmul256<BlockIQ4_XS>);
+  set_format<DType::IQ1_S>(table, matmul256<BlockIQ1_S>);
+  set_format<DType::IQ1_M>(table, matmul256<BlockIQ1_M>);
+  set_format<DType::IQ2_XXS>(table, matmul256<BlockIQ2_XXS>);
+  set_format<DType::IQ2_XS>(table, matmul256<BlockIQ2_XS>);
+  set_format<DType::IQ2_S>(table, matmul256<BlockIQ2_S>);
+  set_format<DType::IQ3_XXS>(table, matmul256<BlockIQ3_XXS>);
+  set_format<DType::IQ3_S>(table, matmul256<BlockIQ3_S>);
+  set_format<DType::TQ1_0>(table, matmul256<BlockTQ1_0>);
+  set_format<DType::TQ2_0>(table, matmul256<BlockTQ2_0>);
 }
 
 }  // namespace

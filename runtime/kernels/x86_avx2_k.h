@@ -1,6 +1,8 @@
 // The 256-element formats (Q2_K .. Q6_K, IQ4_XS) times act256 in 256-bit registers.
 #pragma once
 
+#include <type_traits>
+
 #include "runtime/kernels/x86_avx2_panel.h"
 #include "runtime/kernels/x86_k_scales.h"
 
@@ -48,6 +50,10 @@ DUET_INLINE __m256i quants(const BlockIQ4_XS& b, int i) {
   return _mm256_shuffle_epi8(levels, nibbles32(b.qs + 16 * i));
 }
 
+DUET_INLINE __m256i quants(const WideBlock& b, int i) {
+  return _mm256_add_epi8(load256(b.q + 32 * i), _mm256_set1_epi8(64));
+}
+
 template <class Block>
 constexpr bool kSignedQuants = false;
 template <>
@@ -80,6 +86,7 @@ struct DecodeSums {
   __m256i dot[8];
   __m128i mins[8];
   alignas(16) uint16_t d[8], dmin[8];  // half precision, as stored
+  alignas(32) float wide_d[8];         // instead of d, of WideBlock
 };
 
 // Scales as int16, of which one shuffle makes the factors of 32 elements (for multiply_bytes): the
@@ -133,7 +140,8 @@ DUET_INLINE void decode_block(const Block& b, const BlockAct256& x, size_t at,
     dot = dpwssd(dot, parts, factor_of<kQuads<Block>>(scales, i));
   }
   sums.dot[at] = dot;
-  sums.d[at] = b.d;
+  if constexpr (requires { b.scale; }) sums.wide_d[at] = b.d;
+  else sums.d[at] = b.d;
   if constexpr (kHasMinimum<Block>) sums.dmin[at] = b.dmin;
 }
 
@@ -200,13 +208,17 @@ struct KPanel {
       unpack_quants(rows, v);
       unpack_scales(rows, v);
     }
-    alignas(16) uint16_t half[8], half_min[8] = {};
-    for (size_t j = 0; j < 8; ++j) {
-      half[j] = rows[j]->d;
-      if constexpr (kHasMinimum<Block>) half_min[j] = rows[j]->dmin;
+    if constexpr (std::is_same_v<Block, WideBlock>) {
+      d[v] = _mm256_setr_ps(rows[0]->d, rows[1]->d, rows[2]->d, rows[3]->d, rows[4]->d, rows[5]->d, rows[6]->d, rows[7]->d);
+    } else {
+      alignas(16) uint16_t half[8], half_min[8] = {};
+      for (size_t j = 0; j < 8; ++j) {
+        half[j] = rows[j]->d;
+        if constexpr (kHasMinimum<Block>) half_min[j] = rows[j]->dmin;
+      }
+      d[v] = _mm256_cvtph_ps(load128(half));
+      dmin[v] = _mm256_cvtph_ps(load128(half_min));
     }
-    d[v] = _mm256_cvtph_ps(load128(half));
-    dmin[v] = _mm256_cvtph_ps(load128(half_min));
   }
 
   template <size_t R, size_t T>

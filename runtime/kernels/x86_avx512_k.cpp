@@ -2,6 +2,7 @@
 //
 // vpdpbusd multiplies unsigned quants (with an offset where they are signed) by activations and adds
 // four; how scales come in, and how offsets go out again: x86_avx512_k_panel.h, x86_avx512_k_rows.h.
+#include "runtime/kernels/x86_avx512_iq.h"
 #include "runtime/kernels/x86_avx512_k_rows.h"
 
 namespace duet {
@@ -22,6 +23,15 @@ void add_avx512_k(KernelTable& table) {
   table.matmul[static_cast<size_t>(DType::Q5_K)] = matmul512<KRows<BlockQ5_K>>;
   table.matmul[static_cast<size_t>(DType::Q6_K)] = matmul512<KRows<BlockQ6_K>>;
   table.matmul[static_cast<size_t>(DType::IQ4_XS)] = matmul512<KRows<BlockIQ4_XS>>;
+  table.matmul[static_cast<size_t>(DType::IQ1_S)] = matmul512<WideRows<BlockIQ1_S>>;
+  table.matmul[static_cast<size_t>(DType::IQ1_M)] = matmul512<WideRows<BlockIQ1_M>>;
+  table.matmul[static_cast<size_t>(DType::IQ2_XXS)] = matmul512<WideRows<BlockIQ2_XXS>>;
+  table.matmul[static_cast<size_t>(DType::IQ2_XS)] = matmul512<WideRows<BlockIQ2_XS>>;
+  table.matmul[static_cast<size_t>(DType::IQ2_S)] = matmul512<WideRows<BlockIQ2_S>>;
+  table.matmul[static_cast<size_t>(DType::IQ3_XXS)] = matmul512<WideRows<BlockIQ3_XXS>>;
+  table.matmul[static_cast<size_t>(DType::IQ3_S)] = matmul512<WideRows<BlockIQ3_S>>;
+  table.matmul[static_cast<size_t>(DType::TQ1_0)] = matmul512<WideRows<BlockTQ1_0>>;
+  table.matmul[static_cast<size_t>(DType::TQ2_0)] = matmul512<WideRows<BlockTQ2_0>>;
 }
 
 }  // namespace duet

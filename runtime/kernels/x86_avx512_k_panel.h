@@ -95,6 +95,16 @@ DUET_INLINE void unpack_columns(const BlockIQ4_XS*, const std::byte* const* rows
   }
 }
 
+template <class Store>
+DUET_INLINE void unpack_columns(const WideBlock*, const std::byte* const* rows, Store store) {
+  const __m512i offset = _mm512_set1_epi8(64);
+#pragma GCC unroll 4
+  for (size_t i = 0; i < 16; ++i)
+    store(16 * i, load_quad(rows, offsetof(WideBlock, q) + 16 * i).map([&](__m512i v) {
+      return _mm512_add_epi8(v, offset);
+    }));
+}
+
 // Bytes 2 i and 2 i + 1 of each word as 16-bit lanes.
 DUET_INLINE __m512i byte_pair(__m512i v, int i) {
   const auto first = static_cast<char>(2 * i), second = static_cast<char>(2 * i + 1);

@@ -68,5 +68,9 @@ DUET_INLINE __m512i scale_lanes(const BlockIQ4_XS* const* b) {
   return _mm512_sub_epi16(six, _mm512_set1_epi16(32));
 }
 
+DUET_INLINE __m512i scale_lanes(const WideBlock* const* b) {
+  return four_lanes(b[0]->scale, b[1]->scale, b[2]->scale, b[3]->scale);
+}
+
 }  // namespace
 }  // namespace duet

@@ -2,6 +2,7 @@
 // shared by the AVX2 and the AVX-512 file. Bit layouts: docs/kernels.md.
 #pragma once
 
+#include "quant/iq_blocks.h"
 #include "runtime/kernels/x86_blocks.h"
 
 namespace duet {
@@ -24,6 +25,8 @@ template <>
 constexpr int kOffsetShift<BlockQ3_K> = 2;  // quants 0..7 for -4..3
 template <>
 constexpr int kOffsetShift<BlockQ6_K> = 5;  // quants 0..63 for -32..31
+template <>
+constexpr int kOffsetShift<WideBlock> = 6;  // quants 2..126 for -62..62
 
 // Columns that share a scale.
 template <class Block>
@@ -48,6 +51,8 @@ template <>
 constexpr int kLargest<BlockQ5_K> = 31;
 template <>
 constexpr int kLargest<BlockQ6_K> = 63;
+template <>
+constexpr int kLargest<WideBlock> = kWideLargest + 64;
 template <>
 constexpr int kLargest<BlockIQ4_XS> = 241;  // 128 above the level
 
@@ -87,6 +92,10 @@ DUET_INLINE KScales load_scales(const BlockQ5_K& b) { return load_scales_6bit(b.
 
 DUET_INLINE KScales load_scales(const BlockQ6_K& b) {
   return {_mm256_cvtepi8_epi16(load128(b.scales)), __m256i{}};
+}
+
+DUET_INLINE KScales load_scales(const WideBlock& b) {
+  return {_mm256_cvtepi8_epi16(load128(b.scale)), __m256i{}};
 }
 
 // Eight scales, each for 32 elements.

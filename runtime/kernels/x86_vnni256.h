@@ -4,7 +4,7 @@
 #pragma once
 
 #include "runtime/kernels/x86_avx2_block32.h"
-#include "runtime/kernels/x86_avx2_k.h"
+#include "runtime/kernels/x86_avx2_iq.h"
 
 namespace duet {
 namespace {
@@ -27,6 +27,7 @@ uint64_t vnni256_macs(uint64_t n_steps) noexcept {
 void set_vnni256(KernelTable& table) {
   set_block32_256(table);
   set_k_256(table);
+  set_iq_256(table);
   table.peak.int8_macs = vnni256_macs;
 }
 

@@ -18,8 +18,8 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TYPES = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
-WIDTH, LAYERS = 256, 2  # every matrix is [WIDTH, WIDTH]; 2 + 7 * LAYERS of them, one for each format
+TYPES = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S TQ1_0 TQ2_0".split()
+WIDTH, LAYERS = 256, 4  # every matrix is [WIDTH, WIDTH]; 2 + 7 * LAYERS of them, one for each format
 MATRICES = ["token_embd", "output"] + [f"blk.{layer}.{name}" for layer in range(LAYERS) for name in
                                        "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down".split()]
 

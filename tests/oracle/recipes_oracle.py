@@ -20,7 +20,7 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DUET = os.environ.get("DUET", os.path.join(ROOT, "build", "release", "duet"))
 RECIPES = ["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0",
-           "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"]
+           "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS"]
 KEYS = ["n_layer", "n_embd", "n_ff", "n_head", "n_head_kv", "head_dim", "n_vocab", "n_expert", "tied"]
 MODELS = {  # KEYS in order
     "demo": [6, 256, 512, 8, 2, 32, 4096, 8, 0],

@@ -21,6 +21,14 @@ void store_half(std::byte* block, int offset, uint16_t half) {
   if (offset >= 0) std::memcpy(block + offset, &half, sizeof half);
 }
 
+// A nibble on top of each of four words, lowest first.
+void store_nibbles(uint8_t scales[8], uint16_t half) {
+  for (size_t i = 0; i < 4; ++i) {
+    uint8_t& byte = scales[2 * i + 1];
+    byte = static_cast<uint8_t>((byte & 15) | (half >> (4 * i) & 15) << 4);
+  }
+}
+
 }  // namespace
 
 ScaleFields scale_fields(DType dtype) {
@@ -45,7 +53,18 @@ ScaleFields scale_fields(DType dtype) {
     case DType::Q8_0:
     case DType::IQ4_NL:
     case DType::IQ4_XS:
+    case DType::IQ1_S:
+    case DType::IQ2_XXS:
+    case DType::IQ2_XS:
+    case DType::IQ2_S:
+    case DType::IQ3_XXS:
+    case DType::IQ3_S:
       return {0, -1};
+    case DType::TQ1_0:
+      return {at(offsetof(BlockTQ1_0, d)), -1};
+    case DType::TQ2_0:
+      return {at(offsetof(BlockTQ2_0, d)), -1};
+    case DType::IQ1_M:  // in four pieces
     case DType::F32:
     case DType::F16:
     case DType::BF16:
@@ -61,6 +80,7 @@ void fill_weights_with_scale(const Format& format, void* dst, size_t n, uint16_t
   rng.fill({block, row_bytes(format, n)});
   for (size_t i = 0; i < n / format.block_elems; ++i, block += format.block_bytes) {
     store_half(block, fields.d, d);
+    if (format.dtype == DType::IQ1_M) store_nibbles(reinterpret_cast<BlockIQ1_M*>(block)->scales, d);
     store_half(block, fields.dmin, dmin);
   }
 }

@@ -16,7 +16,7 @@ using namespace duet::test;
 
 namespace {
 
-constexpr uint32_t kQ8_0 = 8, kIq3S = 21;
+constexpr uint32_t kQ8_0 = 8, kMxfp4 = 39;
 
 // Some of everything: every kind of key, one to four dimensions, blocks, a tensor that needs
 // padding.
@@ -173,8 +173,8 @@ const std::vector<BrokenFile> kBrokenTensors = {
      kFormat, "no multiple of the 32 of a Q8_0 block"},
     {"type that does not exist", [](GgufBuilder& b) { tensor(b, "blocks").type = 1000; }, kFormat,
      "type id 1000, which does not exist"},
-    {"type of ggml not read here", [](GgufBuilder& b) { tensor(b, "blocks").type = kIq3S; },
-     kUnsupported, "tensor 'blocks' is of type IQ3_S"},
+    {"type of ggml not read here", [](GgufBuilder& b) { tensor(b, "blocks").type = kMxfp4; },
+     kUnsupported, "tensor 'blocks' is of type MXFP4"},
     {"integer tensor", [](GgufBuilder& b) { tensor(b, "blocks").type = 26; }, kUnsupported,
      "is of type I32"},
     {"unaligned offset", [](GgufBuilder& b) { tensor(b, "cube").offset = 97; }, kFormat,

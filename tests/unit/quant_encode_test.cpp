@@ -17,7 +17,8 @@ using namespace duet::test;
 namespace {
 
 constexpr DType kEncoded[] = {DType::Q2_K, DType::Q3_K, DType::Q4_K, DType::Q5_K, DType::Q6_K,
-                              DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0};
+                              DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0,
+                              DType::IQ4_NL, DType::IQ4_XS};
 
 // Near-Gaussian numbers: sums of twelve uniform ones, of unit variance.
 std::vector<float> gaussian(size_t n, Rng& rng, float scale = 1) {
@@ -74,7 +75,7 @@ TEST_CASE("encode: error on Gaussian rows is not above ggml's") {
   const Bound bounds[] = {{DType::Q8_0, 0.00534}, {DType::Q6_K, 0.01768}, {DType::Q5_K, 0.03606},
                           {DType::Q4_K, 0.07137}, {DType::Q3_K, 0.15078}, {DType::Q2_K, 0.29642},
                           {DType::Q5_1, 0.03788}, {DType::Q5_0, 0.04264}, {DType::Q4_1, 0.07823},
-                          {DType::Q4_0, 0.08584}, {DType::F16, 0.0003},   {DType::BF16, 0.0025}};
+                          {DType::Q4_0, 0.08584}, {DType::IQ4_NL, 0.07623}, {DType::IQ4_XS, 0.07682}, {DType::F16, 0.0003},   {DType::BF16, 0.0025}};
   Rng rng(1);
   const std::vector<float> x = gaussian(64 * 1024, rng, 0.03f);
   const double power = squared_error(x, std::vector<float>(x.size(), 0.0f));
