@@ -78,7 +78,7 @@ TEST_CASE("recipe: every recipe gives every tensor the type that llama.cpp gives
 }
 
 TEST_CASE("recipe: names and file types") {
-  CHECK(recipe_names().size() == 14);
+  CHECK(recipe_names().size() == 16);
   CHECK(static_cast<uint32_t>(find_recipe("Q4_K_M").file_type) == 15);
   CHECK(static_cast<uint32_t>(find_recipe("BF16").file_type) == 32);
   test::check_thrown(test::thrown_by([] { find_recipe("Q4_K_X"); }), ErrorKind::usage, "Q3_K_S");
