@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "base/json.h"
 #include "base/units.h"
+#include "calibrate/calibrate.h"
 #include "cli/commands.h"
 #include "cli/console.h"
 #include "cli/options.h"
@@ -17,7 +18,10 @@ namespace duet::cli {
 namespace {
 
 struct ConvertArgs {
-  std::string source, output, type, name, imatrix;
+  std::string source, output, type, name, imatrix, token_embedding_type, output_tensor_type;
+  std::vector<std::string> tensor_types;
+  std::string calibrate;
+  size_t calibrate_tokens = 0;
   bool vocab_only = false, dry_run = false, force = false, json = false;
   int n_threads = 0;
 };
@@ -43,6 +47,9 @@ ConvertOptions library_options(const ConvertArgs& args) {
   options.n_threads = args.n_threads;
   options.name = args.name;
   options.imatrix = args.imatrix;
+  options.token_embedding_type = args.token_embedding_type;
+  options.output_tensor_type = args.output_tensor_type;
+  options.tensor_types = args.tensor_types;
   options.notice = notices();
   options.cancel = &interrupted();
   return options;
@@ -89,10 +96,13 @@ void print_plan_json(const ConvertPlan& plan) {
 // --------------------------------------------------------------------------------
 
 using PlanFn = ConvertPlan (*)(const std::filesystem::path&, const ConvertOptions&);
+using CalibratedFn = void (*)(const std::filesystem::path&, const std::filesystem::path&,
+                              const ConvertOptions&, const CalibrationOptions&);
 using WriteFn = void (*)(const std::filesystem::path&, const std::filesystem::path&,
                          const ConvertOptions&);
 
-void run_conversion(const ConvertArgs& args, const char* label, PlanFn plan, WriteFn write) {
+void run_conversion(const ConvertArgs& args, const char* label, PlanFn plan, WriteFn write,
+                    CalibratedFn write_calibrated) {
   ConvertOptions options = library_options(args);
   if (args.dry_run) {
     const ConvertPlan result = plan(args.source, options);
@@ -103,10 +113,32 @@ void run_conversion(const ConvertArgs& args, const char* label, PlanFn plan, Wri
     fail(ErrorKind::usage, "no output file given: add -o OUT.gguf, or --dry-run to see the plan");
   ProgressBar bar(label, ProgressBar::Unit::bytes);
   options.progress = progress_on(bar);
-  write(args.source, args.output, options);
+  if (args.calibrate.empty()) return write(args.source, args.output, options);
+  write_calibrated(args.source, args.output, options,
+                   {.text = read_text(args.calibrate), .max_tokens = args.calibrate_tokens});
+}
+
+void add_type_options(CLI::App& command, ConvertArgs& args) {
+  command.add_option("--token-embedding-type", args.token_embedding_type,
+                     "Type of token_embd.weight [default: the mix's]");
+  command.add_option("--output-tensor-type", args.output_tensor_type,
+                     "Type of output.weight [default: the mix's]");
+  command.add_option("--tensor", args.tensor_types,
+                     "REGEX=TYPE: type of the matrices in whose name the expression is found; may be "
+                     "given several times, the first that fits wins");
 }
 
 void add_shared_options(CLI::App& command, ConvertArgs& args) {
+  add_type_options(command, args);
+  command
+      .add_option("--calibrate", args.calibrate,
+                  "Text that the encoded weights are fitted to, layer by layer: each makes up for the "
+                  "errors of others. Takes some forward passes over the text")
+      ->type_name("FILE");
+  command
+      .add_option("--calibrate-tokens", args.calibrate_tokens,
+                  "Tokens of that text to use at most [default: as many as fit in 1 GiB]")
+      ->type_name("N");
   command.add_option("--imatrix", args.imatrix,
                      "Importance matrix that weights errors: made by duet imatrix or llama-imatrix")
       ->type_name("FILE");
@@ -135,7 +167,7 @@ void add_convert(CLI::App& app) {
                    "Only the vocabulary: needs config.json and the tokenizer, writes no tensors");
   add_shared_options(command, *args);
   add_environment(command);
-  command.callback([args] { run_conversion(*args, "convert", plan_convert, convert); });
+  command.callback([args] { run_conversion(*args, "convert", plan_convert, convert, convert_calibrated); });
 }
 
 void add_quantize(CLI::App& app) {
@@ -146,7 +178,7 @@ void add_quantize(CLI::App& app) {
   command.add_option("TYPE", args->type, "Mix of types: " + joined(recipe_names()))->required();
   add_shared_options(command, *args);
   add_environment(command);
-  command.callback([args] { run_conversion(*args, "quantize", plan_quantize, quantize); });
+  command.callback([args] { run_conversion(*args, "quantize", plan_quantize, quantize, quantize_calibrated); });
 }
 
 }  // namespace duet::cli

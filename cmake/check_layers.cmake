@@ -9,7 +9,8 @@ set(allowed_formats base quant formats)
 set(allowed_converters base quant formats converters)
 set(allowed_runtime base quant formats runtime)
 set(allowed_runtime/kernels base quant runtime/kernels)
-set(allowed_cli base quant formats converters runtime runtime/kernels cli)
+set(allowed_calibrate base quant formats converters runtime calibrate)
+set(allowed_cli base quant formats converters runtime runtime/kernels calibrate cli)
 
 # header pattern = folders or files that may include it
 set(owner_nlohmann "^base/json")
@@ -25,7 +26,7 @@ set(owner_immintrin "^runtime/kernels/")
 set(owner_doctest "^tests/")
 
 set(errors "")
-foreach(layer base quant formats converters runtime cli)
+foreach(layer base quant formats converters runtime calibrate cli)
   file(GLOB_RECURSE files RELATIVE "${root}" "${root}/${layer}/*.h" "${root}/${layer}/*.cpp")
   foreach(file IN LISTS files)
     set(from ${layer})

@@ -12,6 +12,7 @@
 #include "converters/importance.h"
 #include "converters/quantize.h"
 #include "converters/recipe.h"
+#include "converters/source.h"
 #include "formats/safetensors.h"
 
 namespace duet {
@@ -20,15 +21,6 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr uint64_t kMaxConfigBytes = uint64_t{4} << 20;
-
-// Everything a conversion needs, resolved and checked before the first byte is written.
-struct HfModel {
-  HParams hparams;
-  std::vector<GgufKeyValue> metadata;
-  std::optional<Safetensors> weights;  // absent: vocabulary only
-  std::vector<float> rope_factors;     // data of rope_freqs.weight
-  std::vector<TensorJob> jobs;         // borrow from the two above
-};
 
 std::string shape_text(const std::vector<uint64_t>& shape) {
   std::string text = "[";
@@ -157,7 +149,7 @@ void check_all_used(const Safetensors& weights, const std::unordered_set<std::st
   }
 }
 
-void make_jobs(HfModel& model, const Recipe& recipe) {
+void make_jobs(ConversionSource& model, const Recipe& recipe, TypeRules rules) {
   const Safetensors& weights = *model.weights;
   std::unordered_set<std::string> used;
   for (const TensorSpec& spec : tensor_table(model.hparams)) {
@@ -173,11 +165,12 @@ void make_jobs(HfModel& model, const Recipe& recipe) {
       fail(ErrorKind::format, "tensor '", missing_name(forms, weights),
            "' is missing from the folder (for ", spec.gguf_name, ")");
     used.insert(form->names.begin(), form->names.end());
-    model.jobs.push_back({spec.gguf_name, &recipe_format(recipe, model.hparams, spec), spec.shape,
+    model.jobs.push_back({spec.gguf_name, &rules.format(recipe, model.hparams, spec), spec.shape,
                           source_runs(weights, *form, model.hparams, spec)});
     for (RowRun& run : model.jobs.back().runs)
       run.drop = [weights](const TensorView& view) { weights.drop(view); };
   }
+  rules.check_used();
   check_all_used(weights, used, model.hparams);
 }
 
@@ -186,12 +179,14 @@ std::string folder_name(const fs::path& folder) {
   return (path.has_filename() ? path : path.parent_path()).filename().string();
 }
 
-HfModel load_model(const fs::path& folder, const ConvertOptions& options) {
+}  // namespace
+
+ConversionSource open_folder(const fs::path& folder, const ConvertOptions& options) {
   require_folder(folder);
   const std::string source = (folder / "config.json").string();
   const Json config = parse_json(read_file(folder / "config.json", kMaxConfigBytes), source);
   const NoticeFn notice = options.notice ? options.notice : [](const std::string&) {};
-  HfModel model;
+  ConversionSource model;
   model.hparams = read_hf_config(config, source, notice);
   model.hparams.name = options.name.empty() ? folder_name(folder) : options.name;
   model.metadata = hparams_metadata(model.hparams);
@@ -203,23 +198,21 @@ HfModel load_model(const fs::path& folder, const ConvertOptions& options) {
         {"general.file_type", GgufValue::u32(static_cast<uint32_t>(recipe.file_type))});
     model.metadata.push_back({"general.quantization_version", GgufValue::u32(2)});
     model.weights = Safetensors::open(folder);
-    make_jobs(model, recipe);
+    make_jobs(model, recipe, TypeRules(options));
     apply_imatrix(options, model.hparams, model.jobs, model.metadata);
   }
   model.metadata.insert(model.metadata.end(), tokenizer.begin(), tokenizer.end());
   return model;
 }
 
-}  // namespace
-
 ConvertPlan plan_convert(const fs::path& folder, const ConvertOptions& options) {
-  const HfModel model = load_model(folder, options);
+  const ConversionSource model = open_folder(folder, options);
   return plan_of(model.jobs, options.vocab_only ? "vocabulary" : options.recipe);
 }
 
 void convert(const fs::path& folder, const fs::path& output, const ConvertOptions& options) {
   check_overwrite(output, options.overwrite);
-  const HfModel model = load_model(folder, options);
+  const ConversionSource model = open_folder(folder, options);
   write_gguf(output, model.metadata, model.jobs, options);
 }
 

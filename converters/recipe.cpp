@@ -186,4 +186,52 @@ const Format& recipe_format(const Recipe& recipe, const HParams& hparams, const 
   return format_of(fitting_type(quantized_type(recipe, hparams, spec), spec.shape.back()));
 }
 
+const Format& writable_format(std::string_view name) {
+  std::string upper(name);
+  for (char& c : upper) c = static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c);
+  const Format* format = find_format(std::string_view(upper));
+  if (format != nullptr && format->encode_row != nullptr) return *format;
+  std::string choices;
+  for (const Format& f : all_formats())
+    if (f.encode_row != nullptr) choices += concat(choices.empty() ? "" : " ", f.name);
+  fail(ErrorKind::usage, "unknown tensor type '", name, "'; choose one of: ", choices);
+}
+
+TypeRules::TypeRules(const ConvertOptions& options) {
+  const auto add = [this](const std::string& text, const std::string& pattern, std::string_view type) {
+    try {
+      rules_.push_back({text, std::regex(pattern), &writable_format(type)});
+    } catch (const std::regex_error&) {
+      fail(ErrorKind::usage, "tensor rule '", text, "': '", pattern, "' is not a regular expression");
+    }
+  };
+  for (const std::string& rule : options.tensor_types) {
+    const size_t at = rule.rfind('=');
+    if (at == std::string::npos || at == 0)
+      fail(ErrorKind::usage, "tensor rule '", rule, "': expected REGEX=TYPE, such as ffn_down=Q4_K");
+    add(rule, rule.substr(0, at), std::string_view(rule).substr(at + 1));
+  }
+  if (!options.token_embedding_type.empty())
+    add("token embedding type", "^token_embd\\.weight$", options.token_embedding_type);
+  if (!options.output_tensor_type.empty())
+    add("output tensor type", "^output\\.weight$", options.output_tensor_type);
+}
+
+const Format& TypeRules::format(const Recipe& recipe, const HParams& hparams, const TensorSpec& spec) {
+  if (always_float(spec)) return format_of(DType::F32);
+  for (Rule& rule : rules_) {
+    if (!std::regex_search(spec.gguf_name, rule.pattern)) continue;
+    rule.used = true;
+    if (spec.shape.back() % rule.format->block_elems == 0) return *rule.format;
+    fail(ErrorKind::usage, "tensor '", spec.gguf_name, "' cannot be ", rule.format->name, ": rows of ",
+         spec.shape.back(), " are no multiple of its blocks of ", rule.format->block_elems);
+  }
+  return recipe_format(recipe, hparams, spec);
+}
+
+void TypeRules::check_used() const {
+  for (const Rule& rule : rules_)
+    if (!rule.used) fail(ErrorKind::usage, "tensor rule '", rule.text, "' fits no tensor of this model");
+}
+
 }  // namespace duet

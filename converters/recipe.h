@@ -4,9 +4,13 @@
 #pragma once
 
 #include <cstdint>
+#include <regex>
 #include <span>
+#include <string>
 #include <string_view>
+#include <vector>
 
+#include "converters/convert.h"
 #include "formats/schema.h"
 #include "quant/format.h"
 
@@ -41,6 +45,27 @@ struct Recipe {
 std::span<const Recipe> all_recipes();
 // Exact upper-case name; Error(usage) naming the choices otherwise.
 const Recipe& find_recipe(std::string_view name);
+
+// The format a type name in either case stands for, with an encoder; Error(usage) otherwise.
+const Format& writable_format(std::string_view name);
+
+// The types that options ask for instead of the recipe's.
+class TypeRules {
+ public:
+  explicit TypeRules(const ConvertOptions& options);  // Error(usage): not a rule, not a type
+  // The recipe's format, or another. Error(usage) when its block does not divide the rows.
+  const Format& format(const Recipe& recipe, const HParams& hparams, const TensorSpec& spec);
+  void check_used() const;  // Error(usage) for a rule that has met no tensor
+
+ private:
+  struct Rule {
+    std::string text;
+    std::regex pattern;
+    const Format* format;
+    bool used = false;
+  };
+  std::vector<Rule> rules_;
+};
 
 // Format of one tensor. Norms, the router, one-dimensional and unscaled tensors are F32 in every
 // recipe. Rows that a format's block does not divide get the next format that fits, at last F16.

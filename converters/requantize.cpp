@@ -8,17 +8,12 @@
 #include "converters/importance.h"
 #include "converters/quantize.h"
 #include "converters/recipe.h"
+#include "converters/source.h"
 
 namespace duet {
 namespace {
 
 namespace fs = std::filesystem;
-
-struct Source {
-  GgufFile file;
-  std::vector<GgufKeyValue> metadata;
-  std::vector<TensorJob> jobs;
-};
 
 bool replaced_key(std::string_view key) {
   return key == "general.file_type" || key == "general.quantization_version" ||
@@ -81,12 +76,16 @@ TensorJob make_job(const GgufFile& file, const TensorSpec& spec, const Format& f
   return job;
 }
 
-Source load_source(const fs::path& input, const ConvertOptions& options) {
+}  // namespace
+
+ConversionSource open_gguf(const fs::path& input, const ConvertOptions& options) {
   const Recipe& recipe = find_recipe(options.recipe);
-  Source source{GgufFile::open(input), {}, {}};
-  const GgufFile& file = source.file;
+  ConversionSource source;
+  source.file = GgufFile::open(input);
+  const GgufFile& file = *source.file;
+  TypeRules rules(options);
   const NoticeFn notice = options.notice ? options.notice : [](const std::string&) {};
-  const HParams hparams = read_hparams(file, notice);
+  const HParams hparams = source.hparams = read_hparams(file, notice);
   source.metadata = new_metadata(file, recipe);
   std::unordered_set<std::string> used;
   for (const TensorSpec& spec : tensor_table(hparams)) {
@@ -96,8 +95,9 @@ Source load_source(const fs::path& input, const ConvertOptions& options) {
       fail(ErrorKind::format, file.source(), ": tensor '", spec.gguf_name,
            "' is missing; the file is incomplete");
     for (const TensorView* part : parts) used.insert(part->name);
-    source.jobs.push_back(make_job(file, spec, recipe_format(recipe, hparams, spec), parts));
+    source.jobs.push_back(make_job(file, spec, rules.format(recipe, hparams, spec), parts));
   }
+  rules.check_used();
   for (const TensorView& tensor : file.tensors()) {
     if (used.contains(tensor.name)) continue;
     notice(concat("tensor '", tensor.name,
@@ -108,15 +108,13 @@ Source load_source(const fs::path& input, const ConvertOptions& options) {
   return source;
 }
 
-}  // namespace
-
 ConvertPlan plan_quantize(const fs::path& input, const ConvertOptions& options) {
-  return plan_of(load_source(input, options).jobs, options.recipe);
+  return plan_of(open_gguf(input, options).jobs, options.recipe);
 }
 
 void quantize(const fs::path& input, const fs::path& output, const ConvertOptions& options) {
   check_overwrite(output, options.overwrite);
-  const Source source = load_source(input, options);
+  const ConversionSource source = open_gguf(input, options);
   write_gguf(output, source.metadata, source.jobs, options);
 }
 

@@ -1,6 +1,7 @@
 // Q2_K: 16 groups of 16, x = d * scale * q - dmin * min; scale is the low, min the high nibble of
 // scales[group]. Bits 2k and 2k + 1 of qs[32 h + l] are element 128 h + 32 k + l.
 #include "quant/block_codec.h"
+#include "quant/block_parts.h"
 #include "quant/f16.h"
 
 namespace duet {
@@ -18,18 +19,37 @@ void decode(const BlockQ2_K& b, float* y) noexcept {
   }
 }
 
+void pack(const BlockParts& parts, BlockQ2_K& b) noexcept {
+  b.d = parts.unit;
+  b.dmin = parts.offset_unit;
+  for (size_t g = 0; g < 16; ++g)
+    b.scales[g] = static_cast<uint8_t>(parts.scale[g] | (parts.offset[g] << 4));
+  pack_2bit(parts.q, b.qs);
+}
+
+void unpack(const BlockQ2_K& b, BlockParts& parts) noexcept {
+  parts.unit = b.d;
+  parts.offset_unit = b.dmin;
+  for (size_t g = 0; g < 16; ++g) {
+    parts.scale[g] = b.scales[g] & 15;
+    parts.offset[g] = b.scales[g] >> 4;
+  }
+  unpack_2bit(b.qs, parts.q);
+}
+
 void encode(const float* x, const float* importance, BlockQ2_K& b) noexcept {
   AffineSuperFit fit;
   fit_affine_super({.group_elems = 16, .q_max = 3, .scale_max = 15}, x, importance, fit);
-  b.d = fit.d;
-  b.dmin = fit.dmin;
-  for (size_t g = 0; g < 16; ++g)
-    b.scales[g] = static_cast<uint8_t>(fit.scale[g] | (fit.min[g] << 4));
-  pack_2bit(fit.q, b.qs);
+  pack(parts_of(fit), b);
 }
 
 }  // namespace
 
+extern const BlockGrid kGridQ2_K;
+const BlockGrid kGridQ2_K = {.group_elems = 16, .n_groups = 16, .q_max = 3, .zero = 0,
+                             .scale_lo = 0, .scale_hi = 15, .offset_max = 15, .offset_sign = -1,
+                             .unit_positive = true, .unpack = unpack_block<BlockQ2_K, unpack>,
+                             .pack = pack_block<BlockQ2_K, pack>};
 extern const Format kFormatQ2_K;
 const Format kFormatQ2_K = {DType::Q2_K,
                             "Q2_K",

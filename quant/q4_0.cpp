@@ -1,5 +1,6 @@
 // Q4_0: 32 elements, x = d * (q - 8). Element j is the low nibble of byte j, j + 16 the high one.
 #include "quant/block_codec.h"
+#include "quant/block_parts.h"
 #include "quant/f16.h"
 
 namespace duet {
@@ -15,13 +16,24 @@ void decode(const BlockQ4_0& b, float* y) noexcept {
   }
 }
 
-void pack(const BlockFit& fit, BlockQ4_0& b) noexcept {
-  b.d = fit.d;
-  pack_nibbles(fit.q, b.qs);
+void pack(const BlockParts& parts, BlockQ4_0& b) noexcept {
+  b.d = parts.unit;
+  pack_nibbles(parts.q, b.qs);
+}
+
+void unpack(const BlockQ4_0& b, BlockParts& parts) noexcept {
+  parts.unit = b.d;
+  parts.scale[0] = 1;
+  unpack_nibbles(b.qs, parts.q);
 }
 
 }  // namespace
 
+extern const BlockGrid kGridQ4_0;
+const BlockGrid kGridQ4_0 = {.group_elems = 32, .n_groups = 1, .q_max = 15, .zero = 8,
+                            .scale_lo = 1, .scale_hi = 1, .offset_max = 0, .offset_sign = 0,
+                            .unit_positive = false, .unpack = unpack_block<BlockQ4_0, unpack>,
+                            .pack = pack_block<BlockQ4_0, pack>};
 extern const Format kFormatQ4_0;
 const Format kFormatQ4_0 = {DType::Q4_0,
                             "Q4_0",

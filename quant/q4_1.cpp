@@ -1,5 +1,6 @@
 // Q4_1: 32 elements, x = d * q + m. Nibbles as in Q4_0.
 #include "quant/block_codec.h"
+#include "quant/block_parts.h"
 #include "quant/f16.h"
 
 namespace duet {
@@ -15,14 +16,27 @@ void decode(const BlockQ4_1& b, float* y) noexcept {
   }
 }
 
-void pack(const BlockFit& fit, BlockQ4_1& b) noexcept {
-  b.d = fit.d;
-  b.m = fit.m;
-  pack_nibbles(fit.q, b.qs);
+void pack(const BlockParts& parts, BlockQ4_1& b) noexcept {
+  b.d = parts.unit;
+  b.m = parts.offset_unit;
+  pack_nibbles(parts.q, b.qs);
+}
+
+void unpack(const BlockQ4_1& b, BlockParts& parts) noexcept {
+  parts.unit = b.d;
+  parts.scale[0] = 1;
+  parts.offset_unit = b.m;
+  parts.offset[0] = 1;
+  unpack_nibbles(b.qs, parts.q);
 }
 
 }  // namespace
 
+extern const BlockGrid kGridQ4_1;
+const BlockGrid kGridQ4_1 = {.group_elems = 32, .n_groups = 1, .q_max = 15, .zero = 0,
+                            .scale_lo = 1, .scale_hi = 1, .offset_max = 1, .offset_sign = 1,
+                            .unit_positive = false, .unpack = unpack_block<BlockQ4_1, unpack>,
+                            .pack = pack_block<BlockQ4_1, pack>};
 extern const Format kFormatQ4_1;
 const Format kFormatQ4_1 = {DType::Q4_1,
                             "Q4_1",

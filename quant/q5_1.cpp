@@ -1,5 +1,6 @@
 // Q5_1: 32 elements, x = d * q + m. Bits as in Q5_0.
 #include "quant/block_codec.h"
+#include "quant/block_parts.h"
 #include "quant/f16.h"
 
 namespace duet {
@@ -14,14 +15,27 @@ void decode(const BlockQ5_1& b, float* y) noexcept {
   for (size_t j = 0; j < kElems; ++j) y[j] = static_cast<float>(q[j]) * d + m;
 }
 
-void pack(const BlockFit& fit, BlockQ5_1& b) noexcept {
-  b.d = fit.d;
-  b.m = fit.m;
-  pack_5bit(fit.q, b.qs, b.qh);
+void pack(const BlockParts& parts, BlockQ5_1& b) noexcept {
+  b.d = parts.unit;
+  b.m = parts.offset_unit;
+  pack_5bit(parts.q, b.qs, b.qh);
+}
+
+void unpack(const BlockQ5_1& b, BlockParts& parts) noexcept {
+  parts.unit = b.d;
+  parts.scale[0] = 1;
+  parts.offset_unit = b.m;
+  parts.offset[0] = 1;
+  unpack_5bit(b.qs, b.qh, parts.q);
 }
 
 }  // namespace
 
+extern const BlockGrid kGridQ5_1;
+const BlockGrid kGridQ5_1 = {.group_elems = 32, .n_groups = 1, .q_max = 31, .zero = 0,
+                            .scale_lo = 1, .scale_hi = 1, .offset_max = 1, .offset_sign = 1,
+                            .unit_positive = false, .unpack = unpack_block<BlockQ5_1, unpack>,
+                            .pack = pack_block<BlockQ5_1, pack>};
 extern const Format kFormatQ5_1;
 const Format kFormatQ5_1 = {DType::Q5_1,
                             "Q5_1",

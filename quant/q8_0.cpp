@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "quant/block_codec.h"
+#include "quant/block_parts.h"
 #include "quant/f16.h"
 
 namespace duet {
@@ -35,8 +36,25 @@ void encode_row(const float* src, void* dst, size_t n, const float*) noexcept {
   for (size_t i = 0; i < n; i += kElems) encode(src + i, *block++);
 }
 
+void pack(const BlockParts& parts, BlockQ8_0& b) noexcept {
+  b.d = parts.unit;
+  for (size_t j = 0; j < kElems; ++j) b.qs[j] = static_cast<int8_t>(parts.q[j] - 127);
+}
+
+void unpack(const BlockQ8_0& b, BlockParts& parts) noexcept {
+  parts.unit = b.d;
+  parts.scale[0] = 1;
+  for (size_t j = 0; j < kElems; ++j)
+    parts.q[j] = static_cast<uint8_t>(std::max<int>(b.qs[j], -127) + 127);
+}
+
 }  // namespace
 
+extern const BlockGrid kGridQ8_0;
+const BlockGrid kGridQ8_0 = {.group_elems = 32, .n_groups = 1, .q_max = 254, .zero = 127,
+                             .scale_lo = 1, .scale_hi = 1, .offset_max = 0, .offset_sign = 0,
+                             .unit_positive = false, .unpack = unpack_block<BlockQ8_0, unpack>,
+                             .pack = pack_block<BlockQ8_0, pack>};
 extern const Format kFormatQ8_0;
 const Format kFormatQ8_0 = {DType::Q8_0,      "Q8_0",
                             kElems,           sizeof(BlockQ8_0),

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "base/error.h"
+#include "quant/block_parts.h"
 #include "quant/format.h"
 
 namespace duet {
@@ -57,6 +58,25 @@ size_t act_row_bytes(ActFormat format, size_t cols) {
   const size_t elems = format == ActFormat::act32 ? 32 : 256;
   DUET_ASSERT(cols % elems == 0);
   return cols / elems * (format == ActFormat::act32 ? sizeof(BlockAct32) : sizeof(BlockAct256));
+}
+
+extern const BlockGrid kGridQ4_0, kGridQ4_1, kGridQ5_0, kGridQ5_1, kGridQ8_0;
+extern const BlockGrid kGridQ2_K, kGridQ3_K, kGridQ4_K, kGridQ5_K, kGridQ6_K;
+
+const BlockGrid* block_grid(DType dtype) {
+  switch (dtype) {
+    case DType::Q4_0: return &kGridQ4_0;
+    case DType::Q4_1: return &kGridQ4_1;
+    case DType::Q5_0: return &kGridQ5_0;
+    case DType::Q5_1: return &kGridQ5_1;
+    case DType::Q8_0: return &kGridQ8_0;
+    case DType::Q2_K: return &kGridQ2_K;
+    case DType::Q3_K: return &kGridQ3_K;
+    case DType::Q4_K: return &kGridQ4_K;
+    case DType::Q5_K: return &kGridQ5_K;
+    case DType::Q6_K: return &kGridQ6_K;
+    default: return nullptr;
+  }
 }
 
 std::string ggml_type_name(uint32_t ggml_type_id) {

@@ -66,26 +66,27 @@ std::vector<float> rotation_speeds(const HParams& hparams, const std::vector<flo
 
 }  // namespace
 
-Attention::Attention(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch)
-    : model_(&model),
+Attention::Attention(const HParams& hparams, const std::vector<float>& rope_factors, const Compute& compute, size_t n_ctx,
+                     size_t n_batch)
+    : hparams_(&hparams),
       compute_(compute),
-      head_dim_(model.hparams().head_dim),
-      n_head_(model.hparams().n_head),
-      n_head_kv_(model.hparams().n_head_kv),
-      n_rot_(model.hparams().n_rot),
-      window_(model.hparams().sliding_window),
-      group_(group_of(model.hparams())),
+      head_dim_(hparams.head_dim),
+      n_head_(hparams.n_head),
+      n_head_kv_(hparams.n_head_kv),
+      n_rot_(hparams.n_rot),
+      window_(hparams.sliding_window),
+      group_(group_of(hparams)),
       row_floats_(attention_row_floats(head_dim_)),
-      max_tile_tokens_(max_tile_tokens(model.hparams())),
-      scratch_floats_(scratch_floats(model.hparams())),
-      speeds_(rotation_speeds(model.hparams(), model.rope_factors())),
+      max_tile_tokens_(max_tile_tokens(hparams)),
+      scratch_floats_(scratch_floats(hparams)),
+      speeds_(rotation_speeds(hparams, rope_factors)),
       cos_sin_(n_batch * n_rot_),
       q_(n_batch * n_head_ * head_dim_),
       k_(n_batch * n_head_kv_ * head_dim_),
       v_(n_batch * n_head_kv_ * head_dim_),
-      projected_(n_batch * model.hparams().n_embd),
+      projected_(n_batch * hparams.n_embd),
       scratch_(static_cast<size_t>(compute.n_threads) * scratch_floats_),
-      partials_(partial_floats(model.hparams(), n_ctx, n_batch)),
+      partials_(partial_floats(hparams, n_ctx, n_batch)),
       out_(n_batch, n_head_ * head_dim_) {
   runs_.reserve(n_batch);
   run_of_.reserve(n_batch);
@@ -135,22 +136,9 @@ void Attention::make_tiles() {
   std::sort(tiles_.begin(), tiles_.end(), [&](const Tile& a, const Tile& b) { return cost(a) > cost(b); });
 }
 
-void Attention::forward(size_t layer_index, Activations& input, float* residual) {
-  const Layer& layer = model_->layers()[layer_index];
-  const size_t n_embd = model_->hparams().n_embd;
-  normalize(compute_, residual, n_, layer.attn_norm, model_->hparams().rms_eps, input,
-            act_bit(layer.attn_q) | act_bit(layer.attn_k) | act_bit(layer.attn_v));
-  if (compute_.observer != nullptr)
-    for (const TensorKind kind : {TensorKind::attn_q, TensorKind::attn_k, TensorKind::attn_v})
-      observe(compute_, kind, static_cast<int>(layer_index), input.row(0), n_, n_embd);
-  queue_.add(layer.attn_q, input, 0, n_, q_.data(), n_head_ * head_dim_);
-  queue_.add(layer.attn_k, input, 0, n_, k_.data(), n_head_kv_ * head_dim_);
-  queue_.add(layer.attn_v, input, 0, n_, v_.data(), n_head_kv_ * head_dim_);
-  queue_.run(compute_);
-  rotate_and_store(layer_index);
-  attend(layer_index);
-  if (compute_.observer != nullptr)
-    observe(compute_, TensorKind::attn_output, static_cast<int>(layer_index), out_.row(0), n_, n_head_ * head_dim_);
+void Attention::forward(const Layer& layer, size_t kv_layer, Activations& input, float* residual) {
+  const size_t n_embd = hparams_->n_embd;
+  attend(layer, kv_layer, input, residual);
   queue_.add(layer.attn_output, out_, 0, n_, projected_.data(), n_embd);
   queue_.run(compute_);
   parallel_for(compute_.n_threads, n_, 32, [&](size_t begin, size_t end) {
@@ -158,7 +146,23 @@ void Attention::forward(size_t layer_index, Activations& input, float* residual)
   });
 }
 
-void Attention::rotate_and_store(size_t layer_index) {
+void Attention::attend(const Layer& layer, size_t kv_layer, Activations& input, const float* residual) {
+  normalize(compute_, residual, n_, layer.attn_norm, hparams_->rms_eps, input,
+            act_bit(layer.attn_q) | act_bit(layer.attn_k) | act_bit(layer.attn_v));
+  if (compute_.observer != nullptr)
+    for (const TensorKind kind : {TensorKind::attn_q, TensorKind::attn_k, TensorKind::attn_v})
+      observe(compute_, kind, static_cast<int>(kv_layer), input.row(0), n_, hparams_->n_embd);
+  queue_.add(layer.attn_q, input, 0, n_, q_.data(), n_head_ * head_dim_);
+  queue_.add(layer.attn_k, input, 0, n_, k_.data(), n_head_kv_ * head_dim_);
+  queue_.add(layer.attn_v, input, 0, n_, v_.data(), n_head_kv_ * head_dim_);
+  queue_.run(compute_);
+  rotate_and_store(kv_layer);
+  mix_values(layer, kv_layer);
+  if (compute_.observer != nullptr)
+    observe(compute_, TensorKind::attn_output, static_cast<int>(kv_layer), out_.row(0), n_, n_head_ * head_dim_);
+}
+
+void Attention::rotate_and_store(size_t kv_layer) {
   const KernelTable& kernels = *compute_.kernels;
   parallel_for(compute_.n_threads, n_, kKvBlock, [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) {
@@ -167,24 +171,24 @@ void Attention::rotate_and_store(size_t layer_index) {
       float* k = k_.data() + t * n_head_kv_ * head_dim_;
       for (size_t h = 0; h < n_head_; ++h) kernels.rope(q + h * head_dim_, cs, n_rot_);
       for (size_t h = 0; h < n_head_kv_; ++h) kernels.rope(k + h * head_dim_, cs, n_rot_);
-      run_of_[t]->kv->store(kernels, layer_index, run_of_[t]->position(t), k, v_.data() + t * n_head_kv_ * head_dim_);
+      run_of_[t]->kv->store(kernels, kv_layer, run_of_[t]->position(t), k, v_.data() + t * n_head_kv_ * head_dim_);
     }
   });
 }
 
-void Attention::attend(size_t layer_index) {
+void Attention::mix_values(const Layer& layer, size_t kv_layer) {
   const int n_threads = compute_.threads_for(n_bytes_);
   const Spans spans = spans_seen(runs_[0], 0, runs_[0].n);
   if (n_threads > 1 && runs_.size() == 1 && n_ <= kSplitTokens && spans.end - spans.begin > 1) {
-    attend_split(layer_index, runs_[0], spans, n_threads);
+    attend_split(kv_layer, runs_[0], spans, n_threads);
   } else {
     parallel_tasks(n_threads, tiles_.size() * n_head_kv_, [&](size_t worker, size_t task) {
       Tile tile = tiles_[task / n_head_kv_];
       tile.head_kv = task % n_head_kv_;
-      attend_whole(tile.run->kv->view(layer_index, tile.head_kv), worker, tile);
+      attend_whole(tile.run->kv->view(kv_layer, tile.head_kv), worker, tile);
     });
   }
-  const ActFormats formats = act_bit(model_->layers()[layer_index].attn_output);
+  const ActFormats formats = act_bit(layer.attn_output);
   parallel_for(compute_.n_threads, n_, 8, [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) out_.quantize(*compute_.kernels, t, formats);
   });
@@ -207,12 +211,12 @@ void Attention::attend_whole(const KvView& kv, size_t worker, const Tile& tile) 
 }
 
 // The chunk as one tile per KV head and span, for different threads; then the same merges.
-void Attention::attend_split(size_t layer_index, const Run& run, Spans spans, int n_threads) {
+void Attention::attend_split(size_t kv_layer, const Run& run, Spans spans, int n_threads) {
   const size_t n_tiles = (n_ + max_tile_tokens_ - 1) / max_tile_tokens_, n_spans = spans.end - spans.begin;
   parallel_tasks(n_threads, n_head_kv_ * n_tiles * n_spans, [&](size_t worker, size_t task) {
     const size_t span = spans.begin + task % n_spans, t = task / n_spans % n_tiles * max_tile_tokens_;
     const size_t head_kv = task / n_spans / n_tiles;
-    attend_span(run.kv->view(layer_index, head_kv), {&run, head_kv, t, std::min(n_, t + max_tile_tokens_)}, span,
+    attend_span(run.kv->view(kv_layer, head_kv), {&run, head_kv, t, std::min(n_, t + max_tile_tokens_)}, span,
                 scratch_.data() + worker * scratch_floats_, partial(span - spans.begin, head_kv, t));
   });
   parallel_for(n_threads, n_ * n_head_, group_, [&](size_t begin, size_t end) {

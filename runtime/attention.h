@@ -28,13 +28,19 @@ struct KvRun {
 // Scratch for chunks of up to n_batch tokens in a context of n_ctx. One thread at a time.
 class Attention {
  public:
-  Attention(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch);
+  // rope_factors: Model::rope_factors(). Both must outlive this.
+  Attention(const HParams& hparams, const std::vector<float>& rope_factors, const Compute& compute, size_t n_ctx,
+            size_t n_batch);
 
   // Sets the rows of the chunk that the next forward() calls evaluate: those of the runs, one after
   // the other, no sequence twice. Keys before a run must be in its cache; its own are stored.
   void begin(std::span<const KvRun> runs);
   // residual [n, n_embd] += attention(rms_norm(residual)); `input` is scratch [n_batch, n_embd].
-  void forward(size_t layer_index, Activations& input, float* residual);
+  // kv_layer: the layer's place in the caches.
+  void forward(const Layer& layer, size_t kv_layer, Activations& input, float* residual);
+  // Only up to the input of the output projection, head_rows().
+  void attend(const Layer& layer, size_t kv_layer, Activations& input, const float* residual);
+  const float* head_rows() { return out_.row(0); }  // [n, n_head * head_dim]
 
   size_t size_bytes() const;
   static uint64_t bytes_needed(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch);
@@ -54,16 +60,16 @@ class Attention {
     size_t begin, end;
   };
   void make_tiles();
-  void rotate_and_store(size_t layer_index);
-  void attend(size_t layer_index);
+  void rotate_and_store(size_t kv_layer);
+  void mix_values(const Layer& layer, size_t kv_layer);
   void attend_whole(const KvView& kv, size_t worker, const Tile& tile);
-  void attend_split(size_t layer_index, const Run& run, Spans spans, int n_threads);
+  void attend_split(size_t kv_layer, const Run& run, Spans spans, int n_threads);
   void attend_span(const KvView& kv, const Tile& tile, size_t span, float* scratch, float* out) const;
   void finish_row(const float* row, size_t token, size_t head);
   Spans spans_seen(const Run& run, size_t t_begin, size_t t_end) const;
   float* partial(size_t span, size_t head_kv, size_t token) const;
 
-  const Model* model_;
+  const HParams* hparams_;
   Compute compute_;
   size_t head_dim_, n_head_, n_head_kv_, n_rot_, window_;
   size_t group_, row_floats_;

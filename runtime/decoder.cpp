@@ -13,7 +13,7 @@ Decoder::Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_
       n_embd_(model.hparams().n_embd),
       residual_(n_batch * n_embd_),
       input_(n_batch, n_embd_),
-      attention_(model, compute_, n_ctx, n_batch),
+      attention_(model.hparams(), model.rope_factors(), compute_, n_ctx, n_batch),
       moe_(model, compute_, n_batch, source) {
   tokens_.reserve(n_batch);
   runs_.reserve(n_batch);
@@ -59,7 +59,7 @@ void Decoder::evaluate(const std::atomic<bool>* cancel, size_t n_next) {
   if (probe_.hidden) probe_.hidden(-1, hidden);
   for (size_t i = 0; i < model_->layers().size(); ++i) {
     if (cancel != nullptr && cancel->load(std::memory_order_relaxed)) fail(ErrorKind::cancelled, "interrupted");
-    attention_.forward(i, input_, residual_.data());
+    attention_.forward(model_->layers()[i], i, input_, residual_.data());
     moe_.forward(i, n_, input_, residual_.data());
     if (probe_.hidden) probe_.hidden(static_cast<int>(i), hidden);
     if (probe_.routing) probe_.routing(static_cast<int>(i), moe_.chosen(), moe_.weights());

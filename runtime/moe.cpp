@@ -108,25 +108,24 @@ void Moe::route(const Layer& layer, Activations& input, int32_t* chosen, float* 
             .cols = n_embd_, .x = input.data(ActFormat::f32, begin), .x_stride = stride, .n_tokens = end - begin,
             .y = logits, .y_stride = n_expert_});
     for (size_t t = begin; t < end; ++t, logits += n_expert_)
-      choose(logits, chosen + t * n_used_, weights + t * n_used_);
+      choose_experts(logits, n_expert_, n_used_, chosen + t * n_used_, weights + t * n_used_);
   });
 }
 
-// The n_used largest logits, lowest index first among equals. Softmax over all followed by
-// renormalising the chosen equals the softmax over the chosen.
-void Moe::choose(const float* logits, int32_t* chosen, float* weights) const {
-  for (size_t rank = 0; rank < n_used_; ++rank) {
+// Softmax over all followed by renormalising the chosen equals the softmax over the chosen.
+void choose_experts(const float* logits, size_t n_expert, size_t n_used, int32_t* chosen, float* weights) {
+  for (size_t rank = 0; rank < n_used; ++rank) {
     int32_t best = -1;
-    for (int32_t e = 0; e < static_cast<int32_t>(n_expert_); ++e) {
+    for (int32_t e = 0; e < static_cast<int32_t>(n_expert); ++e) {
       if (std::find(chosen, chosen + rank, e) != chosen + rank) continue;
       if (best < 0 || logits[e] > logits[best]) best = e;
     }
     chosen[rank] = best;
   }
   float sum = 0.0f;
-  for (size_t rank = 0; rank < n_used_; ++rank)
+  for (size_t rank = 0; rank < n_used; ++rank)
     sum += weights[rank] = std::exp(logits[chosen[rank]] - logits[chosen[0]]);
-  for (size_t rank = 0; rank < n_used_; ++rank) weights[rank] /= sum;
+  for (size_t rank = 0; rank < n_used; ++rank) weights[rank] /= sum;
 }
 
 // Gives every (token, rank) a row so that the rows of an expert are consecutive.

@@ -14,6 +14,9 @@
 
 namespace duet {
 
+// The n_used largest logits, lowest index first among equals, best first, and their weights.
+void choose_experts(const float* logits, size_t n_expert, size_t n_used, int32_t* chosen, float* weights);
+
 // Scratch for chunks of up to n_batch tokens. One thread at a time.
 class Moe {
  public:
@@ -38,7 +41,6 @@ class Moe {
     size_t first_slot, n, hidden_row;
   };
   void route(const Layer& layer, Activations& input, int32_t* chosen, float* weights);
-  void choose(const float* logits, int32_t* chosen, float* weights) const;
   void group();
   void gather(const Layer& layer, const Activations& input);
   void choose_block_size();

@@ -63,7 +63,7 @@ std::vector<float> outputs(const Fixture& f, size_t n, const Chunks& c, size_t r
   compute.kernels = c.kernels;
   compute.n_threads = c.n_threads;
   compute.panels = panels.data();
-  Attention attention(f.model, compute, kContext, c.n_batch);
+  Attention attention(f.model.hparams(), f.model.rope_factors(), compute, kContext, c.n_batch);
   Activations input(c.n_batch, n_embd);
   KvCache kv(f.hparams, kContext, c.type);
   const auto evaluate = [&](size_t begin) {
@@ -71,7 +71,7 @@ std::vector<float> outputs(const Fixture& f, size_t n, const Chunks& c, size_t r
       const size_t n_chunk = std::min(c.n_batch, n - first);
       const KvRun run{&kv, first, n_chunk};
       attention.begin({&run, 1});
-      attention.forward(0, input, residual.data() + first * n_embd);
+      attention.forward(f.model.layers()[0], 0, input, residual.data() + first * n_embd);
     }
   };
   evaluate(0);
@@ -161,14 +161,14 @@ TEST_CASE("attention: positions near 64k are rotated exactly") {
   compute.kernels = &kernels;
   compute.panels = panels.data();
   constexpr size_t kFar = 65000;
-  Attention attention(f.model, compute, kFar + 8, 8);
+  Attention attention(f.model.hparams(), f.model.rope_factors(), compute, kFar + 8, 8);
   Activations input(8, h.n_embd);
   KvCache kv(f.hparams, kFar + 8, KvType::f32);
   const auto run = [&](size_t first) {
     std::vector<float> residual = inputs(4, h.n_embd);
     const KvRun rows{&kv, first, 4};
     attention.begin({&rows, 1});
-    attention.forward(0, input, residual.data());
+    attention.forward(f.model.layers()[0], 0, input, residual.data());
     return std::vector<float>(residual.begin() + 2 * h.n_embd, residual.end());  // those that see two of the four
   };
   const auto near = run(0), far = run(kFar);

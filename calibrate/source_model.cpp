@@ -1,0 +1,92 @@
+#include "calibrate/source_model.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/error.h"
+
+namespace duet {
+
+size_t matrix_rows(const TensorJob& job) {
+  return job.shape.size() < 2 ? 1 : job.shape[job.shape.size() - 2];
+}
+size_t matrix_count(const TensorJob& job) { return job.shape.size() < 3 ? 1 : job.shape[0]; }
+
+SourceModel::SourceModel(const ConversionSource& source) : source_(source), layers_(source.jobs.size(), -1) {
+  std::map<std::string, size_t> by_name;
+  for (size_t i = 0; i < source.jobs.size(); ++i) by_name[source.jobs[i].name] = i;
+  for (const TensorSpec& spec : tensor_table(source.hparams))
+    if (const auto it = by_name.find(spec.gguf_name); it != by_name.end()) {
+      index_[{spec.kind, spec.layer}] = it->second;
+      layers_[it->second] = spec.layer;
+    }
+}
+
+bool SourceModel::is(size_t job_index, TensorKind kind) const {
+  const auto it = index_.find({kind, layers_[job_index]});
+  return it != index_.end() && it->second == job_index;
+}
+
+size_t SourceModel::job_index(TensorKind kind, int layer) const {
+  const auto it = index_.find({kind, layer});
+  if (it == index_.end())
+    fail(ErrorKind::internal, "calibration: no tensor of kind ", static_cast<int>(kind), " in layer ", layer);
+  return it->second;
+}
+
+const TensorJob& SourceModel::job(TensorKind kind, int layer) const { return source_.jobs[job_index(kind, layer)]; }
+
+std::vector<float> SourceModel::floats(const TensorJob& job, uint64_t first_row, uint64_t n_rows) {
+  const uint64_t cols = job.shape.back();
+  std::vector<float> out(n_rows * cols);
+  uint64_t run_first = 0;
+  for (const RowRun& run : job.runs) {
+    const uint64_t rows = run.source.rows(), begin = std::max(first_row, run_first),
+                   end = std::min(first_row + n_rows, run_first + rows);
+    const size_t bytes = row_bytes(*run.source.format, cols);
+    for (uint64_t row = begin; row < end; ++row) {
+      uint64_t from = row - run_first;
+      if (run.permute_heads != 0) from = rope_source_row(from, rows, run.permute_heads);
+      float* to = out.data() + (row - first_row) * cols;
+      run.source.format->decode_row(run.source.data.data() + from * bytes, to, cols);
+      if (!std::all_of(to, to + cols, [](float v) { return std::isfinite(v); }))
+        fail(ErrorKind::format, "tensor '", run.source.name, "', row ", from,
+             ": a value is not finite (NaN or infinity); the source is damaged");
+    }
+    run_first += rows;
+  }
+  return out;
+}
+
+SourceMatrix SourceModel::matrix(const TensorJob& job, size_t expert) const {
+  const size_t rows = matrix_rows(job), cols = job.shape.back(), first = expert * rows;
+  SourceMatrix m;
+  m.weight.rows = rows;
+  m.weight.cols = cols;
+  size_t run_first = 0;
+  for (const RowRun& run : job.runs) {
+    const size_t n = run.source.rows();
+    const Format& format = *run.source.format;
+    const bool is_float = format.dtype == DType::F32 || format.dtype == DType::F16 || format.dtype == DType::BF16;
+    const bool in_place = is_float && run.permute_heads == 0;
+    if (in_place && first >= run_first && first + rows <= run_first + n) {
+      m.weight.format = &format;
+      m.weight.row_bytes = row_bytes(format, cols);
+      m.weight.data = run.source.data.data() + (first - run_first) * m.weight.row_bytes;
+      return m;
+    }
+    run_first += n;
+  }
+  m.values = floats(job, first, rows);
+  m.weight.format = &format_of(DType::F32);
+  m.weight.row_bytes = cols * sizeof(float);
+  m.weight.data = reinterpret_cast<const std::byte*>(m.values.data());
+  return m;
+}
+
+void SourceModel::drop(const TensorJob& job) const {
+  for (const RowRun& run : job.runs)
+    if (run.drop) run.drop(run.source);
+}
+
+}  // namespace duet

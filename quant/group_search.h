@@ -1,0 +1,51 @@
+// Scale, offset and integers of one group of a block, chosen together. Internal to quant/.
+#pragma once
+
+#include <cfloat>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "quant/block_parts.h"
+
+namespace duet {
+
+inline constexpr size_t kMaxGroup = 32;
+
+// A way to encode a group: value = s * (q - zero) + o.
+struct GroupScale {
+  uint16_t unit, offset_unit;  // IEEE half
+  int16_t scale, offset;
+  float s, o;
+};
+GroupScale group_scale(const BlockGrid& grid, const BlockParts& parts, size_t g);
+
+// Steps of scale and offset to either side of the present ones.
+struct Reach {
+  int scale, offset;
+};
+// The present scale first: it stays where nothing is better. Formats that store no scales for groups
+// vary their units instead, by small parts.
+void list_scales(const BlockGrid& grid, const BlockParts& parts, size_t g, Reach reach,
+                 std::vector<GroupScale>& out);
+
+// Values x of the group's columns, the upper triangular factor of their metric (element k of row i at
+// factor[i * stride + k]), and what errors of other columns have added to the sum at each column:
+// the cost of errors e is the sum over k of (before_k + sum over i <= k of e_i factor_ik)^2.
+struct GroupProblem {
+  const float *x, *factor;
+  size_t stride;
+  const float* before;
+};
+struct GroupChoice {
+  float cost = FLT_MAX;
+  GroupScale scale{};
+  uint8_t q[kMaxGroup];
+  float error[kMaxGroup];
+};
+// Rounds the columns in order for every scale, each making up for those before it, and keeps the
+// cheapest; the first among equals.
+GroupChoice search_group(const BlockGrid& grid, const GroupProblem& problem,
+                         const std::vector<GroupScale>& scales);
+
+}  // namespace duet

@@ -1,0 +1,133 @@
+// convert and quantize with --calibrate, and types by tensor.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+
+#include "base/json.h"
+#include "base/mapped_file.h"
+#include "tests/support/npy.h"
+#include "tests/support/process.h"
+
+using namespace duet::test;
+
+namespace {
+
+const std::string kFolder = DUET_TEST_DIR "/calibrate/";
+const std::string kDemo = DUET_SOURCE_DIR "/models/demo";
+const std::string kF32 = DUET_TEST_DIR "/demo-f32.gguf";
+
+void duet_ok(const std::vector<std::string>& arguments) {
+  std::filesystem::create_directories(kFolder);
+  const ProcessResult result = run_duet(arguments, {.timeout_s = 600});
+  CAPTURE(result.err);
+  REQUIRE(result.exit_code == 0);
+}
+
+std::string text_file(const std::string& name, size_t begin, size_t end) {
+  std::filesystem::create_directories(kFolder);
+  const std::string text = duet::read_file(DUET_SOURCE_DIR "/tests/golden/data/sample.txt", 1 << 20);
+  REQUIRE(text.size() > begin);
+  std::ofstream(kFolder + name) << text.substr(begin, end - begin);
+  return kFolder + name;
+}
+
+NpyArray logits(const std::string& model, const std::string& text) {
+  duet_ok({"logits", model, "--file", text, "-o", kFolder + "logits.npy"});
+  return read_npy(kFolder + "logits.npy");
+}
+
+double log_sum(std::span<const float> row) {
+  const double max = double{*std::max_element(row.begin(), row.end())};
+  double sum = 0;
+  for (const float v : row) sum += std::exp(double{v} - max);
+  return max + std::log(sum);
+}
+
+// Mean Kullback-Leibler divergence of b from a.
+double divergence(const NpyArray& a, const NpyArray& b) {
+  REQUIRE(a.shape == b.shape);
+  double sum = 0;
+  for (size_t t = 0; t < a.shape[0]; ++t) {
+    const double za = log_sum(a[t]), zb = log_sum(b[t]);
+    for (size_t i = 0; i < a.shape[1]; ++i) {
+      const double log_p = double{a[t][i]} - za;
+      sum += std::exp(log_p) * (log_p - (double{b[t][i]} - zb));
+    }
+  }
+  return sum / static_cast<double>(a.shape[0]);
+}
+
+duet::Json plan_of(const std::vector<std::string>& options) {
+  std::vector<std::string> arguments = {"convert", kDemo, "-q", "Q3_K_M", "--dry-run", "--json"};
+  arguments.insert(arguments.end(), options.begin(), options.end());
+  const ProcessResult result = run_duet(arguments);
+  CAPTURE(result.err);
+  REQUIRE(result.exit_code == 0);
+  return duet::parse_json(result.out, "stdout");
+}
+
+std::string type_of(const duet::Json& plan, const std::string& name) {
+  for (const duet::Json& tensor : plan["tensors"])
+    if (tensor["name"] == name) return tensor["type"].get<std::string>();
+  return "";
+}
+
+}  // namespace
+
+TEST_CASE("calibrate: a file of the same types, nearer to the original than a plain one") {
+  const std::string train = text_file("train.txt", 0, 14000), test = text_file("test.txt", 14000, 20000);
+  duet_ok({"convert", kDemo, "-q", "Q3_K_S", "-o", kFolder + "plain.gguf", "--force"});
+  duet_ok({"convert", kDemo, "-q", "Q3_K_S", "--calibrate", train, "-o", kFolder + "fitted.gguf", "--force"});
+  CHECK(std::filesystem::file_size(kFolder + "plain.gguf") == std::filesystem::file_size(kFolder + "fitted.gguf"));
+  const NpyArray original = logits(kF32, test);
+  const double plain = divergence(original, logits(kFolder + "plain.gguf", test));
+  const double fitted = divergence(original, logits(kFolder + "fitted.gguf", test));
+  CAPTURE(plain);
+  CAPTURE(fitted);
+  CHECK(fitted < 0.75 * plain);
+  CHECK(!std::filesystem::exists(kFolder + "fitted.gguf.vocabulary.part"));
+}
+
+TEST_CASE("calibrate: the same bytes from a folder, from GGUF, and with any number of threads") {
+  const std::string train = text_file("short.txt", 0, 4000);
+  const std::vector<std::string> common = {"--calibrate", train, "--calibrate-tokens", "512", "--force"};
+  const auto with = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.end(), common.begin(), common.end());
+    duet_ok(arguments);
+  };
+  with({"convert", kDemo, "-q", "Q4_0", "-o", kFolder + "a.gguf", "-t", "1"});
+  with({"convert", kDemo, "-q", "Q4_0", "-o", kFolder + "b.gguf", "-t", "3"});
+  with({"quantize", DUET_TEST_DIR "/demo-bf16.gguf", kFolder + "c.gguf", "Q4_0"});
+  with({"quantize", kF32, kFolder + "d.gguf", "Q4_0"});
+  const std::string a = duet::read_file(kFolder + "a.gguf", 1 << 28);
+  CHECK(a == duet::read_file(kFolder + "b.gguf", 1 << 28));
+  CHECK(duet::read_file(kFolder + "c.gguf", 1 << 28) == duet::read_file(kFolder + "d.gguf", 1 << 28));
+}
+
+TEST_CASE("calibrate: too short a text, a missing one, and a dense model") {
+  std::ofstream(kFolder + "few.txt") << "Not many words.";
+  CHECK(refusal(run_duet({"convert", kDemo, "--calibrate", kFolder + "few.txt", "-o", kFolder + "x.gguf"}), 2, "longer text") == "");
+  CHECK(refusal(run_duet({"convert", kDemo, "--calibrate", kFolder + "none.txt", "-o", kFolder + "x.gguf"}), 3, "none.txt") == "");
+  CHECK(!std::filesystem::exists(kFolder + "x.gguf"));
+}
+
+TEST_CASE("convert: types by tensor") {
+  const duet::Json plan = plan_of({"--token-embedding-type", "q8_0", "--output-tensor-type", "F16", "--tensor", "blk\\.[01]\\.ffn_down=Q5_K", "--tensor", "ffn_=Q2_K"});
+  CHECK(type_of(plan, "token_embd.weight") == "Q8_0");
+  CHECK(type_of(plan, "output.weight") == "F16");
+  CHECK(type_of(plan, "blk.1.ffn_down_exps.weight") == "Q5_K");
+  CHECK(type_of(plan, "blk.2.ffn_down_exps.weight") == "Q2_K");
+  CHECK(type_of(plan, "blk.0.ffn_gate_inp.weight") == "F32");
+  CHECK(type_of(plan, "blk.0.ffn_norm.weight") == "F32");
+  CHECK(type_of(plan, "blk.0.attn_q.weight") == "Q3_K");
+  const auto refused = [](const std::string& rule, const std::string& words) {
+    return refusal(run_duet({"convert", kDemo, "--dry-run", "--tensor", rule}), 2, words);
+  };
+  CHECK(refused("ffn_down", "REGEX=TYPE") == "");
+  CHECK(refused("ffn_down=Q9_K", "Q9_K") == "");
+  CHECK(refused("ffn_dwon=Q4_K", "fits no tensor") == "");
+  CHECK(refused("(=Q4_K", "regular expression") == "");
+}
