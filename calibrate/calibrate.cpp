@@ -16,7 +16,8 @@ namespace fs = std::filesystem;
 constexpr uint64_t kStreamBytes = uint64_t{1} << 30;
 
 // Whole sequences of the text, each beginning with BOS where the vocabulary wants one.
-std::vector<Token> sequences(const Tokenizer& tokenizer, const CalibrationOptions& calibration, size_t n_embd) {
+std::vector<Token> sequences(const Tokenizer& tokenizer, const CalibrationOptions& calibration,
+                             size_t n_embd) {
   const size_t n_ctx = calibration.n_ctx;
   const Segment segment{calibration.text};
   std::vector<Token> ids = tokenizer.encode({&segment, 1}, tokenizer.add_bos());
@@ -24,7 +25,8 @@ std::vector<Token> sequences(const Tokenizer& tokenizer, const CalibrationOption
   const size_t most = calibration.max_tokens > 0 ? calibration.max_tokens : fitting;
   const size_t n = std::min(ids.size(), std::max(most, n_ctx)) / n_ctx;
   if (n == 0)
-    fail(ErrorKind::usage, "calibration: the text has ", ids.size(), " tokens, one sequence needs ", n_ctx, "; give a longer text");
+    fail(ErrorKind::usage, "calibration: the text has ", ids.size(), " tokens, one sequence needs ",
+         n_ctx, "; give a longer text");
   ids.resize(n * n_ctx);
   if (tokenizer.add_bos() && tokenizer.bos())
     for (size_t i = 0; i < n; ++i) ids[i * n_ctx] = *tokenizer.bos();
@@ -34,7 +36,8 @@ std::vector<Token> sequences(const Tokenizer& tokenizer, const CalibrationOption
 // Only the vocabulary, as a file that the tokenizer reads.
 class VocabularyFile {
  public:
-  VocabularyFile(const fs::path& folder, const fs::path& beside, ConvertOptions options) : path_(beside) {
+  VocabularyFile(const fs::path& folder, const fs::path& beside, ConvertOptions options)
+      : path_(beside) {
     path_ += ".vocabulary.part";
     options.vocab_only = true;
     options.overwrite = true;
@@ -54,36 +57,47 @@ class VocabularyFile {
   fs::path path_;
 };
 
-void write(const ConversionSource& source, std::span<const Token> ids, const fs::path& output, const ConvertOptions& options, const CalibrationOptions& calibration) {
+void write(const ConversionSource& source, std::span<const Token> ids, const fs::path& output,
+           const ConvertOptions& options, const CalibrationOptions& calibration) {
   GgufWriter writer(output);
-  CalibratedEncoder encoder(source, ids, calibration.n_ctx, options, [&](std::span<const std::byte> bytes) { writer.write(bytes); });
+  CalibratedEncoder encoder(source, ids, calibration.n_ctx, options,
+                            [&](std::span<const std::byte> bytes) { writer.write(bytes); });
   for (const GgufKeyValue& kv : source.metadata) writer.set(kv.key, kv.value);
-  for (const size_t i : encoder.write_order()) writer.add_tensor(source.jobs[i].name, *source.jobs[i].format, source.jobs[i].shape);
+  for (const size_t i : encoder.write_order())
+    writer.add_tensor(source.jobs[i].name, *source.jobs[i].format, source.jobs[i].shape);
   writer.begin();
   encoder.run();
   writer.finish();
 }
 
-std::vector<Token> ids_of(const GgufFile& vocabulary, const ConversionSource& source, const ConvertOptions& options, const CalibrationOptions& calibration) {
+std::vector<Token> ids_of(const GgufFile& vocabulary, const ConversionSource& source,
+                          const ConvertOptions& options, const CalibrationOptions& calibration) {
   const NoticeFn quiet = [](const std::string&) {};
-  const std::vector<Token> ids = sequences(Tokenizer::load(vocabulary, quiet), calibration, source.hparams.n_embd);
+  const std::vector<Token> ids =
+      sequences(Tokenizer::load(vocabulary, quiet), calibration, source.hparams.n_embd);
   for (const Token id : ids)
     if (id < 0 || static_cast<uint32_t>(id) >= source.hparams.n_vocab)
-      fail(ErrorKind::format, "calibration: the tokenizer gives id ", id, ", the model has ", source.hparams.n_vocab);
-  if (options.notice) options.notice(concat("calibration: ", ids.size(), " tokens in sequences of ", calibration.n_ctx));
+      fail(ErrorKind::format, "calibration: the tokenizer gives id ", id, ", the model has ",
+           source.hparams.n_vocab);
+  if (options.notice)
+    options.notice(
+        concat("calibration: ", ids.size(), " tokens in sequences of ", calibration.n_ctx));
   return ids;
 }
 
 }  // namespace
 
-void convert_calibrated(const fs::path& folder, const fs::path& output, const ConvertOptions& options, const CalibrationOptions& calibration) {
+void convert_calibrated(const fs::path& folder, const fs::path& output,
+                        const ConvertOptions& options, const CalibrationOptions& calibration) {
   check_overwrite(output, options.overwrite);
   const ConversionSource source = open_folder(folder, options);
   const VocabularyFile vocabulary(folder, output, options);
-  write(source, ids_of(GgufFile::open(vocabulary.path()), source, options, calibration), output, options, calibration);
+  write(source, ids_of(GgufFile::open(vocabulary.path()), source, options, calibration), output,
+        options, calibration);
 }
 
-void quantize_calibrated(const fs::path& input, const fs::path& output, const ConvertOptions& options, const CalibrationOptions& calibration) {
+void quantize_calibrated(const fs::path& input, const fs::path& output,
+                         const ConvertOptions& options, const CalibrationOptions& calibration) {
   check_overwrite(output, options.overwrite);
   const ConversionSource source = open_gguf(input, options);
   write(source, ids_of(*source.file, source, options, calibration), output, options, calibration);

@@ -1,17 +1,19 @@
 // Conversion with calibration: a text is run through the model layer by layer, and every matrix is
-// encoded with the second moments of its own inputs (quant/second_order.h) before the next is looked at.
+// encoded with the second moments of its own inputs (quant/second_order.h) before the next is
+// looked at.
 //
 // Two residual streams of all tokens are kept: that of the source weights and that of the weights
 // encoded so far. Moments are those of the second, so that a matrix is fitted to the inputs it will
-// get; targets are the outputs of the first, so that it makes up for what went before it, and matrices
-// that write to the residual stream also for what it has drifted. Per layer:
-// q, k, v; the output projection; then for each expert alone, over the tokens routed to it and weighted by
-// the square of their router weights, gate and up, then down. At last the output head. The router
-// and the norms stay as they are.
+// get; targets are the outputs of the first, so that it makes up for what went before it, and
+// matrices that write to the residual stream also for what it has drifted. Per layer: q, k, v; the
+// output projection; then for each expert alone, over the tokens routed to it and weighted by the
+// square of their router weights, gate and up, then down. At last the output head. The router and
+// the norms stay as they are.
 //
 // Memory: four rows of n_embd floats per token (two of them as wide as all heads), one layer of
 // encoded weights, the source matrices of one expert as floats, and of one matrix the moments: two
-// squares of doubles and two of floats of n_cols, in full up to kFullColumns, else in blocks of as many.
+// squares of doubles and two of floats of n_cols, in full up to kFullColumns, else in blocks of as
+// many.
 #pragma once
 
 #include <filesystem>
@@ -25,8 +27,8 @@ inline constexpr size_t kFullColumns = 8192;
 
 struct CalibrationOptions {
   std::string text;
-  size_t n_ctx = 512;      // tokens of a sequence; each begins with BOS where the vocabulary wants one
-  size_t max_tokens = 0;   // 0: as many as 1 GiB of residual rows holds
+  size_t n_ctx = 512;  // tokens of a sequence; each begins with BOS where the vocabulary wants one
+  size_t max_tokens = 0;  // 0: as many as 1 GiB of residual rows holds
 };
 
 // As convert() and quantize() (converters/convert.h). Error(usage) when the text has less than a

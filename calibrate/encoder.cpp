@@ -18,13 +18,20 @@ enum LayerPlace : size_t { kQ, kK, kV, kOutput, kGate, kUp, kDown, kPlaces };
 TensorKind kind_of(const HParams& hparams, LayerPlace place) {
   const bool dense = hparams.n_expert == 0;
   switch (place) {
-    case kQ: return TensorKind::attn_q;
-    case kK: return TensorKind::attn_k;
-    case kV: return TensorKind::attn_v;
-    case kOutput: return TensorKind::attn_output;
-    case kGate: return dense ? TensorKind::ffn_gate : TensorKind::ffn_gate_exps;
-    case kUp: return dense ? TensorKind::ffn_up : TensorKind::ffn_up_exps;
-    default: return dense ? TensorKind::ffn_down : TensorKind::ffn_down_exps;
+    case kQ:
+      return TensorKind::attn_q;
+    case kK:
+      return TensorKind::attn_k;
+    case kV:
+      return TensorKind::attn_v;
+    case kOutput:
+      return TensorKind::attn_output;
+    case kGate:
+      return dense ? TensorKind::ffn_gate : TensorKind::ffn_gate_exps;
+    case kUp:
+      return dense ? TensorKind::ffn_up : TensorKind::ffn_up_exps;
+    default:
+      return dense ? TensorKind::ffn_down : TensorKind::ffn_down_exps;
   }
 }
 
@@ -54,8 +61,8 @@ void in_chunks(size_t n_tokens, const Body& body) {
 
 }  // namespace
 
-CalibratedEncoder::CalibratedEncoder(const ConversionSource& source, std::span<const Token> ids, size_t n_ctx,
-                                     const ConvertOptions& options, Sink sink)
+CalibratedEncoder::CalibratedEncoder(const ConversionSource& source, std::span<const Token> ids,
+                                     size_t n_ctx, const ConvertOptions& options, Sink sink)
     : source_(source),
       hparams_(source.hparams),
       model_(source),
@@ -64,7 +71,9 @@ CalibratedEncoder::CalibratedEncoder(const ConversionSource& source, std::span<c
       n_embd_(source.hparams.n_embd),
       options_(options),
       sink_(std::move(sink)),
-      rope_factors_(model_.has(TensorKind::rope_freqs, -1) ? model_.vector(TensorKind::rope_freqs, -1) : std::vector<float>{}),
+      rope_factors_(model_.has(TensorKind::rope_freqs, -1)
+                        ? model_.vector(TensorKind::rope_freqs, -1)
+                        : std::vector<float>{}),
       eval_(hparams_, rope_factors_, thread_count(options.n_threads), n_ctx) {
   DUET_ASSERT(!ids.empty() && ids.size() % n_ctx == 0);
   plan_order();
@@ -78,10 +87,12 @@ void CalibratedEncoder::plan_order() {
   for (const TensorSpec& spec : tensor_table(hparams_)) {
     if (!model_.has(spec.kind, spec.layer)) continue;
     const bool head = spec.kind == TensorKind::output;
-    stage[model_.job_index(spec.kind, spec.layer)] = head ? static_cast<int>(hparams_.n_layer) : spec.layer;
+    stage[model_.job_index(spec.kind, spec.layer)] =
+        head ? static_cast<int>(hparams_.n_layer) : spec.layer;
   }
   for (size_t i = 0; i < source_.jobs.size(); ++i) order_.push_back(i);
-  std::stable_sort(order_.begin(), order_.end(), [&](size_t a, size_t b) { return stage[a] < stage[b]; });
+  std::stable_sort(order_.begin(), order_.end(),
+                   [&](size_t a, size_t b) { return stage[a] < stage[b]; });
 }
 
 void CalibratedEncoder::run() {
@@ -105,7 +116,8 @@ void CalibratedEncoder::begin_streams() {
         const auto id = static_cast<size_t>(ids_[t]);
         const std::vector<float> row = SourceModel::floats(job, id, 1);
         source_stream_.insert(source_stream_.end(), row.begin(), row.end());
-        job.format->decode_row(bytes.data() + id * row_bytes(*job.format, n_embd_), encoded_stream_.data() + t * n_embd_, n_embd_);
+        job.format->decode_row(bytes.data() + id * row_bytes(*job.format, n_embd_),
+                               encoded_stream_.data() + t * n_embd_, n_embd_);
       }
     }
     finish_tensor(i, bytes);
@@ -119,7 +131,8 @@ void CalibratedEncoder::run_layer(int index) {
   s.source.attn_norm = s.encoded.attn_norm = model_.vector(TensorKind::attn_norm, index);
   s.source.ffn_norm = s.encoded.ffn_norm = model_.vector(TensorKind::ffn_norm, index);
   if (hparams_.n_expert > 0)
-    s.source.router = s.encoded.router = SourceModel::floats(model_.job(TensorKind::ffn_gate_inp, index), 0, hparams_.n_expert);
+    s.source.router = s.encoded.router =
+        SourceModel::floats(model_.job(TensorKind::ffn_gate_inp, index), 0, hparams_.n_expert);
   encode_attention(s);
   route(s, encoded_stream_);
   count_tokens(s);
@@ -164,19 +177,21 @@ Moments CalibratedEncoder::attention_inputs(const LayerState& s) const {
   return inputs;
 }
 
-// The projection, which also makes up for what the residual stream has drifted so far; then both streams
-// go through it.
+// The projection, which also makes up for what the residual stream has drifted so far; then both
+// streams go through it.
 void CalibratedEncoder::encode_output_projection(LayerState& s) {
   const size_t width = size_t{hparams_.n_head} * hparams_.head_dim;
   std::vector<float> source(n_tokens() * width), encoded(source.size());
   for (size_t t = 0; t < n_tokens(); t += n_ctx_) {
     eval_.heads(s.source, source_stream_.data() + t * n_embd_, n_ctx_, source.data() + t * width);
-    eval_.heads(s.encoded, encoded_stream_.data() + t * n_embd_, n_ctx_, encoded.data() + t * width);
+    eval_.heads(s.encoded, encoded_stream_.data() + t * n_embd_, n_ctx_,
+                encoded.data() + t * width);
   }
   Moments inputs(width, block_cols(width), n_embd_);
   std::vector<float> a(kChunk * n_embd_), b(a.size());
   in_chunks(n_tokens(), [&](size_t t, size_t n) {
-    for (size_t i = 0; i < n * n_embd_; ++i) a[i] = source_stream_[t * n_embd_ + i] - encoded_stream_[t * n_embd_ + i];
+    for (size_t i = 0; i < n * n_embd_; ++i)
+      a[i] = source_stream_[t * n_embd_ + i] - encoded_stream_[t * n_embd_ + i];
     inputs.add(eval_, encoded.data() + t * width, source.data() + t * width, a.data(), n);
   });
   const TensorJob& job = model_.job(TensorKind::attn_output, s.index);
@@ -213,14 +228,16 @@ void CalibratedEncoder::route(LayerState& s, const std::vector<float>& stream) c
 
 void CalibratedEncoder::encode_expert(LayerState& s, size_t e) {
   show(concat("layer ", s.index, ", expert ", e));
-  const TensorJob &gate = model_.job(kind_of(hparams_, kGate), s.index), &up = model_.job(kind_of(hparams_, kUp), s.index),
+  const TensorJob &gate = model_.job(kind_of(hparams_, kGate), s.index),
+                  &up = model_.job(kind_of(hparams_, kUp), s.index),
                   &down = model_.job(kind_of(hparams_, kDown), s.index);
   const SourceMatrix source_gate = model_.matrix(gate, e), source_up = model_.matrix(up, e);
   const Moments inputs = expert_inputs(s, e);
   encode(gate, e, inputs, s.bytes[kGate]);
   encode(up, e, inputs, s.bytes[kUp]);
   Expert encoded{weight_of(gate, e, s.bytes[kGate]), weight_of(up, e, s.bytes[kUp]), {}};
-  encode(down, e, hidden_inputs(s, e, {source_gate.weight, source_up.weight, {}}, encoded), s.bytes[kDown]);
+  encode(down, e, hidden_inputs(s, e, {source_gate.weight, source_up.weight, {}}, encoded),
+         s.bytes[kDown]);
   encoded.down = weight_of(down, e, s.bytes[kDown]);
   add_expert(s, e, encoded, encoded_stream_);
 }
@@ -229,14 +246,15 @@ template <class Body>
 void CalibratedEncoder::for_chunks(const LayerState& s, size_t e, const Body& body) const {
   const Routed& routed = s.routed[e];
   in_chunks(routed.tokens.size(), [&](size_t first, size_t n) {
-    ExpertChunk chunk{n, std::vector<float>(n * n_embd_), std::vector<float>(n * n_embd_), std::vector<float>(n * n_embd_),
-                      std::span(routed.weights).subspan(first, n)};
+    ExpertChunk chunk{n, std::vector<float>(n * n_embd_), std::vector<float>(n * n_embd_),
+                      std::vector<float>(n * n_embd_), std::span(routed.weights).subspan(first, n)};
     for (size_t i = 0; i < n; ++i) {
       const size_t from = static_cast<size_t>(routed.tokens[first + i]) * n_embd_;
       std::copy_n(source_stream_.data() + from, n_embd_, chunk.source.data() + i * n_embd_);
       std::copy_n(encoded_stream_.data() + from, n_embd_, chunk.encoded.data() + i * n_embd_);
     }
-    for (size_t i = 0; i < chunk.behind.size(); ++i) chunk.behind[i] = chunk.source[i] - chunk.encoded[i];
+    for (size_t i = 0; i < chunk.behind.size(); ++i)
+      chunk.behind[i] = chunk.source[i] - chunk.encoded[i];
     eval_.norm(s.source.ffn_norm, chunk.source.data(), n, chunk.source.data());
     eval_.norm(s.source.ffn_norm, chunk.encoded.data(), n, chunk.encoded.data());
     body(chunk);
@@ -255,7 +273,8 @@ Moments CalibratedEncoder::expert_inputs(const LayerState& s, size_t e) const {
 
 // Of the down projection. An expert is to make up for its part, the router's weight, of what the
 // residual stream has drifted.
-Moments CalibratedEncoder::hidden_inputs(const LayerState& s, size_t e, const Expert& source, const Expert& encoded) const {
+Moments CalibratedEncoder::hidden_inputs(const LayerState& s, size_t e, const Expert& source,
+                                         const Expert& encoded) const {
   const size_t n_ff = hparams_.n_ff;
   Moments inputs(n_ff, block_cols(n_ff), n_embd_);
   for_chunks(s, e, [&](ExpertChunk& chunk) {
@@ -269,12 +288,14 @@ Moments CalibratedEncoder::hidden_inputs(const LayerState& s, size_t e, const Ex
 }
 
 // added += what an expert gives to its tokens of a stream.
-void CalibratedEncoder::add_expert(LayerState& s, size_t e, const Expert& expert, const std::vector<float>& stream) const {
+void CalibratedEncoder::add_expert(LayerState& s, size_t e, const Expert& expert,
+                                   const std::vector<float>& stream) const {
   const Routed& routed = s.routed[e];
   in_chunks(routed.tokens.size(), [&](size_t first, size_t n) {
     std::vector<float> x(n * n_embd_), hidden(n * hparams_.n_ff);
     for (size_t i = 0; i < n; ++i)
-      std::copy_n(stream.data() + static_cast<size_t>(routed.tokens[first + i]) * n_embd_, n_embd_, x.data() + i * n_embd_);
+      std::copy_n(stream.data() + static_cast<size_t>(routed.tokens[first + i]) * n_embd_, n_embd_,
+                  x.data() + i * n_embd_);
     eval_.norm(s.source.ffn_norm, x.data(), n, x.data());
     eval_.hidden(expert, x.data(), n, hidden.data());
     eval_.multiply(expert.down, hidden.data(), n, x.data());
@@ -290,13 +311,16 @@ void CalibratedEncoder::run_source_experts(LayerState& s) const {
   std::fill(s.added.begin(), s.added.end(), 0.0f);
   route(s, source_stream_);
   for (size_t e = 0; e < s.routed.size(); ++e) {
-    const auto matrix = [&](LayerPlace place) { return model_.matrix(model_.job(kind_of(hparams_, place), s.index), e); };
+    const auto matrix = [&](LayerPlace place) {
+      return model_.matrix(model_.job(kind_of(hparams_, place), s.index), e);
+    };
     const SourceMatrix gate = matrix(kGate), up = matrix(kUp), down = matrix(kDown);
     add_expert(s, e, {gate.weight, up.weight, down.weight}, source_stream_);
   }
 }
 
-// ---- head, encoding, writing ----------------------------------------------------------------------
+// ---- head, encoding, writing
+// ----------------------------------------------------------------------
 
 void CalibratedEncoder::encode_head() {
   if (!model_.has(TensorKind::output, -1)) return;
@@ -314,13 +338,15 @@ void CalibratedEncoder::encode_head() {
   finish_tensor(model_.job_index(TensorKind::output, -1), bytes);
 }
 
-void CalibratedEncoder::encode_plain(const TensorJob& job, size_t first_row, size_t n_rows, std::byte* out) const {
+void CalibratedEncoder::encode_plain(const TensorJob& job, size_t first_row, size_t n_rows,
+                                     std::byte* out) const {
   const size_t cols = job.shape.back(), bytes = row_bytes(*job.format, cols);
   parallel_for(eval_.n_threads(), n_rows, 64, [&](size_t begin, size_t end) {
     const std::vector<float> values = SourceModel::floats(job, first_row + begin, end - begin);
     for (size_t r = begin; r < end; ++r) {
       const size_t matrix = (first_row + r) / matrix_rows(job);
-      const float* importance = job.importance.empty() ? nullptr : job.importance.data() + matrix * cols;
+      const float* importance =
+          job.importance.empty() ? nullptr : job.importance.data() + matrix * cols;
       job.format->encode_row(values.data() + (r - begin) * cols, out + r * bytes, cols, importance);
     }
   });
@@ -334,12 +360,14 @@ std::vector<std::byte> CalibratedEncoder::encoded_plainly(const TensorJob& job) 
 }
 
 // One matrix of a tensor, whose bytes are made room for when it is the first.
-void CalibratedEncoder::encode(const TensorJob& job, size_t expert, const Moments& moments, std::vector<std::byte>& out) const {
+void CalibratedEncoder::encode(const TensorJob& job, size_t expert, const Moments& moments,
+                               std::vector<std::byte>& out) const {
   check_cancel();
   const size_t rows = matrix_rows(job), bytes = row_bytes(*job.format, job.shape.back());
   out.resize(matrix_count(job) * rows * bytes);
   std::byte* to = out.data() + expert * rows * bytes;
-  if (!has_second_order(*job.format) || moments.n_tokens() == 0) return encode_plain(job, expert * rows, rows, to);
+  if (!has_second_order(*job.format) || moments.n_tokens() == 0)
+    return encode_plain(job, expert * rows, rows, to);
   std::vector<float> w = SourceModel::floats(job, expert * rows, rows);
   const InputMetric metric = moments.metric(eval_.n_threads());
   moments.correct(metric, w, eval_.n_threads());
@@ -352,8 +380,10 @@ void CalibratedEncoder::write_layer(const LayerState& s) {
     ready[model_.job_index(kind_of(hparams_, static_cast<LayerPlace>(p)), s.index)] = &s.bytes[p];
   for (const size_t i : order_) {
     if (model_.layer_of(i) != s.index) continue;
-    if (ready[i] != nullptr) finish_tensor(i, *ready[i]);
-    else finish_tensor(i, encoded_plainly(source_.jobs[i]));
+    if (ready[i] != nullptr)
+      finish_tensor(i, *ready[i]);
+    else
+      finish_tensor(i, encoded_plainly(source_.jobs[i]));
   }
 }
 
@@ -380,7 +410,8 @@ void CalibratedEncoder::report_few() const {
   if (!options_.notice) return;
   const size_t n = size_t{hparams_.n_layer} * std::max<uint32_t>(hparams_.n_expert, 1);
   if (n_unseen_ > 0)
-    options_.notice(concat("calibration: ", n_unseen_, " of ", n, " experts saw no token of the text and are encoded without it"));
+    options_.notice(concat("calibration: ", n_unseen_, " of ", n,
+                           " experts saw no token of the text and are encoded without it"));
   if (n_few_ > 0)
     options_.notice(concat("calibration: ", n_few_, " of ", n, " experts saw fewer than ", n_embd_,
                            " tokens of the text; their errors are compensated less"));
@@ -392,7 +423,8 @@ void CalibratedEncoder::show(const std::string& what) {
 }
 
 void CalibratedEncoder::check_cancel() const {
-  if (options_.cancel != nullptr && options_.cancel->load()) fail(ErrorKind::cancelled, "interrupted");
+  if (options_.cancel != nullptr && options_.cancel->load())
+    fail(ErrorKind::cancelled, "interrupted");
 }
 
 }  // namespace duet

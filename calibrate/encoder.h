@@ -21,7 +21,8 @@ class CalibratedEncoder {
   CalibratedEncoder(const ConversionSource& source, std::span<const Token> ids, size_t n_ctx,
                     const ConvertOptions& options, Sink sink);
 
-  // Indices of the source's jobs as run() delivers them: a layer after those before it, the head last.
+  // Indices of the source's jobs as run() delivers them: a layer after those before it, the head
+  // last.
   const std::vector<size_t>& write_order() const { return order_; }
   void run();
 
@@ -55,17 +56,20 @@ class CalibratedEncoder {
   void route(LayerState& s, const std::vector<float>& stream) const;
   void encode_expert(LayerState& s, size_t e);
   Moments expert_inputs(const LayerState& s, size_t e) const;
-  Moments hidden_inputs(const LayerState& s, size_t e, const Expert& source, const Expert& encoded) const;
+  Moments hidden_inputs(const LayerState& s, size_t e, const Expert& source,
+                        const Expert& encoded) const;
   template <class Body>
   void for_chunks(const LayerState& s, size_t e, const Body& body) const;
-  void add_expert(LayerState& s, size_t e, const Expert& expert, const std::vector<float>& stream) const;
+  void add_expert(LayerState& s, size_t e, const Expert& expert,
+                  const std::vector<float>& stream) const;
   void run_source_experts(LayerState& s) const;
   void write_layer(const LayerState& s);
   void encode_head();
 
   void encode_plain(const TensorJob& job, size_t first_row, size_t n_rows, std::byte* out) const;
   std::vector<std::byte> encoded_plainly(const TensorJob& job) const;
-  void encode(const TensorJob& job, size_t expert, const Moments& moments, std::vector<std::byte>& out) const;
+  void encode(const TensorJob& job, size_t expert, const Moments& moments,
+              std::vector<std::byte>& out) const;
   void finish_tensor(size_t job, std::span<const std::byte> bytes);
   void count_tokens(const LayerState& s);
   void report_few() const;

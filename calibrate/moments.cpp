@@ -28,7 +28,8 @@ Moments::Moments(size_t n_cols, size_t block_cols, size_t n_out)
       d_(h_.size()),
       m_(n_out * n_cols) {}
 
-void Moments::add(const LayerEval& eval, const float* x, const float* x0, const float* r, size_t n) {
+void Moments::add(const LayerEval& eval, const float* x, const float* x0, const float* r,
+                  size_t n) {
   n_tokens_ += n;
   size_t at = 0;
   for (size_t first = 0; first < n_cols_; first += block_cols_) {
@@ -44,7 +45,8 @@ void Moments::add(const LayerEval& eval, const float* x, const float* x0, const 
 }
 
 InputMetric Moments::metric(int n_threads) const {
-  const double few = static_cast<double>(n_cols_) / static_cast<double>(std::max<size_t>(n_tokens_, 1));
+  const double few =
+      static_cast<double>(n_cols_) / static_cast<double>(std::max<size_t>(n_tokens_, 1));
   return InputMetric(n_cols_, block_cols_, h_, kDamping * (1 + few), n_threads);
 }
 
@@ -66,15 +68,18 @@ void Moments::correct(const InputMetric& metric, std::vector<float>& w, int n_th
   std::vector<float> d(d_.size());
   for (size_t i = 0; i < d.size(); ++i) d[i] = static_cast<float>(d_[i] * scale);
   parallel_for(n_threads, w.size() / n_cols_, 4, [&](size_t begin, size_t end) {
-    for (size_t row = begin; row < end; ++row) correct_row(metric, d, row, w.data() + row * n_cols_);
+    for (size_t row = begin; row < end; ++row)
+      correct_row(metric, d, row, w.data() + row * n_cols_);
   });
 }
 
-void Moments::correct_row(const InputMetric& metric, const std::vector<float>& d, size_t row, float* w) const {
+void Moments::correct_row(const InputMetric& metric, const std::vector<float>& d, size_t row,
+                          float* w) const {
   std::vector<float> change(n_cols_);
   if (n_out_ > 0) {
     const double scale = 1 / mean_diagonal();
-    for (size_t c = 0; c < n_cols_; ++c) change[c] = static_cast<float>(m_[row * n_cols_ + c] * scale);
+    for (size_t c = 0; c < n_cols_; ++c)
+      change[c] = static_cast<float>(m_[row * n_cols_ + c] * scale);
   }
   size_t at = 0;
   for (size_t first = 0; first < n_cols_; first += block_cols_) {

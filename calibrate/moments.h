@@ -11,8 +11,8 @@ namespace duet {
 
 // Sums over tokens, of rows already times their weight: H = x x^T of the inputs x that the encoded
 // model gives, D = (x0 - x) x^T with the inputs x0 of the source model, and M = r x^T with what the
-// output is to make up for beside. The row w that serves best in floating point, whose outputs for x
-// are nearest to w x0 + r, is w + (w D + M_row) H^-1 (GPTAQ, arXiv 2504.02692, where r is 0).
+// output is to make up for beside. The row w that serves best in floating point, whose outputs for
+// x are nearest to w x0 + r, is w + (w D + M_row) H^-1 (GPTAQ, arXiv 2504.02692, where r is 0).
 class Moments {
  public:
   // n_out: rows of M; 0: there is no r.
@@ -27,7 +27,8 @@ class Moments {
 
  private:
   double mean_diagonal() const;
-  void correct_row(const InputMetric& metric, const std::vector<float>& d, size_t row, float* w) const;
+  void correct_row(const InputMetric& metric, const std::vector<float>& d, size_t row,
+                   float* w) const;
 
   size_t n_cols_, block_cols_, n_out_, n_tokens_ = 0;
   std::vector<double> h_, d_;  // in blocks of columns, as InputMetric takes them

@@ -12,7 +12,8 @@ size_t matrix_rows(const TensorJob& job) {
 }
 size_t matrix_count(const TensorJob& job) { return job.shape.size() < 3 ? 1 : job.shape[0]; }
 
-SourceModel::SourceModel(const ConversionSource& source) : source_(source), layers_(source.jobs.size(), -1) {
+SourceModel::SourceModel(const ConversionSource& source)
+    : source_(source), layers_(source.jobs.size(), -1) {
   std::map<std::string, size_t> by_name;
   for (size_t i = 0; i < source.jobs.size(); ++i) by_name[source.jobs[i].name] = i;
   for (const TensorSpec& spec : tensor_table(source.hparams))
@@ -30,11 +31,14 @@ bool SourceModel::is(size_t job_index, TensorKind kind) const {
 size_t SourceModel::job_index(TensorKind kind, int layer) const {
   const auto it = index_.find({kind, layer});
   if (it == index_.end())
-    fail(ErrorKind::internal, "calibration: no tensor of kind ", static_cast<int>(kind), " in layer ", layer);
+    fail(ErrorKind::internal, "calibration: no tensor of kind ", static_cast<int>(kind),
+         " in layer ", layer);
   return it->second;
 }
 
-const TensorJob& SourceModel::job(TensorKind kind, int layer) const { return source_.jobs[job_index(kind, layer)]; }
+const TensorJob& SourceModel::job(TensorKind kind, int layer) const {
+  return source_.jobs[job_index(kind, layer)];
+}
 
 std::vector<float> SourceModel::floats(const TensorJob& job, uint64_t first_row, uint64_t n_rows) {
   const uint64_t cols = job.shape.back();
@@ -67,7 +71,8 @@ SourceMatrix SourceModel::matrix(const TensorJob& job, size_t expert) const {
   for (const RowRun& run : job.runs) {
     const size_t n = run.source.rows();
     const Format& format = *run.source.format;
-    const bool is_float = format.dtype == DType::F32 || format.dtype == DType::F16 || format.dtype == DType::BF16;
+    const bool is_float =
+        format.dtype == DType::F32 || format.dtype == DType::F16 || format.dtype == DType::BF16;
     const bool in_place = is_float && run.permute_heads == 0;
     if (in_place && first >= run_first && first + rows <= run_first + n) {
       m.weight.format = &format;

@@ -31,7 +31,9 @@ class SourceModel {
 
   // One expert's matrix, or that of a tensor without experts (expert 0).
   SourceMatrix matrix(const TensorJob& job, size_t expert) const;
-  std::vector<float> vector(TensorKind kind, int layer) const { return floats(job(kind, layer), 0, 1); }
+  std::vector<float> vector(TensorKind kind, int layer) const {
+    return floats(job(kind, layer), 0, 1);
+  }
   // Rows of the output tensor, decoded; Error(format) when a value is not finite.
   static std::vector<float> floats(const TensorJob& job, uint64_t first_row, uint64_t n_rows);
   void drop(const TensorJob& job) const;  // its pages will not be read again

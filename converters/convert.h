@@ -26,10 +26,10 @@ struct ConvertProgress {
 struct ConvertOptions {
   std::string recipe = "Q4_K_M";  // a name of recipe_names()
   // Types that replace those of the recipe, by name in either case; "": the recipe's.
-  std::string token_embedding_type, output_tensor_type;
+  std::string token_embedding_type = {}, output_tensor_type = {};
   // "REGEX=TYPE": for matrices in whose name the expression is found; the first that fits wins, before
   // the two above. Norms and the router stay F32.
-  std::vector<std::string> tensor_types;
+  std::vector<std::string> tensor_types = {};
   bool vocab_only = false;
   bool overwrite = false;  // an existing output is an error otherwise
   int n_threads = 0;       // 0: HostCores::usable()

@@ -18,7 +18,7 @@ struct ConversionSource {
   std::optional<Safetensors> weights;  // of a folder, unless only its vocabulary is converted
   std::optional<GgufFile> file;        // of GGUF -> GGUF
   std::vector<float> rope_factors;     // data of rope_freqs.weight
-  std::vector<TensorJob> jobs;         // the tensors of the output, in the formats that options ask for
+  std::vector<TensorJob> jobs;  // the tensors of the output, in the formats that options ask for
 };
 
 // Errors as of convert() and quantize().

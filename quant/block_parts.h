@@ -21,9 +21,9 @@ struct BlockParts {
 // `unit_positive`); a format without stored scales has scale_lo = scale_hi = 1.
 struct BlockGrid {
   int group_elems, n_groups;
-  int q_max, zero;          // q in [0, q_max]
+  int q_max, zero;  // q in [0, q_max]
   int scale_lo, scale_hi;
-  int offset_max;           // offset in [0, offset_max]; 0: none
+  int offset_max;  // offset in [0, offset_max]; 0: none
   float offset_sign;
   bool unit_positive;
   void (*unpack)(const void* block, BlockParts& parts) noexcept;

@@ -95,8 +95,8 @@ void list_scales(const BlockGrid& grid, const BlockParts& parts, size_t g, Reach
       if (!stored) {
         const float stretched = unit * (1 + kUnitStep * static_cast<float>(a));
         const float moved = offset_unit + kOffsetStep * static_cast<float>(b) * std::fabs(unit);
-        out.push_back(with_values(grid, finite_half(stretched), finite_half(moved),
-                                  parts.scale[g], parts.offset[g]));
+        out.push_back(with_values(grid, finite_half(stretched), finite_half(moved), parts.scale[g],
+                                  parts.offset[g]));
       } else if (scale >= grid.scale_lo && scale <= grid.scale_hi && offset >= 0 &&
                  offset <= grid.offset_max) {
         out.push_back(with_values(grid, parts.unit, parts.offset_unit, scale, offset));

@@ -24,14 +24,15 @@ GroupScale group_scale(const BlockGrid& grid, const BlockParts& parts, size_t g)
 struct Reach {
   int scale, offset;
 };
-// The present scale first: it stays where nothing is better. Formats that store no scales for groups
-// vary their units instead, by small parts.
+// The present scale first: it stays where nothing is better. Formats that store no scales for
+// groups vary their units instead, by small parts.
 void list_scales(const BlockGrid& grid, const BlockParts& parts, size_t g, Reach reach,
                  std::vector<GroupScale>& out);
 
-// Values x of the group's columns, the upper triangular factor of their metric (element k of row i at
-// factor[i * stride + k]), and what errors of other columns have added to the sum at each column:
-// the cost of errors e is the sum over k of (before_k + sum over i <= k of e_i factor_ik)^2.
+// Values x of the group's columns, the upper triangular factor of their metric (element k of row i
+// at factor[i * stride + k]), and what errors of other columns have added to the sum at each
+// column: the cost of errors e is the sum over k of (before_k + sum over i <= k of e_i
+// factor_ik)^2.
 struct GroupProblem {
   const float *x, *factor;
   size_t stride;

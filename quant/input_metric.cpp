@@ -68,14 +68,18 @@ InputMetric::InputMetric(size_t n_cols, size_t block_cols, std::span<const doubl
   std::fill(moments_.begin(), moments_.end(), 0.0f);
   std::fill(factor_.begin(), factor_.end(), 0.0f);
   for (size_t c = 0; c < n_cols; ++c) {
-    const size_t diagonal = static_cast<size_t>(rows_[c].moments - moments_.data()) + c - block_begin(c);
+    const size_t diagonal =
+        static_cast<size_t>(rows_[c].moments - moments_.data()) + c - block_begin(c);
     moments_[diagonal] = factor_[diagonal] = 1.0f;
   }
 }
 
-// Columns that were never used keep the damping alone: their errors count little and spread nowhere.
+// Columns that were never used keep the damping alone: their errors count little and spread
+// nowhere.
 bool InputMetric::load(std::span<const double> moments, double damping) {
-  const auto diagonal = [&](size_t c) { return rows_[c].moments - moments_.data() + static_cast<ptrdiff_t>(c - block_begin(c)); };
+  const auto diagonal = [&](size_t c) {
+    return rows_[c].moments - moments_.data() + static_cast<ptrdiff_t>(c - block_begin(c));
+  };
   double sum = 0;
   for (size_t c = 0; c < n_cols_; ++c) {
     const double d = moments[static_cast<size_t>(diagonal(c))];
@@ -89,14 +93,16 @@ bool InputMetric::load(std::span<const double> moments, double damping) {
     if (!std::isfinite(v) || std::fabs(v) > 1e30) return false;
     moments_[i] = static_cast<float>(v);
   }
-  for (size_t c = 0; c < n_cols_; ++c) moments_[static_cast<size_t>(diagonal(c))] += static_cast<float>(damping);
+  for (size_t c = 0; c < n_cols_; ++c)
+    moments_[static_cast<size_t>(diagonal(c))] += static_cast<float>(damping);
   return true;
 }
 
 // More damping, a decade at a time, where rounding has left a matrix that is not positive.
 bool InputMetric::factorize(int n_threads) {
   for (size_t first = 0; first < n_cols_; first = block_end(first)) {
-    const size_t n = block_end(first) - first, at = static_cast<size_t>(rows_[first].moments - moments_.data());
+    const size_t n = block_end(first) - first,
+                 at = static_cast<size_t>(rows_[first].moments - moments_.data());
     std::vector<double> h(n * n);
     double extra = 0;
     for (int attempt = 0;; ++attempt) {

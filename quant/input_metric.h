@@ -1,10 +1,10 @@
 // How much errors in the weights of a matrix matter, given the inputs it multiplies.
 //
-// Inputs x with moments H = sum of w x x^T make a row's error e cost e H e^T. With H = V V^T, V upper
-// triangular, that is the sum over columns k of (sum over j <= k of e_j V_jk)^2: each column can make
-// up for the errors of those before it, and V_kk^2 (H conditioned on the later columns) is what an
-// error costs that later columns make up for as well as they can. This is the triangular factor of
-// GPTQ (arXiv 2210.17323) and LDLQ (arXiv 2307.13304) without an inverse.
+// Inputs x with moments H = sum of w x x^T make a row's error e cost e H e^T. With H = V V^T, V
+// upper triangular, that is the sum over columns k of (sum over j <= k of e_j V_jk)^2: each column
+// can make up for the errors of those before it, and V_kk^2 (H conditioned on the later columns) is
+// what an error costs that later columns make up for as well as they can. This is the triangular
+// factor of GPTQ (arXiv 2210.17323) and LDLQ (arXiv 2307.13304) without an inverse.
 #pragma once
 
 #include <cstddef>

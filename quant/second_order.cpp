@@ -121,7 +121,8 @@ class BatchEncoder {
     std::fill(sums_.begin(), sums_.end(), 0.0f);
     add_products(
         error_.data(), n_cols_, n_rows_, begin, c,
-        [&](size_t k) { return metric_.factor_row(k) + (c - begin); }, sums_.data(), block_, block_);
+        [&](size_t k) { return metric_.factor_row(k) + (c - begin); }, sums_.data(), block_,
+        block_);
     for (size_t r = 0; r < n_rows_; ++r) enter_row(r, b, sums_.data() + r * block_);
   }
 

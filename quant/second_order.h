@@ -1,12 +1,14 @@
 // Error-compensating encoding: scales and integers of a row chosen together so that the row's error
-// in the metric of its inputs (quant/input_metric.h) is small, within the block formats as they are.
+// in the metric of its inputs (quant/input_metric.h) is small, within the block formats as they
+// are.
 //
 // From the first block to the last, and in each from the first group to the last: every candidate
-// pair of scale and offset integers around those that a plain fit of the compensated values gives is
-// rounded column by column, each column making up for the errors before it; the pair whose errors
-// cost least when all later columns do the same is kept (nearest-plane rounding, for many lattices).
-// Then, in passes over the finished row, with exact changes of the true error: single integers, the
-// scale, offset and integers of one group together, and the units of a block by least squares.
+// pair of scale and offset integers around those that a plain fit of the compensated values gives
+// is rounded column by column, each column making up for the errors before it; the pair whose
+// errors cost least when all later columns do the same is kept (nearest-plane rounding, for many
+// lattices). Then, in passes over the finished row, with exact changes of the true error: single
+// integers, the scale, offset and integers of one group together, and the units of a block by least
+// squares.
 #pragma once
 
 #include <cstddef>

@@ -12,7 +12,8 @@ HParams LayerEval::one_layer(HParams hparams) {
   return hparams;
 }
 
-LayerEval::LayerEval(const HParams& hparams, const std::vector<float>& rope_factors, int n_threads, size_t max_rows)
+LayerEval::LayerEval(const HParams& hparams, const std::vector<float>& rope_factors, int n_threads,
+                     size_t max_rows)
     : hparams_(&hparams),
       one_layer_(one_layer(hparams)),
       panels_(static_cast<size_t>(n_threads) * kPanelFloats),
@@ -26,7 +27,8 @@ void LayerEval::norm(const std::vector<float>& weight, const float* x, size_t n,
   compute_.team([&] {
     parallel_for(compute_.n_threads, n, 8, [&](size_t begin, size_t end) {
       for (size_t t = begin; t < end; ++t)
-        compute_.kernels->rms_norm(x + t * n_embd, weight.data(), hparams_->rms_eps, out + t * n_embd, n_embd);
+        compute_.kernels->rms_norm(x + t * n_embd, weight.data(), hparams_->rms_eps,
+                                   out + t * n_embd, n_embd);
     });
   });
 }
@@ -42,20 +44,29 @@ void LayerEval::heads(const Layer& layer, const float* residual, size_t n, float
   std::memcpy(heads, attention_.head_rows(), n * cols * sizeof(float));
 }
 
-void LayerEval::route(const Layer& layer, const float* normed, size_t n, int32_t* chosen, float* weights) const {
+void LayerEval::route(const Layer& layer, const float* normed, size_t n, int32_t* chosen,
+                      float* weights) const {
   if (layer.router.empty()) {
     std::fill_n(chosen, n, 0);
     std::fill_n(weights, n, 1.0f);
     return;
   }
-  const size_t n_expert = hparams_->n_expert, n_embd = hparams_->n_embd, stride = n_embd * sizeof(float);
+  const size_t n_expert = hparams_->n_expert, n_embd = hparams_->n_embd,
+               stride = n_embd * sizeof(float);
   std::vector<float> logits(n * n_expert);
   compute_.kernels->matmul[static_cast<size_t>(DType::F32)](
-      {.w = reinterpret_cast<const std::byte*>(layer.router.data()), .w_stride = stride, .n_rows = n_expert,
-       .cols = n_embd, .x = reinterpret_cast<const std::byte*>(normed), .x_stride = stride, .n_tokens = n,
-       .y = logits.data(), .y_stride = n_expert});
+      {.w = reinterpret_cast<const std::byte*>(layer.router.data()),
+       .w_stride = stride,
+       .n_rows = n_expert,
+       .cols = n_embd,
+       .x = reinterpret_cast<const std::byte*>(normed),
+       .x_stride = stride,
+       .n_tokens = n,
+       .y = logits.data(),
+       .y_stride = n_expert});
   for (size_t t = 0; t < n; ++t)
-    choose_experts(logits.data() + t * n_expert, n_expert, n_used(), chosen + t * n_used(), weights + t * n_used());
+    choose_experts(logits.data() + t * n_expert, n_expert, n_used(), chosen + t * n_used(),
+                   weights + t * n_used());
 }
 
 void LayerEval::multiply(const Weight& w, const float* x, size_t n, float* y) const {
@@ -81,7 +92,8 @@ void LayerEval::hidden(const Expert& expert, const float* x, size_t n, float* hi
   multiply(expert.up, x, n, up.data());
   compute_.team([&] {
     parallel_for(compute_.n_threads, n, 8, [&](size_t begin, size_t end) {
-      compute_.kernels->silu_mul(hidden + begin * n_ff, up.data() + begin * n_ff, hidden + begin * n_ff, (end - begin) * n_ff);
+      compute_.kernels->silu_mul(hidden + begin * n_ff, up.data() + begin * n_ff,
+                                 hidden + begin * n_ff, (end - begin) * n_ff);
     });
   });
 }
@@ -93,21 +105,26 @@ void transpose(const float* x, size_t n, size_t cols, size_t padded, float* out)
   constexpr size_t kTile = 16;
   for (size_t first = 0; first < n; first += kTile)
     for (size_t c = 0; c < cols; ++c)
-      for (size_t t = first; t < std::min(first + kTile, n); ++t) out[c * padded + t] = x[t * cols + c];
+      for (size_t t = first; t < std::min(first + kTile, n); ++t)
+        out[c * padded + t] = x[t * cols + c];
   for (size_t c = 0; c < cols; ++c) std::fill(out + c * padded + n, out + (c + 1) * padded, 0.0f);
 }
 
 }  // namespace
 
-void LayerEval::add_moments(const float* x, size_t nx, const float* y, size_t ny, size_t n, double* sum) const {
+void LayerEval::add_moments(const float* x, size_t nx, const float* y, size_t ny, size_t n,
+                            double* sum) const {
   if (n == 0) return;
   const size_t padded = (n + 15) / 16 * 16;
   AlignedArray<float> right(ny * padded), out(nx * ny);
   transpose(y, n, ny, padded, right.data());
   Activations left(nx, padded, act_bit(ActFormat::f32));
   transpose(x, n, nx, padded, left.row(0));
-  const Weight w{.format = &format_of(DType::F32), .rows = ny, .cols = padded,
-                 .data = reinterpret_cast<const std::byte*>(right.data()), .row_bytes = padded * sizeof(float)};
+  const Weight w{.format = &format_of(DType::F32),
+                 .rows = ny,
+                 .cols = padded,
+                 .data = reinterpret_cast<const std::byte*>(right.data()),
+                 .row_bytes = padded * sizeof(float)};
   MatmulQueue queue(nx / kTokenBlock + 1);
   compute_.team([&] {
     queue.add(w, left, 0, nx, out.data(), ny);  // [nx, ny]

@@ -16,7 +16,8 @@ namespace duet {
 class LayerEval {
  public:
   // max_rows: of a sequence.
-  LayerEval(const HParams& hparams, const std::vector<float>& rope_factors, int n_threads, size_t max_rows);
+  LayerEval(const HParams& hparams, const std::vector<float>& rope_factors, int n_threads,
+            size_t max_rows);
 
   // out [n, n_embd] = rms_norm(x) * weight
   void norm(const std::vector<float>& weight, const float* x, size_t n, float* out) const;
@@ -24,13 +25,15 @@ class LayerEval {
   // projection; n <= max_rows.
   void heads(const Layer& layer, const float* residual, size_t n, float* heads);
   // chosen, weights [n, n_expert_used]; a dense layer: its one expert, weight 1.
-  void route(const Layer& layer, const float* normed, size_t n, int32_t* chosen, float* weights) const;
+  void route(const Layer& layer, const float* normed, size_t n, int32_t* chosen,
+             float* weights) const;
   // y [n, w.rows] = w x
   void multiply(const Weight& w, const float* x, size_t n, float* y) const;
   // hidden [n, n_ff] = silu(gate x) * (up x)
   void hidden(const Expert& expert, const float* x, size_t n, float* hidden) const;
   // sum [nx, ny] += the sum over n rows of x^T y
-  void add_moments(const float* x, size_t nx, const float* y, size_t ny, size_t n, double* sum) const;
+  void add_moments(const float* x, size_t nx, const float* y, size_t ny, size_t n,
+                   double* sum) const;
 
   size_t n_used() const { return hparams_->n_expert > 0 ? hparams_->n_expert_used : 1; }
   int n_threads() const { return compute_.n_threads; }

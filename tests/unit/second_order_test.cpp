@@ -32,7 +32,8 @@ std::vector<double> correlated_moments(size_t n, Rng& rng) {
   std::vector<double> h(n * n);
   for (size_t i = 0; i < n; ++i) {
     for (size_t j = 0; j < n; ++j)
-      for (size_t k = 0; k < n_sources; ++k) h[i * n + j] += mix[i * n_sources + k] * mix[j * n_sources + k];
+      for (size_t k = 0; k < n_sources; ++k)
+        h[i * n + j] += mix[i * n_sources + k] * mix[j * n_sources + k];
     h[i * n + i] += 0.5;
   }
   return h;
@@ -44,8 +45,8 @@ std::vector<float> decoded(const Format& format, const std::vector<std::byte>& b
   return out;
 }
 
-std::vector<std::byte> second_order(const Format& format, const InputMetric& metric, const std::vector<float>& w,
-                                    int n_threads = 2) {
+std::vector<std::byte> second_order(const Format& format, const InputMetric& metric,
+                                    const std::vector<float>& w, int n_threads = 2) {
   const size_t n_rows = w.size() / metric.n_cols();
   std::vector<std::byte> out(n_rows * row_bytes(format, metric.n_cols()));
   encode_second_order(format, metric, w.data(), n_rows, out.data(), n_threads);
@@ -55,11 +56,13 @@ std::vector<std::byte> second_order(const Format& format, const InputMetric& met
 
 double error_of(const Format& format, const InputMetric& metric, const std::vector<float>& w,
                 const std::vector<std::byte>& bytes) {
-  return metric_error(metric, w.data(), decoded(format, bytes, w.size()).data(), w.size() / metric.n_cols());
+  return metric_error(metric, w.data(), decoded(format, bytes, w.size()).data(),
+                      w.size() / metric.n_cols());
 }
 
 // As encode_row does it, weighted by the diagonal of the moments.
-std::vector<std::byte> plain(const Format& format, const InputMetric& metric, const std::vector<float>& w) {
+std::vector<std::byte> plain(const Format& format, const InputMetric& metric,
+                             const std::vector<float>& w) {
   const size_t n = metric.n_cols(), bytes = row_bytes(format, n);
   std::vector<float> importance(n);
   for (size_t c = 0; c < n; ++c) importance[c] = metric.moments_row(c)[c - metric.block_begin(c)];
@@ -80,7 +83,8 @@ TEST_CASE("second order: the metric's factor gives back its moments, solve is th
   for (size_t i = 0; i < n; ++i) {
     for (size_t j = i; j < n; ++j) {
       double sum = 0;
-      for (size_t k = j; k < n; ++k) sum += double{metric.factor_row(i)[k]} * double{metric.factor_row(j)[k]};
+      for (size_t k = j; k < n; ++k)
+        sum += double{metric.factor_row(i)[k]} * double{metric.factor_row(j)[k]};
       CHECK(sum == doctest::Approx(double{metric.moments_row(i)[j]}).epsilon(1e-4).scale(0.1));
     }
   }
@@ -89,7 +93,8 @@ TEST_CASE("second order: the metric's factor gives back its moments, solve is th
   for (size_t i = 0; i < n; ++i)
     for (size_t j = 0; j < n; ++j) x[j] += z[i] * metric.moments_row(i)[j];
   metric.solve(x);
-  for (size_t i = 0; i < n; ++i) CHECK(double{x[i]} == doctest::Approx(double{z[i]}).epsilon(1e-3).scale(1));
+  for (size_t i = 0; i < n; ++i)
+    CHECK(double{x[i]} == doctest::Approx(double{z[i]}).epsilon(1e-3).scale(1));
 }
 
 TEST_CASE("second order: half the error of plain encoding or less, in every format") {
@@ -102,7 +107,8 @@ TEST_CASE("second order: half the error of plain encoding or less, in every form
     const Format& f = format_of(dtype);
     CAPTURE(std::string(f.name));
     REQUIRE(has_second_order(f));
-    CHECK(error_of(f, full, w, second_order(f, full, w)) < 0.5 * error_of(f, full, w, plain(f, full, w)));
+    CHECK(error_of(f, full, w, second_order(f, full, w)) <
+          0.5 * error_of(f, full, w, plain(f, full, w)));
   }
   CHECK(!has_second_order(format_of(DType::F16)));
 }
@@ -137,8 +143,10 @@ TEST_CASE("second order: rows do not depend on threads or neighbours") {
     const std::vector<std::byte> all = second_order(f, metric, w, 3);
     CHECK(all == second_order(f, metric, w, 1));
     const size_t row = 23, bytes = row_bytes(f, n);
-    const std::vector<std::byte> alone = second_order(f, metric, {w.begin() + row * n, w.begin() + (row + 1) * n});
-    CHECK(std::equal(alone.begin(), alone.end(), all.begin() + static_cast<ptrdiff_t>(row * bytes)));
+    const std::vector<std::byte> alone =
+        second_order(f, metric, {w.begin() + row * n, w.begin() + (row + 1) * n});
+    CHECK(
+        std::equal(alone.begin(), alone.end(), all.begin() + static_cast<ptrdiff_t>(row * bytes)));
   }
 }
 
@@ -150,19 +158,22 @@ TEST_CASE("second order: zeros and rows on a format's levels come back") {
     DType dtype;
     int n;
   };
-  for (const Levels& levels : {Levels{DType::Q3_K, 8}, Levels{DType::Q4_0, 16}, Levels{DType::Q4_1, 16},
-                               Levels{DType::Q5_0, 32}, Levels{DType::Q5_1, 32}}) {
+  for (const Levels& levels :
+       {Levels{DType::Q3_K, 8}, Levels{DType::Q4_0, 16}, Levels{DType::Q4_1, 16},
+        Levels{DType::Q5_0, 32}, Levels{DType::Q5_1, 32}}) {
     const Format& f = format_of(levels.dtype);
     CAPTURE(std::string(f.name));
     std::vector<float> w(n);
     CHECK(decoded(f, second_order(f, metric, w), n) == w);
     for (size_t i = 0; i < n; ++i)
       w[i] = 0.125f * static_cast<float>(static_cast<int>(i) % levels.n - levels.n / 2);
-    CHECK(error_of(f, metric, w, second_order(f, metric, w)) < 1e-6 * metric_error(metric, w.data(), std::vector<float>(n).data(), 1));
+    CHECK(error_of(f, metric, w, second_order(f, metric, w)) <
+          1e-6 * metric_error(metric, w.data(), std::vector<float>(n).data(), 1));
   }
 }
 
-TEST_CASE("second order: damaged, empty and degenerate moments give finite blocks near plain ones") {
+TEST_CASE(
+    "second order: damaged, empty and degenerate moments give finite blocks near plain ones") {
   Rng rng(6);
   constexpr size_t n = 256, n_rows = 4;
   const std::vector<float> w = random_floats(n * n_rows, rng, 0.03f);
@@ -172,9 +183,14 @@ TEST_CASE("second order: damaged, empty and degenerate moments give finite block
     std::vector<double> h;
     bool usable;
   };
-  std::vector<Case> cases = {{"zero", std::vector<double>(n * n), false}, {"NaN", good, false},
-                             {"infinite", good, false}, {"negative", good, false}, {"rank 1", std::vector<double>(n * n, 1.0), true},
-                             {"one input used", std::vector<double>(n * n), true}, {"tiny", good, true}, {"huge", good, true}};
+  std::vector<Case> cases = {{"zero", std::vector<double>(n * n), false},
+                             {"NaN", good, false},
+                             {"infinite", good, false},
+                             {"negative", good, false},
+                             {"rank 1", std::vector<double>(n * n, 1.0), true},
+                             {"one input used", std::vector<double>(n * n), true},
+                             {"tiny", good, true},
+                             {"huge", good, true}};
   cases[1].h[5 * n + 7] = std::numeric_limits<double>::quiet_NaN();
   cases[2].h[3] = std::numeric_limits<double>::infinity();
   cases[3].h[4 * n + 4] = -1;
@@ -187,7 +203,8 @@ TEST_CASE("second order: damaged, empty and degenerate moments give finite block
     CHECK(metric.usable() == c.usable);
     for (const DType dtype : {DType::Q3_K, DType::Q4_K, DType::Q5_0}) {
       const Format& f = format_of(dtype);
-      CHECK(error_of(f, metric, w, second_order(f, metric, w)) <= error_of(f, metric, w, plain(f, metric, w)) * 1.05);
+      CHECK(error_of(f, metric, w, second_order(f, metric, w)) <=
+            error_of(f, metric, w, plain(f, metric, w)) * 1.05);
     }
   }
 }
