@@ -37,7 +37,7 @@ Imatrix ImatrixCollector::result() const {
   return out;
 }
 
-Imatrix collect_imatrix(const Engine& engine, std::span<const Token> chunks, uint32_t n_ctx, const CalibrationOptions& options) {
+Imatrix collect_imatrix(const Engine& engine, std::span<const Token> chunks, uint32_t n_ctx, const ImatrixOptions& options) {
   ImatrixCollector collector(engine.info().hparams, options.output, engine.info().n_threads);
   Session session = engine.new_session({.n_ctx = n_ctx, .n_batch = options.n_batch, .kv_type = options.kv_type, .cancel = options.cancel, .routing = {},
                                         .products = [&](const ProductInput& in) { collector.add(in); }});

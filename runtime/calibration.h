@@ -14,7 +14,7 @@
 
 namespace duet {
 
-struct CalibrationOptions {
+struct ImatrixOptions {
   uint32_t n_batch = 0;  // 0: the memory plan's
   KvType kv_type = KvType::f32;
   bool output = false;   // the output head too
@@ -43,7 +43,7 @@ class ImatrixCollector {
 };
 
 // Over chunks [n_chunks, n_ctx] of ids (perplexity_chunks), each evaluated on its own.
-Imatrix collect_imatrix(const Engine& engine, std::span<const Token> chunks, uint32_t n_ctx, const CalibrationOptions& options);
+Imatrix collect_imatrix(const Engine& engine, std::span<const Token> chunks, uint32_t n_ctx, const ImatrixOptions& options);
 
 // How many rows each expert of a layer saw, from the importance of its gate: [n_expert]; empty when
 // the imatrix has none of its own for experts.
