@@ -22,6 +22,11 @@ set(ENV{PKG_CONFIG_SYSROOT_DIR} "${DUET_SYSROOT}")
 set(ENV{PKG_CONFIG_LIBDIR}
   "${DUET_SYSROOT}/usr/lib/aarch64-linux-gnu/pkgconfig:${DUET_SYSROOT}/usr/share/pkgconfig")
 
+# What libraries need in turn is found there when linking and, by a run path that counts for all of them, when running.
+add_link_options(
+  "-Wl,--disable-new-dtags,-rpath-link,${DUET_SYSROOT}/usr/lib/aarch64-linux-gnu:${DUET_SYSROOT}/lib/aarch64-linux-gnu")
+set(CMAKE_BUILD_RPATH "${DUET_SYSROOT}/usr/lib/aarch64-linux-gnu;${DUET_SYSROOT}/lib/aarch64-linux-gnu")
+
 find_program(DUET_QEMU NAMES qemu-aarch64 qemu-aarch64-static)
 if(DUET_QEMU)
   # The loader and the C library of the cross compiler; the rest by the run path of the programs.

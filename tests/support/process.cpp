@@ -13,6 +13,7 @@
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
+#include <string_view>
 
 extern char** environ;
 
@@ -43,8 +44,13 @@ struct Pipe {
 
 std::vector<std::string> child_environment(const ProcessOptions& options) {
   std::vector<std::string> out;
+  const auto is_added = [&](std::string_view entry) {
+    for (const auto& added : options.environment)
+      if (entry.starts_with(added.first + "=")) return true;
+    return false;
+  };
   for (char** entry = environ; *entry != nullptr; ++entry)
-    if (std::strncmp(*entry, "DUET_", 5) != 0) out.emplace_back(*entry);
+    if (std::strncmp(*entry, "DUET_", 5) != 0 && !is_added(*entry)) out.emplace_back(*entry);
   for (const auto& [name, value] : options.environment) out.push_back(name + "=" + value);
   return out;
 }
