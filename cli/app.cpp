@@ -16,6 +16,7 @@ constexpr const char* kExamples =
     "Examples:\n"
     "  duet convert ./Mixtral-8x7B-Instruct-v0.1 -q Q4_K_M -o mixtral.gguf\n"
     "  duet run mixtral.gguf -p \"Why is the sky blue?\"\n"
+    "  duet pull USER/REPO-GGUF:Q4_K_M && duet chat REPO-GGUF\n"
     "\n"
     "Exit codes: 0 ok, 1 internal, 2 usage, 3 not found or I/O, 4 bad file, 5 does not fit,\n"
     "6 unsupported, 130 interrupted, 141 the reader of stdout went away.\n"

@@ -3,7 +3,11 @@
 namespace duet::cli {
 
 void add_commands(CLI::App& app) {
+  add_chat(app);
   add_run(app);
+  add_pull(app);
+  add_list(app);
+  add_rm(app);
   add_inspect(app);
   add_plan(app);
   add_doctor(app);

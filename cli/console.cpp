@@ -20,7 +20,8 @@
 namespace duet::cli {
 namespace {
 
-std::atomic<bool> interrupt_flag{false};  // written by the signal handler only
+std::atomic<bool> interrupt_flag{false};    // set by the signal handlers only
+std::atomic<bool> termination_flag{false};  // the same; it was no SIGINT
 static_assert(std::atomic<bool>::is_always_lock_free);
 
 [[noreturn]] void fail_stdout() {
@@ -32,8 +33,6 @@ bool has_value(const char* variable) {
   const char* value = std::getenv(variable);
   return value != nullptr && *value != '\0';
 }
-
-bool stderr_has_colour() { return stderr_is_terminal() && !has_value("NO_COLOR"); }
 
 // File names and metadata may hold anything; a message stays one line and sends no escapes.
 std::string one_line(std::string_view text) {
@@ -114,6 +113,8 @@ bool stderr_is_terminal() {
   return ::isatty(STDERR_FILENO) != 0 && (term == nullptr || std::strcmp(term, "dumb") != 0);
 }
 
+bool stderr_has_colour() { return stderr_is_terminal() && !has_value("NO_COLOR"); }
+
 bool stdout_is_file() {
   struct stat info {};
   if (::fstat(STDOUT_FILENO, &info) != 0) return false;
@@ -132,6 +133,27 @@ void install_signal_handlers() {
 }
 
 const std::atomic<bool>& interrupted() { return interrupt_flag; }
+
+void survive_interrupts() {
+  struct sigaction action {};
+  sigemptyset(&action.sa_mask);
+  action.sa_handler = [](int) { interrupt_flag.store(true); };
+  ::sigaction(SIGINT, &action, nullptr);
+  action.sa_handler = [](int) {
+    termination_flag.store(true);
+    interrupt_flag.store(true);
+  };
+  action.sa_flags = static_cast<int>(SA_RESETHAND);
+  ::sigaction(SIGTERM, &action, nullptr);
+  ::sigaction(SIGHUP, &action, nullptr);
+}
+
+bool forget_interrupt() {
+  interrupt_flag.store(false);
+  if (!termination_flag) return true;
+  interrupt_flag.store(true);
+  return false;
+}
 
 StatusLine::StatusLine(std::chrono::milliseconds interval)
     : interval_(interval), enabled_(stderr_is_terminal()), last_draw_(Clock::now()) {}

@@ -37,6 +37,7 @@ NoticeFn notices();  // note(), as the library wants it
 void print_error(const std::string& text);
 
 bool stderr_is_terminal();
+bool stderr_has_colour();  // and NO_COLOR is not set
 // Nothing but a file takes what goes to stdout: no terminal, and no pipe, which `| tee` or a pager
 // may show on the same terminal.
 bool stdout_is_file();
@@ -45,6 +46,10 @@ bool stdout_is_file();
 void install_signal_handlers();
 // True once SIGINT or SIGTERM has arrived. Hand its address to the library as `cancel`.
 const std::atomic<bool>& interrupted();
+// For a program that goes on after Ctrl-C: from now on no number of SIGINTs kills. SIGTERM and SIGHUP set the flag, too.
+void survive_interrupts();
+// Takes the flag back and says whether it was SIGINT; after SIGTERM or SIGHUP it stays set: it is time to leave.
+bool forget_interrupt();
 
 // A line on stderr that is drawn over itself; nothing at all when stderr is not a terminal. The
 // destructor removes it. What is printed meanwhile must begin by removing it, as note() does.

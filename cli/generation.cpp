@@ -1,5 +1,6 @@
 #include "cli/generation.h"
 
+#include <array>
 #include <cstdio>
 
 #include "base/error.h"
@@ -61,9 +62,20 @@ void print_statistics(const Generation& g) {
   std::fprintf(
       stderr,
       "[prompt %zu tok, %.1f tok/s | generated %zu tok, %.1f tok/s | stop: %s | seed %llu]\n",
-      g.n_prompt, per_second(g.n_prompt, g.prefill_seconds), g.ids.size(),
+      g.n_prompt, per_second(g.n_prompt - g.n_reused, g.prefill_seconds), g.ids.size(),
       per_second(g.n_decoded, g.decode_seconds), stop_name(g.stop),
       static_cast<unsigned long long>(g.seed));
+}
+
+std::string answer_statistics(const Generation& g, const std::optional<StreamUse>& stream, const Session& session) {
+  std::array<char, 200> line{};
+  std::snprintf(line.data(), line.size(), "[%zu tok, %.1f tok/s | prompt %zu new of %zu, %.1f tok/s | ctx %zu/%u", g.ids.size(),
+                per_second(g.n_decoded, g.decode_seconds), g.n_prompt - g.n_reused, g.n_prompt,
+                per_second(g.n_prompt - g.n_reused, g.prefill_seconds), session.tokens().size(), session.n_ctx());
+  std::string text = line.data();
+  if (stream) text += concat(" | experts ", static_cast<int>(100 * stream->hit_rate + 0.5), " % in memory");
+  if (g.stop != Stop::eos) text += concat(" | stop: ", stop_name(g.stop));
+  return text + "]";
 }
 
 Json to_json(const Generation& g, const std::optional<StreamUse>& s) {
@@ -72,7 +84,7 @@ Json to_json(const Generation& g, const std::optional<StreamUse>& s) {
           {"prompt_tokens", g.n_prompt},
           {"generated_tokens", g.ids.size()},
           {"prefill_s", g.prefill_seconds},
-          {"prefill_tok_s", per_second(g.n_prompt, g.prefill_seconds)},
+          {"prefill_tok_s", per_second(g.n_prompt - g.n_reused, g.prefill_seconds)},
           {"decode_tok_s", per_second(g.n_decoded, g.decode_seconds)},
           {"stop", stop_name(g.stop)},
           {"seed", g.seed}};

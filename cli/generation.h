@@ -1,4 +1,4 @@
-// What `duet run` has generated, and how it tells of it.
+// What run and chat have generated, and how they tell of it.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,7 @@ struct Generation {
   std::string text;
   std::vector<Token> ids;  // without the end-of-generation token
   size_t n_prompt = 0;
+  size_t n_reused = 0;  // tokens of the prompt that the session had evaluated before
   double prefill_seconds = 0, decode_seconds = 0;
   size_t n_decoded = 0;  // tokens that decode_seconds evaluated
   StreamStats before_decode;
@@ -37,6 +38,8 @@ Json to_json(const Speculator& speculator);
 void print_status(const Engine& engine, const Session& session);
 void print_statistics(const Generation& g);
 void print_streaming(const StreamUse& stream);
+// The one line after an answer of chat.
+std::string answer_statistics(const Generation& g, const std::optional<StreamUse>& stream, const Session& session);
 void print_speculation(const Speculator& speculator);
 
 }  // namespace duet::cli

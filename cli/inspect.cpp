@@ -211,8 +211,7 @@ void print_tensors(const GgufFile& file) {
 }
 
 void run_inspect(const InspectOptions& options) {
-  require_model_file(options.model);
-  const GgufFile file = GgufFile::open(options.model);
+  const GgufFile file = GgufFile::open(model_file(options.model));
   const Summary summary = summarize(file);
   if (options.json) return print_json(to_json(file, summary));
   print_summary(file, summary);

@@ -6,6 +6,7 @@
 #include "base/units.h"
 #include "cli/console.h"
 #include "cli/options.h"
+#include "hub/store.h"
 
 namespace duet::cli {
 namespace {
@@ -68,7 +69,7 @@ void add_memory_option(CLI::App& command, MemoryOptions& memory) {
 }
 
 void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default) {
-  command.add_option("MODEL", options.path, "GGUF file")->required();
+  command.add_option("MODEL", options.path, "GGUF file, or the name of a model that is here (duet list)")->required();
   add_memory_option(command, options.memory);
   add_stream_options(command, options);
   command
@@ -101,11 +102,13 @@ void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx
                      "Force an instruction set: scalar, avx2, avx512, neon [default: best usable]");
 }
 
-void require_model_file(const std::filesystem::path& path) {
-  if (std::filesystem::is_directory(path))
-    fail(ErrorKind::io, path.string(),
-         ": is a folder, not a GGUF file; make one with: duet convert ", path.string(),
-         " -q Q4_K_M -o model.gguf");
+std::filesystem::path model_file(const std::string& model) {
+  std::error_code ec;
+  if (std::filesystem::is_directory(model, ec))
+    fail(ErrorKind::io, model, ": is a folder, not a GGUF file; make one with: duet convert ", model, " -q Q4_K_M -o model.gguf");
+  if (std::filesystem::exists(model, ec) || model.starts_with('/') || model.starts_with('.')) return model;
+  if (const auto found = hub::find_model(hub::local_models(hub::folders_of_environment()), model)) return found->path;
+  fail(ErrorKind::io, model, ": no such file, and no model of that name is here; duet list shows those that are, duet pull gets others");
 }
 
 MemoryOptions memory_options_of(const ModelOptions& options) {
@@ -117,8 +120,7 @@ MemoryOptions memory_options_of(const ModelOptions& options) {
 }
 
 Engine open_engine(const ModelOptions& options) {
-  require_model_file(options.path);
-  return Engine::open(options.path,
+  return Engine::open(model_file(options.path),
                       {.n_threads = options.n_threads,
                        .isa = options.isa,
                        .notice = notices(),

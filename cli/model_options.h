@@ -32,8 +32,9 @@ void add_memory_option(CLI::App& command, MemoryOptions& memory);
 // Declares MODEL, --ram, --ctx, --threads, --pin, --numa, --batch, --kv-type and --isa. options.kv_type and the text
 // `ctx_default` are the command's defaults as help shows them.
 void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default);
-// Error(io) with the next step when `path` is a folder.
-void require_model_file(const std::filesystem::path& path);
+// The GGUF file that MODEL stands for: a path, or the name of a model that is on this machine (hub/store.h). Error(io)
+// with the next step when it is a folder, or neither.
+std::filesystem::path model_file(const std::string& model);
 // options.memory with the sizes of the session.
 MemoryOptions memory_options_of(const ModelOptions& options);
 Engine open_engine(const ModelOptions& options);

@@ -66,18 +66,23 @@ std::vector<Candidate> of_recipes(const HParams& hparams, const std::string& rec
   return out;
 }
 
+// The sizes of a model that is known by name, where no file has that name.
+std::optional<HParams> known_model(const PlanOptions& options) {
+  constexpr std::string_view kKnown = "mixtral-";
+  if (!options.model.path.starts_with(kKnown) || fs::exists(options.model.path)) return std::nullopt;
+  return mixtral_hparams(options.model.path.substr(kKnown.size()));
+}
+
 std::vector<Candidate> find_candidates(const PlanOptions& options) {
   const fs::path path = options.model.path;
-  constexpr std::string_view kKnown = "mixtral-";
-  if (options.model.path.starts_with(kKnown) && !fs::exists(path))
-    if (const auto hparams = mixtral_hparams(options.model.path.substr(kKnown.size()))) return of_recipes(*hparams, options.recipe);
+  if (const auto hparams = known_model(options)) return of_recipes(*hparams, options.recipe);
   if (fs::is_directory(path)) {
     const fs::path config = path / "config.json";
     constexpr uint64_t kMaxConfig = 1 << 20;
     return of_recipes(read_hf_config(parse_json(read_file(config, kMaxConfig), config.string()), config.string(), notices()), options.recipe);
   }
   if (!options.recipe.empty()) fail(ErrorKind::usage, "--type: a GGUF file has its types already; leave it out");
-  const GgufFile file = GgufFile::open(path);
+  const GgufFile file = GgufFile::open(model_file(options.model.path));
   return {{"", model_sizes(file, read_hparams(file, notices()))}};
 }
 
@@ -87,7 +92,8 @@ std::vector<Candidate> find_candidates(const PlanOptions& options) {
 fs::path disk_path(const PlanOptions& options) {
   if (!options.path.empty()) return options.path;
   const fs::path model = options.model.path;
-  if (!fs::exists(model)) return ".";
+  if (known_model(options)) return ".";
+  if (!fs::exists(model)) return model_file(options.model.path);
   if (!fs::is_directory(model)) return model;
   fs::path largest = model;
   uintmax_t most = 0;

@@ -29,8 +29,7 @@ ChatTemplate choose(const GgufFile& file, const std::string& name) {
 Json read_json(const std::string& path) { return parse_json(read_text(path), path); }
 
 void run_template(const TemplateOptions& options) {
-  require_model_file(options.model);
-  const GgufFile file = GgufFile::open(options.model);
+  const GgufFile file = GgufFile::open(model_file(options.model));
   const Tokenizer tokenizer = Tokenizer::load(file, notices());
   const ChatTemplate chat = choose(file, options.name);
   const Json tools = options.tools.empty() ? Json() : read_json(options.tools);

@@ -28,8 +28,7 @@ struct DetokenizeOptions {
 };
 
 Tokenizer load_tokenizer(const std::string& path) {
-  require_model_file(path);
-  return Tokenizer::load(GgufFile::open(path), notices());
+  return Tokenizer::load(GgufFile::open(model_file(path)), notices());
 }
 
 std::vector<Token> encode(const Tokenizer& tokenizer, std::string text, bool bos) {
