@@ -5,6 +5,7 @@ namespace duet::cli {
 void add_commands(CLI::App& app) {
   add_chat(app);
   add_run(app);
+  add_serve(app);
   add_pull(app);
   add_list(app);
   add_rm(app);

@@ -1,0 +1,272 @@
+#include "server/http.h"
+
+#include <httplib.h>
+#include <poll.h>
+#include <strings.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <condition_variable>
+#include <cstring>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#include "base/error.h"
+
+namespace duet::server {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Waits for one of `events`; false when the time is up or the socket is broken.
+bool wait_for(int fd, short events, Clock::time_point deadline) {
+  for (;;) {
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
+    if (left <= 0) return false;
+    struct pollfd p {fd, events, 0};
+    const int n = ::poll(&p, 1, static_cast<int>(std::min<int64_t>(left, 60000)));
+    if (n > 0) return true;
+    if (n < 0 && errno != EINTR) return false;
+  }
+}
+
+// The other side has closed, or will send nothing more and be gone soon.
+bool is_closed(int fd) {
+  struct pollfd p {fd, POLLRDHUP, 0};
+  return ::poll(&p, 1, 0) > 0 && (p.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL)) != 0;
+}
+
+// What httplib reads a request from: bounds its bytes and the time they may take.
+class Connection : public httplib::Stream {
+ public:
+  Connection(int fd, const HttpLimits& limits) : fd_(fd), limits_(limits) {}
+
+  bool has_buffered() const { return at_ < end_; }
+  void begin_request() { begin_phase(limits_.max_header_bytes, limits_.header_time); }
+  // A little more than the body may have: chunked framing.
+  void begin_body() { begin_phase(limits_.max_body_bytes + limits_.max_body_bytes / 8, limits_.body_time); }
+  bool closed() const { return is_closed(fd_); }
+
+  bool is_readable() const override { return has_buffered() || wait_for(fd_, POLLIN, deadline_); }
+  bool is_writable() const override { return wait_for(fd_, POLLOUT, Clock::now() + limits_.write_time); }
+
+  ssize_t read(char* to, size_t n) override {
+    if (!has_buffered() && !fill()) return -1;
+    if (bytes_left_ == 0) return -1;
+    n = std::min({n, end_ - at_, bytes_left_});
+    std::memcpy(to, buffer_.data() + at_, n);
+    at_ += n;
+    bytes_left_ -= n;
+    return static_cast<ssize_t>(n);
+  }
+
+  ssize_t write(const char* from, size_t n) override {
+    if (!is_writable()) return -1;
+    return ::send(fd_, from, n, MSG_NOSIGNAL | MSG_DONTWAIT);
+  }
+
+  void get_remote_ip_and_port(std::string& ip, int& port) const override { address(::getpeername, ip, port); }
+  void get_local_ip_and_port(std::string& ip, int& port) const override { address(::getsockname, ip, port); }
+  socket_t socket() const override { return fd_; }
+
+ private:
+  void begin_phase(size_t n_bytes, std::chrono::seconds time) {
+    bytes_left_ = n_bytes;
+    deadline_ = Clock::now() + time;
+  }
+
+  bool fill() {
+    if (!wait_for(fd_, POLLIN, deadline_)) return false;
+    const ssize_t n = ::recv(fd_, buffer_.data(), buffer_.size(), MSG_DONTWAIT);
+    if (n <= 0) return false;
+    at_ = 0;
+    end_ = static_cast<size_t>(n);
+    return true;
+  }
+
+  template <class Get>
+  void address(const Get& get, std::string& ip, int& port) const {
+    struct sockaddr_storage storage {};
+    socklen_t size = sizeof storage;
+    std::array<char, NI_MAXHOST> host{};
+    std::array<char, NI_MAXSERV> service{};
+    if (get(fd_, reinterpret_cast<struct sockaddr*>(&storage), &size) != 0) return;
+    if (::getnameinfo(reinterpret_cast<struct sockaddr*>(&storage), size, host.data(), host.size(), service.data(), service.size(),
+                      NI_NUMERICHOST | NI_NUMERICSERV) != 0)
+      return;
+    ip = host.data();
+    port = std::atoi(service.data());
+  }
+
+  int fd_;
+  const HttpLimits& limits_;
+  std::array<char, 16384> buffer_;
+  size_t at_ = 0, end_ = 0, bytes_left_ = 0;
+  Clock::time_point deadline_{};
+};
+
+// A thread per connection, at most so many.
+class ConnectionThreads : public httplib::TaskQueue {
+ public:
+  explicit ConnectionThreads(size_t most) : most_(most) {}
+
+  void enqueue(std::function<void()> task) override {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return n_ < most_; });
+    ++n_;
+    lock.unlock();
+    for (;;) {
+      try {
+        std::thread([this, task] {
+          task();
+          const std::lock_guard done(mutex_);
+          --n_;
+          changed_.notify_all();
+        }).detach();
+        return;
+      } catch (const std::system_error&) {  // no more threads now
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      }
+    }
+  }
+
+  void shutdown() override {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return n_ == 0; });
+  }
+
+ private:
+  size_t most_, n_ = 0;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+};
+
+std::string refusal(const char* text) { return concat("{\"error\":{\"message\":\"", text, "\",\"type\":\"invalid_request_error\",\"param\":null,\"code\":null}}"); }
+
+}  // namespace
+
+std::string HttpRequest::header(std::string_view name) const {
+  for (const auto& [key, value] : headers)
+    if (key.size() == name.size() && ::strncasecmp(key.data(), name.data(), name.size()) == 0) return value;
+  return {};
+}
+
+class HttpServer::Impl : public httplib::Server {
+ public:
+  Impl(const HttpLimits& limits, HttpHandler handler) : limits_(limits), handler_(std::move(handler)) {
+    const auto serve = [this](const httplib::Request& req, httplib::Response& res) { answer(req, res); };
+    Get(".*", serve);
+    Post(".*", serve);
+    Put(".*", serve);
+    Patch(".*", serve);
+    Delete(".*", serve);
+    Options(".*", serve);
+    set_payload_max_length(limits_.max_body_bytes);
+    set_tcp_nodelay(true);
+    set_keep_alive_max_count(kRequestsPerConnection);
+    set_keep_alive_timeout(limits_.idle_time.count());
+    // Not SO_REUSEPORT, httplib's default: a second server on the same port must fail.
+    set_socket_options([](socket_t fd) {
+      const int yes = 1;
+      ::setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+    });
+    set_error_handler([](const httplib::Request&, httplib::Response& res) {
+      if (res.body.empty()) res.set_content(refusal(res.status == 413 ? "the request body is too large" : "the request could not be read"), "application/json");
+    });
+    set_pre_routing_handler([](const httplib::Request& req, httplib::Response& res) { return refuse_early(req, res); });
+    new_task_queue = [this] { return new ConnectionThreads(limits_.max_connections); };
+  }
+
+  int bind_address(const std::string& host, int port) {
+    errno = 0;
+    const int bound = port == 0 ? bind_to_any_port(host) : bind_to_port(host, port) ? port : -1;
+    if (bound < 0)
+      fail(ErrorKind::io, "cannot listen on ", host, " port ", port, ": ", errno != 0 ? std::strerror(errno) : "no such address", "; use another --host or --port");
+    ::listen(svr_sock_, 512);  // httplib's queue of 5 would make clients wait a second each
+    return bound;
+  }
+
+  void end() {
+    stopping_ = true;
+    stop();
+  }
+
+ private:
+  static constexpr size_t kRequestsPerConnection = 100000;
+
+  // Before the body is read. Compressed bodies could be any size.
+  static HandlerResponse refuse_early(const httplib::Request& req, httplib::Response& res) {
+    if (req.path.size() <= 2048 && !req.has_header("Content-Encoding")) return HandlerResponse::Unhandled;
+    res.status = req.path.size() > 2048 ? 414 : 415;
+    res.set_content(refusal(res.status == 414 ? "the path is too long" : "Content-Encoding is not supported"), "application/json");
+    return HandlerResponse::Handled;
+  }
+
+  // Requests of one connection, one after the other.
+  bool process_and_close_socket(socket_t fd) override {
+    Connection connection(fd, limits_);
+    bool closed = false;
+    for (size_t n = 1; !closed && !stopping_ && next_request(connection, fd); ++n) {
+      connection.begin_request();
+      const auto prepare = [&](httplib::Request& req) {
+        connection.begin_body();
+        req.progress = [&connection](uint64_t, uint64_t) { return !connection.closed(); };  // read by answer()
+        req.ranges.clear();
+        req.headers.erase("Content-Type");     // forms are JSON to `curl -d`
+        req.headers.erase("Accept-Encoding");  // compressing what streams costs more than it saves
+      };
+      if (!process_request(connection, n == kRequestsPerConnection, closed, prepare)) break;
+    }
+    ::shutdown(fd, SHUT_RDWR);
+    ::close(fd);
+    return true;
+  }
+
+  bool next_request(const Connection& connection, int fd) const {
+    const auto deadline = Clock::now() + limits_.idle_time;
+    while (!connection.has_buffered() && !stopping_ && Clock::now() < deadline)
+      if (wait_for(fd, POLLIN, Clock::now() + std::chrono::milliseconds(250))) return true;
+    return connection.has_buffered();
+  }
+
+  void answer(const httplib::Request& req, httplib::Response& res) const {
+    HttpRequest request{.method = req.method, .path = req.path, .body = req.body, .remote = req.remote_addr, .headers = {}, .client_gone = {}};
+    request.headers.assign(req.headers.begin(), req.headers.end());
+    request.client_gone = [alive = req.progress] { return alive && !alive(0, 0); };
+    HttpReply reply;
+    try {
+      reply = handler_(request);
+    } catch (const std::exception&) {
+      reply = {.status = 500, .body = refusal("internal error")};
+    }
+    res.status = reply.status;
+    for (const auto& [key, value] : reply.headers) res.set_header(key, value);
+    if (!reply.stream) return res.set_content(reply.body, reply.content_type);
+    ReplyStream* stream = reply.stream.release();  // std::function cannot own it
+    res.set_chunked_content_provider(
+        reply.content_type,
+        [stream](size_t, httplib::DataSink& sink) {
+          bool open = true;
+          stream->run([&](std::string_view text) { return open = open && sink.write(text.data(), text.size()); });
+          if (open) sink.done();
+          return open;
+        },
+        [stream](bool) { delete stream; });
+  }
+
+  HttpLimits limits_;
+  HttpHandler handler_;
+  std::atomic<bool> stopping_{false};
+};
+
+HttpServer::HttpServer(const HttpLimits& limits, HttpHandler handler) : impl_(std::make_unique<Impl>(limits, std::move(handler))) {}
+HttpServer::~HttpServer() = default;
+int HttpServer::bind(const std::string& host, int port) { return impl_->bind_address(host, port); }
+void HttpServer::run() { impl_->listen_after_bind(); }
+void HttpServer::stop() { impl_->end(); }
+
+}  // namespace duet::server

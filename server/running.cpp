@@ -1,0 +1,94 @@
+#include "server/running.h"
+
+#include "server/logprobs.h"
+
+namespace duet::server {
+namespace {
+
+double seconds(Running::Clock::duration d) { return std::chrono::duration<double>(d).count(); }
+
+}  // namespace
+
+Running::Running(Job& job, SequencePool::Entry& entry, const Tokenizer& tokenizer, size_t n_ctx, Clock::time_point queued_since)
+    : job_(&job),
+      entry_(&entry),
+      n_ctx_(n_ctx),
+      n_cached_(entry.sequence.tokens().size()),
+      sampler_(job.params.sampling),
+      tokenizer_(&tokenizer),
+      text_(tokenizer, job.params.is_answer),
+      stops_(job.params.stop),
+      queued_(queued_since),
+      started_(Clock::now()),
+      first_(started_),
+      latest_(started_) {
+  if (job.params.penalize_prompt)
+    for (const Token token : job.prompt) sampler_.accept(token);
+}
+
+std::span<const Token> Running::pending() const {
+  if (in_prompt()) return std::span(job_->prompt).subspan(n_evaluated());
+  return {&last_, 1};
+}
+
+void Running::prompt_progress() {
+  job_->publish([&](Update& update) {
+    update.n_prompt_done = n_evaluated();
+    update.n_cached = n_cached_;
+  });
+}
+
+void Running::take(std::span<const float> logits) {
+  const auto now = Clock::now();
+  token_s_.reset();
+  if (n_generated_ == 0) first_ = now;
+  else token_s_ = seconds(now - latest_);
+  latest_ = now;
+  if (job_->params.max_tokens == 0) {
+    finished_ = FinishReason::length;
+    return;
+  }
+  const Token token = choose(logits);
+  sampler_.accept(token);
+  ++n_generated_;
+  last_ = token;
+  if (!job_->params.ignore_eos && tokenizer_->is_eog(token)) {
+    finished_ = FinishReason::stop;
+    return;
+  }
+  const int n_top = job_->params.n_top;
+  add(token, n_top >= 0 ? logprob_record(logits, token, static_cast<size_t>(n_top)) : TokenRecord{token, 0, {}});
+}
+
+Token Running::choose(std::span<const float> logits) {
+  if (job_->params.logit_bias.empty()) return sampler_.sample(logits);
+  biased_.assign(logits.begin(), logits.end());
+  for (const auto& [id, bias] : job_->params.logit_bias) biased_[static_cast<size_t>(id)] += bias;
+  return sampler_.sample(biased_);
+}
+
+void Running::add(Token token, TokenRecord record) {
+  std::string shown = stops_.push(text_.push(token));
+  if (!stops_.matched().empty()) finished_ = FinishReason::stop;
+  else if (n_generated_ >= job_->params.max_tokens || n_evaluated() >= n_ctx_) finished_ = FinishReason::length;
+  job_->publish([&](Update& update) {
+    update.text += shown;
+    update.tokens.push_back(std::move(record));
+  });
+}
+
+void Running::end(FinishReason reason, const std::string& error, Metrics& metrics) {
+  metrics.generated_tokens += n_generated_;
+  metrics.decode_us += static_cast<uint64_t>(seconds(latest_ - first_) * 1e6);
+  if (n_generated_ > 0) metrics.prompt_us += static_cast<uint64_t>(seconds(first_ - started_) * 1e6);
+  std::string rest = stops_.matched().empty() ? stops_.push(text_.finish()) : std::string();
+  const bool stopped = !stops_.matched().empty();  // by what was held back
+  if (!stopped) rest += stops_.finish();
+  job_->publish([&](Update& update) {
+    update.text += rest;
+    update.finish = Finish{stopped ? FinishReason::stop : reason, stops_.matched(), error, n_generated_,
+                           seconds(started_ - queued_), seconds(first_ - started_), seconds(latest_ - first_)};
+  });
+}
+
+}  // namespace duet::server

@@ -1,0 +1,303 @@
+#include "server/scheduler.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "base/parallel.h"
+#include "runtime/memory_plan.h"
+#include "server/logprobs.h"
+
+namespace duet::server {
+namespace {
+
+// How long pieces of prompts may hold up those who generate, in a batch. Where experts are read from
+// the disk a batch takes long anyway, and few large ones read the least.
+constexpr double kPromptSeconds = 0.25, kStreamedPromptSeconds = 2;
+constexpr size_t kLeastPrompt = 16;
+// Tokens of a prompt that another one being evaluated will save: worth waiting for.
+constexpr size_t kWorthWaiting = 64;
+
+size_t common_prefix(std::span<const Token> a, std::span<const Token> b) {
+  return static_cast<size_t>(std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin());
+}
+
+double blend(double old, double fresh) { return old == 0 ? fresh : 0.7 * old + 0.3 * fresh; }
+
+// A row of its own for each sequence that generates.
+SchedulerOptions checked(SchedulerOptions options, const Batch& batch) {
+  options.n_parallel = std::clamp<uint32_t>(options.n_parallel, 1, batch.n_batch());
+  return options;
+}
+
+}  // namespace
+
+Scheduler::Scheduler(const Engine& engine, const SchedulerOptions& options, Metrics& metrics)
+    : engine_(engine),
+      metrics_(metrics),
+      batch_(engine, {.n_ctx = options.n_ctx, .n_batch = options.n_batch, .n_sequences = options.n_parallel, .kv_type = options.kv_type, .cancel = &stop_}),
+      options_(checked(options, batch_)),
+      pool_(batch_, options_.n_parallel * batch_.sequence_bytes()),
+      thread_([this] { loop(); }) {}
+
+Scheduler::~Scheduler() {
+  stop();
+  thread_.join();
+}
+
+void Scheduler::stop() {
+  const std::lock_guard lock(mutex_);
+  stop_ = true;
+  work_.notify_all();
+}
+
+bool Scheduler::submit(std::span<Job* const> jobs) {
+  {
+    const std::lock_guard lock(mutex_);
+    const size_t room = options_.max_queue + options_.n_parallel - std::min<size_t>(held_.size(), options_.n_parallel);
+    if (stop_ || waiting_.size() + jobs.size() > room) {
+      ++metrics_.refused;
+      return false;
+    }
+    for (Job* job : jobs) waiting_.push_back({job, Clock::now()});
+    metrics_.requests += jobs.size();
+  }
+  work_.notify_all();
+  return true;
+}
+
+void Scheduler::withdraw(Job& job) {
+  std::unique_lock lock(mutex_);
+  const size_t n_erased = std::erase_if(waiting_, [&](const Waiting& w) { return w.job == &job; });
+  if (n_erased > 0) ++metrics_.cancelled;
+  const auto held = [&] { return std::find(held_.begin(), held_.end(), &job) != held_.end(); };
+  if (!held()) return;
+  withdrawn_.push_back(&job);
+  work_.notify_all();
+  gone_.wait(lock, [&] { return !held(); });
+  std::erase(withdrawn_, &job);
+}
+
+Scheduler::Status Scheduler::status() const {
+  const std::lock_guard lock(mutex_);
+  Status status = status_;
+  status.n_waiting = waiting_.size();
+  return status;
+}
+
+void Scheduler::loop() {
+  while (wait_for_work()) {
+    drop_withdrawn();
+    admit();
+    if (!running_.empty()) step();
+    publish_status();
+  }
+  end_all(FinishReason::cancelled, "the server is shutting down");
+}
+
+bool Scheduler::wait_for_work() {
+  std::unique_lock lock(mutex_);
+  work_.wait(lock, [&] { return stop_ || !running_.empty() || !waiting_.empty(); });
+  return !stop_;
+}
+
+void Scheduler::drop_withdrawn() {
+  std::vector<Job*> gone;
+  {
+    const std::lock_guard lock(mutex_);
+    gone = withdrawn_;
+  }
+  for (const auto& running : running_)
+    if (std::find(gone.begin(), gone.end(), &running->job()) != gone.end()) end(*running, FinishReason::cancelled);
+  remove_finished();
+}
+
+void Scheduler::admit() {
+  Clock::time_point since;
+  while (running_.size() < options_.n_parallel) {
+    Job* job = next_waiting(since);
+    if (job == nullptr) return;
+    start(*job, since);
+  }
+}
+
+// The first that does not wait for another's prompt.
+Job* Scheduler::next_waiting(Clock::time_point& since) {
+  const std::lock_guard lock(mutex_);
+  const auto found = std::find_if(waiting_.begin(), waiting_.end(), [&](const Waiting& w) { return !shares_running_prompt(*w.job); });
+  if (found == waiting_.end()) return nullptr;
+  Job* job = found->job;
+  since = found->since;
+  waiting_.erase(found);
+  held_.push_back(job);
+  return job;
+}
+
+// Whether one that is being evaluated is about to hold much more of the job's prompt than it does now.
+bool Scheduler::shares_running_prompt(const Job& job) const {
+  if (job.params.prompt_logprobs) return false;
+  return std::any_of(running_.begin(), running_.end(), [&](const auto& running) {
+    return running->in_prompt() && common_prefix(running->job().prompt, job.prompt) >= running->n_evaluated() + kWorthWaiting;
+  });
+}
+
+void Scheduler::start(Job& job, Clock::time_point since) {
+  try {
+    SequencePool::Entry& entry = pool_.acquire(job.prompt, !job.params.prompt_logprobs);
+    running_.push_back(std::make_unique<Running>(job, entry, engine_.tokenizer(), batch_.n_ctx(), since));
+    metrics_.cached_tokens += running_.back()->n_evaluated();
+    running_.back()->prompt_progress();
+  } catch (const std::exception& e) {
+    ++metrics_.failed;
+    job.publish([&](Update& update) { update.finish = Finish{.reason = FinishReason::failed, .error = e.what()}; });
+    const std::lock_guard lock(mutex_);
+    std::erase(held_, &job);
+    gone_.notify_all();
+  }
+}
+
+void Scheduler::step() {
+  const auto begin = Clock::now();
+  plan_step();
+  try {
+    batch_.evaluate(parts_);
+    deliver();
+  } catch (const Error& e) {
+    if (e.kind() == ErrorKind::cancelled) return;  // stop_
+    return end_all(FinishReason::failed, e.what());
+  }
+  pool_.trim();
+  learn(std::chrono::duration<double>(Clock::now() - begin).count());
+  remove_finished();
+}
+
+void Scheduler::plan_step() {
+  parts_.clear();
+  planned_.clear();
+  n_rows_ = n_prompt_rows_ = 0;
+  for (const auto& running : running_)
+    if (!running->in_prompt()) {
+      parts_.push_back({&running->entry().sequence, running->pending()});
+      planned_.push_back(running.get());
+      ++n_rows_;
+    }
+  plan_prompts(prompt_budget(n_rows_));
+}
+
+// Equal shares, so that a short prompt does not wait for the end of a long one; the first, which has
+// waited longest, gets what others leave.
+void Scheduler::plan_prompts(size_t budget) {
+  std::vector<Running*> prompts;
+  for (const auto& running : running_)
+    if (running->in_prompt()) prompts.push_back(running.get());
+  std::vector<size_t> shares(prompts.size());
+  for (size_t i = prompts.size(); i > 0; --i) {  // prompts[i - 1] and those before it share the rest
+    const size_t share = std::min(prompts[i - 1]->pending().size(), std::max<size_t>(budget / i, std::min(budget, kLeastPrompt)));
+    shares[i - 1] = share;
+    budget -= share;
+  }
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    if (shares[i] == 0) continue;
+    parts_.push_back({&prompts[i]->entry().sequence, prompts[i]->pending().first(shares[i])});
+    planned_.push_back(prompts[i]);
+    n_rows_ += shares[i];
+    n_prompt_rows_ += shares[i];
+  }
+}
+
+size_t Scheduler::prompt_budget(size_t n_decoding) const {
+  const size_t all = batch_.n_batch() - n_decoding;
+  if (n_decoding == 0) return all;
+  const double time = engine_.plan().streamed ? kStreamedPromptSeconds : kPromptSeconds;
+  return std::min(all, std::max(kLeastPrompt, static_cast<size_t>(std::min(time / prompt_token_s_, 1e6))));
+}
+
+void Scheduler::learn(double seconds) {
+  ++metrics_.steps;
+  metrics_.step_rows += n_rows_;
+  metrics_.prompt_tokens += n_prompt_rows_;
+  if (n_prompt_rows_ == 0) decode_step_s_ = blend(decode_step_s_, seconds);
+  const double decode_s = n_rows_ > n_prompt_rows_ ? decode_step_s_ : 0;
+  if (n_prompt_rows_ >= kLeastPrompt)
+    prompt_token_s_ = std::max(blend(prompt_token_s_, std::max(seconds - decode_s, seconds / 8) / static_cast<double>(n_prompt_rows_)), 1e-6);
+}
+
+// Logits are wanted of the last token of a complete prompt and of generated ones; of all tokens of a
+// prompt where their probabilities were asked for.
+void Scheduler::deliver() {
+  wanted_.clear();
+  size_t row = 0;
+  for (size_t i = 0; i < parts_.size(); ++i) {
+    Running& running = *planned_[i];
+    const size_t n = parts_[i].tokens.size(), end = running.n_evaluated();
+    const bool complete = !running.in_prompt();
+    const bool in_prompt = end <= running.job().prompt.size();
+    const bool all = running.job().params.prompt_logprobs && in_prompt;
+    for (size_t r = all ? 0 : n - 1; r < n; ++r)
+      if (all || complete) wanted_.push_back({&running, row + r, end - n + r});
+    if (in_prompt) running.prompt_progress();
+    row += n;
+  }
+  const size_t most = std::min<size_t>(batch_.n_batch(), Batch::kMaxLogitRows);
+  for (size_t first = 0; first < wanted_.size(); first += most)
+    deliver_rows(std::span(wanted_).subspan(first, std::min(most, wanted_.size() - first)));
+}
+
+void Scheduler::deliver_rows(std::span<const Wanted> wanted) {
+  std::vector<size_t> rows;
+  for (const Wanted& w : wanted) rows.push_back(w.row);
+  const std::span<const float> logits = batch_.logits(rows);
+  const size_t n_vocab = logits.size() / rows.size();
+  std::vector<TokenRecord> records(wanted.size());
+  const auto follows_in_prompt = [](const Wanted& w) { return w.position + 1 < w.running->job().prompt.size(); };
+  parallel_for(wanted.size() < 4 ? 1 : engine_.info().n_threads, wanted.size(), 1, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const Wanted& w = wanted[i];
+      const auto row = logits.subspan(i * n_vocab, n_vocab);
+      if (!follows_in_prompt(w)) w.running->take(row);
+      else records[i] = logprob_record(row, w.running->job().prompt[w.position + 1], static_cast<size_t>(std::max(w.running->job().params.n_top, 0)));
+    }
+  });
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    Running& running = *wanted[i].running;
+    if (follows_in_prompt(wanted[i])) running.job().publish([&](Update& update) { update.prompt.push_back(std::move(records[i])); });
+    else if (running.token_seconds()) metrics_.next_token.add(*running.token_seconds());
+    else metrics_.first_token.add(running.first_token_seconds());
+    if (running.finished()) end(running, running.reason());
+  }
+}
+
+void Scheduler::end(Running& running, FinishReason reason, const std::string& error) {
+  if (reason == FinishReason::cancelled) ++metrics_.cancelled;
+  if (reason == FinishReason::failed) ++metrics_.failed;
+  running.end(reason, error, metrics_);
+  pool_.release(running.entry());
+  const std::lock_guard lock(mutex_);
+  std::erase(held_, &running.job());
+  running.forget();
+  gone_.notify_all();
+}
+
+void Scheduler::remove_finished() {
+  std::erase_if(running_, [](const auto& running) { return running->ended(); });
+}
+
+void Scheduler::end_all(FinishReason reason, const std::string& error) {
+  for (const auto& running : running_)
+    if (!running->ended()) end(*running, reason, error);
+  remove_finished();
+  if (!stop_) return;
+  const std::lock_guard lock(mutex_);
+  for (const Waiting& w : waiting_)
+    w.job->publish([&](Update& update) { update.finish = Finish{.reason = reason, .error = error}; });
+  waiting_.clear();
+}
+
+void Scheduler::publish_status() {
+  const std::lock_guard lock(mutex_);
+  status_.running.clear();
+  for (const auto& running : running_) status_.running.push_back({running->job().prompt.size(), running->n_evaluated(), running->n_generated()});
+  status_.n_cached_sequences = pool_.size() - running_.size();
+  status_.sequence_bytes = pool_.bytes();
+}
+
+}  // namespace duet::server

@@ -1,0 +1,74 @@
+#include "server/sequence_pool.h"
+
+#include <algorithm>
+
+namespace duet::server {
+namespace {
+
+size_t common_prefix(std::span<const Token> a, std::span<const Token> b) {
+  return static_cast<size_t>(std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin());
+}
+
+}  // namespace
+
+SequencePool::Entry& SequencePool::acquire(std::span<const Token> prompt, bool reuse) {
+  const auto wanted = prompt.first(prompt.size() - 1);  // the last is always evaluated
+  Entry* best = nullptr;
+  size_t common = 0;
+  for (const auto& entry : entries_) {
+    const size_t n = reuse ? common_prefix(wanted, entry->sequence.tokens()) : 0;
+    if (n > common || (n > 0 && n == common && !entry->busy)) {
+      common = n;
+      best = entry.get();
+    }
+  }
+  if (best != nullptr && !best->busy && 2 * common >= best->sequence.tokens().size()) {
+    best->busy = true;
+    best->sequence.truncate(common);
+    return *best;
+  }
+  Entry& entry = fresh(best);
+  entry.sequence.truncate(0);
+  if (best != nullptr && common >= kMinCopy) entry.sequence.copy_prefix(best->sequence, common);
+  return entry;
+}
+
+// Memory of the oldest finished sequence where there is no more.
+SequencePool::Entry& SequencePool::fresh(const Entry* keep) {
+  Entry* old = oldest_idle(keep);
+  if (old != nullptr && (bytes() + batch_->sequence_bytes() > max_bytes_ || entries_.size() >= kMaxEntries)) {
+    old->busy = true;
+    return *old;
+  }
+  entries_.push_back(std::make_unique<Entry>(Entry{batch_->new_sequence()}));
+  return *entries_.back();
+}
+
+void SequencePool::release(Entry& entry) {
+  entry.busy = false;
+  entry.last_used = ++clock_;
+  trim();
+}
+
+void SequencePool::trim() {
+  while (bytes() > max_bytes_ || entries_.size() > kMaxEntries) {
+    const Entry* old = oldest_idle(nullptr);
+    if (old == nullptr) return;
+    std::erase_if(entries_, [&](const auto& entry) { return entry.get() == old; });
+  }
+}
+
+size_t SequencePool::bytes() const {
+  size_t sum = 0;
+  for (const auto& entry : entries_) sum += entry->sequence.bytes();
+  return sum;
+}
+
+SequencePool::Entry* SequencePool::oldest_idle(const Entry* keep) const {
+  Entry* old = nullptr;
+  for (const auto& entry : entries_)
+    if (!entry->busy && entry.get() != keep && (old == nullptr || entry->last_used < old->last_used)) old = entry.get();
+  return old;
+}
+
+}  // namespace duet::server

@@ -1,0 +1,50 @@
+#include "server/text.h"
+
+#include <chrono>
+
+#include "base/json.h"
+#include "runtime/unicode.h"
+#include "server/api_error.h"
+
+namespace duet::server {
+
+std::string dump(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
+
+std::string sse(std::string_view data) { return concat("data: ", data, "\n\n"); }
+
+size_t count_chars(std::string_view utf8) {
+  size_t n = 0;
+  for (const char c : utf8) n += (static_cast<unsigned char>(c) & 0xC0) != 0x80;
+  return n;
+}
+
+std::string printable(std::string_view text) {
+  static constexpr char kHex[] = "0123456789abcdef";
+  std::string out;
+  while (!text.empty()) {
+    const Utf8Char c = decode_utf8(text);
+    const auto byte = static_cast<unsigned char>(text[0]);
+    if (c.valid) out += text.substr(0, c.n_bytes);
+    else out += {'\\', 'x', kHex[byte >> 4], kHex[byte & 15]};
+    text.remove_prefix(c.n_bytes);
+  }
+  return out;
+}
+
+int64_t now_seconds() {
+  return std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
+
+PromptInput chat_prompt(const Json* messages, const Json& tools, const ServedModel& model) {
+  if (messages == nullptr) bad_request("messages", "'messages' is missing");
+  if (!model.chat) bad_request("messages", "this model has no chat template; use /v1/completions, or start the server with --template NAME");
+  try {
+    PromptInput out;
+    out.ids = model.tokenizer.encode(model.chat->render(parse_messages(*messages), tools), model.chat->wants_bos(model.tokenizer));
+    return out;
+  } catch (const Error& e) {
+    bad_request("messages", e.what());
+  }
+}
+
+}  // namespace duet::server
