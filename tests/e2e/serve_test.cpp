@@ -1,0 +1,158 @@
+// duet serve on the demo model, over real sockets.
+#include <doctest/doctest.h>
+
+#include <chrono>
+#include <csignal>
+#include <thread>
+
+#include "base/error.h"
+#include "base/json.h"
+#include "tests/support/process.h"
+#include "tests/support/server_process.h"
+
+using namespace duet::test;
+using duet::Json;
+
+namespace {
+
+const std::string kModel = DUET_TEST_DIR "/demo-q4_k_m.gguf";
+
+std::vector<std::string> arguments(std::vector<std::string> extra = {}) {
+  std::vector<std::string> out{kModel, "--template", "chatml", "--ctx", "512", "--parallel", "8", "--threads", "2"};
+  out.insert(out.end(), extra.begin(), extra.end());
+  return out;
+}
+
+std::string prompt_body(int i, bool stream, int n) {
+  return duet::concat(R"({"prompt":"Client )", i, R"( asks for the package manager","temperature":0,"ignore_eos":true,"max_tokens":)", n, stream ? R"(,"stream":true})" : "}");
+}
+
+std::string streamed_text(const std::string& body) {
+  std::string text;
+  for (size_t at = 0, end; at < body.size(); at = end + 2) {
+    end = body.find("\n\n", at);
+    if (end == std::string::npos) break;
+    const std::string line = body.substr(at, end - at);
+    if (line.starts_with("data: {")) text += duet::parse_json(line.substr(6), "event")["choices"][0]["text"].get<std::string>();
+  }
+  return text;
+}
+
+size_t running(int port) {
+  size_t n = 0;
+  for (const Json& slot : duet::parse_json(body_of(http(port, "GET", "/slots")), "slots")) n += slot["is_processing"].get<bool>();
+  return n;
+}
+
+bool becomes_idle(int port) {
+  for (int i = 0; i < 100; ++i) {
+    if (running(port) == 0) return true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  }
+  return false;
+}
+
+}  // namespace
+
+TEST_CASE("serve: sixteen streams at once are those of each alone") {
+  ServerProcess server(arguments());
+  constexpr int kClients = 16;
+  std::vector<std::string> texts(kClients);
+  std::vector<std::thread> clients;
+  for (int i = 0; i < kClients; ++i)
+    clients.emplace_back([&, i] { texts[static_cast<size_t>(i)] = streamed_text(body_of(http(server.port(), "POST", "/v1/completions", prompt_body(i, true, 40)))); });
+  for (std::thread& client : clients) client.join();
+  for (int i = 0; i < kClients; ++i) {
+    const std::string reply = http(server.port(), "POST", "/v1/completions", prompt_body(i, false, 40));
+    REQUIRE(status_of(reply) == 200);
+    CHECK(duet::parse_json(body_of(reply), "reply")["choices"][0]["text"] == texts[static_cast<size_t>(i)]);
+  }
+  server.signal(SIGTERM);
+  CHECK(server.wait() == 0);
+}
+
+TEST_CASE("serve: the text is that of duet run") {
+  ServerProcess server(arguments());
+  const ProcessResult run = run_duet({"run", kModel, "-p", "The package manager", "-n", "16", "--temp", "0", "--raw", "--json"});
+  const Json reply = duet::parse_json(body_of(http(server.port(), "POST", "/v1/completions", R"({"prompt":"The package manager","max_tokens":16,"temperature":0})")), "reply");
+  CHECK(reply["choices"][0]["text"] == duet::parse_json(run.out, "run")["text"]);
+}
+
+TEST_CASE("serve: clients that leave stop costing, streaming or not") {
+  ServerProcess server(arguments());
+  for (const bool stream : {true, false}) {
+    {
+      Socket socket(server.port());
+      socket.send(http_request("POST", "/v1/completions", prompt_body(1, stream, 400)));
+      if (stream) CHECK(socket.receive("data: {").find("200 OK") != std::string::npos);
+      else std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    }
+    CHECK(becomes_idle(server.port()));
+  }
+}
+
+TEST_CASE("serve: half requests, slow ones and damaged ones harm nobody") {
+  ServerProcess server(arguments());
+  std::vector<std::unique_ptr<Socket>> silent;
+  for (int i = 0; i < 40; ++i) {
+    silent.push_back(std::make_unique<Socket>(server.port()));
+    if (i % 2 == 0) silent.back()->send("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{");
+    else silent.back()->send("GET /hea");
+  }
+  const int port = server.port();
+  CHECK(status_of(http(port, "POST", "/v1/completions", prompt_body(1, false, 4))) == 200);
+  CHECK(status_of(http(port, "POST", "/v1/completions", "{\"prompt\":")) == 400);
+  CHECK(status_of(http(port, "POST", "/v1/completions", "{\"prompt\":\"\xff\xfe\"}")) == 400);
+  CHECK(status_of(http(port, "POST", "/v1/completions", std::string(1000, '['))) == 400);
+  CHECK(status_of(http(port, "POST", "/v1/completions", "{}", "Content-Encoding: gzip\r\n")) == 415);
+  CHECK(status_of(http(port, "POST", "/v1/completions", R"({"prompt":"a","model":"gpt-9"})")) == 404);
+  CHECK(status_of(http(port, "GET", "/" + std::string(4000, 'a'))) == 414);
+  CHECK(status_of(http(port, "GET", "/health", "", "Origin: https://evil.example\r\n")) == 403);
+  const auto raw = [&](const std::string& bytes) {
+    Socket socket(port);
+    socket.send(bytes);
+    return socket.receive({}, 20);
+  };
+  CHECK(status_of(raw("GET /health HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n")) == 403);
+  CHECK(status_of(raw("nonsense\r\n\r\n")) != 200);
+  std::string headers = "GET /health HTTP/1.1\r\nHost: localhost\r\n";
+  for (int i = 0; i < 3000; ++i) headers += "X-H" + std::to_string(i) + ": " + std::string(60, 'x') + "\r\n";
+  CHECK(status_of(raw(headers + "\r\n")) != 200);
+  CHECK(status_of(raw("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n")) == 413);
+  CHECK(status_of(http(port, "GET", "/health")) == 200);
+}
+
+TEST_CASE("serve: keys, and 503 with Retry-After when the queue is full") {
+  ServerProcess server(arguments({"--api-key", "secret", "--parallel", "1", "--queue", "0"}));
+  const int port = server.port();
+  const std::string key = "Authorization: Bearer secret\r\n";
+  CHECK(status_of(http(port, "GET", "/v1/models")) == 401);
+  CHECK(status_of(http(port, "GET", "/v1/models", "", "Authorization: Bearer wrong\r\n")) == 401);
+  CHECK(status_of(http(port, "GET", "/v1/models", "", key)) == 200);
+  CHECK(status_of(http(port, "GET", "/health")) == 200);
+  Socket busy(port);
+  busy.send(http_request("POST", "/v1/completions", prompt_body(1, true, 400), key));
+  busy.receive("data: {");
+  const std::string refused = http(port, "POST", "/v1/completions", prompt_body(2, false, 4), key);
+  CHECK(status_of(refused) == 503);
+  CHECK(refused.find("Retry-After: ") != std::string::npos);
+}
+
+TEST_CASE("serve: SIGTERM under load ends streams cleanly") {
+  ServerProcess server(arguments({"--grace", "0"}));
+  Socket client(server.port());
+  client.send(http_request("POST", "/v1/completions", prompt_body(1, true, 450)));
+  client.receive("data: {");
+  server.signal(SIGTERM);
+  const std::string rest = client.receive();
+  CHECK((rest.find("\"error\"") != std::string::npos || rest.find("[DONE]") != std::string::npos));
+  CHECK(server.wait() == 0);
+}
+
+TEST_CASE("serve refuses what is unsafe or impossible") {
+  CHECK(refusal(run_duet({"serve", kModel, "--host", "0.0.0.0"}), 2, "--api-key") == "");
+  CHECK(refusal(run_duet({"serve", kModel, "--host", "192.0.2.1", "--api-key", "k", "--port", "0"}), 3, "cannot listen on 192.0.2.1") == "");
+  CHECK(refusal(run_duet({"serve", "/nowhere.gguf"}), 3, "nowhere.gguf") == "");
+  const ServerProcess server(arguments());
+  CHECK(refusal(run_duet({"serve", kModel, "--template", "chatml", "--port", std::to_string(server.port())}), 3, "cannot listen") == "");
+}
