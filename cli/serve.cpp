@@ -99,7 +99,7 @@ void serve(server::Server& server, double grace_s) {
 
 void run_serve(ServeOptions options) {
   check_exposure(options);
-  require_model_file(options.model.path);
+  options.model.path = model_file(options.model.path).string();
   if (options.n_parallel == 0) options.n_parallel = default_parallel(options.model);
   options.model.memory.n_sequences = options.n_parallel;
   const Engine engine = open_engine(options.model);

@@ -100,6 +100,12 @@ void Batch::evaluate(std::span<const Part> parts) {
   s.engine->after_chunk(n);
 }
 
+std::vector<float> Batch::hidden(size_t row) {
+  std::vector<float> out(state_->engine->model.hparams().n_embd);
+  state_->decoder.hidden({&row, 1}, out.data());
+  return out;
+}
+
 std::span<const float> Batch::logits(std::span<const size_t> rows) {
   State& s = *state_;
   DUET_ASSERT(rows.size() <= kMaxLogitRows);

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "runtime/engine.h"
 
@@ -73,6 +74,8 @@ class Batch {
   // Logits of these rows, at most kMaxLogitRows, of the last evaluate(): [rows.size(), n_vocab], until the
   // next call.
   std::span<const float> logits(std::span<const size_t> rows);
+  // The hidden state of a row that its logits are made from, [n_embd].
+  std::vector<float> hidden(size_t row);
 
  private:
   struct State;

@@ -90,6 +90,13 @@ void Decoder::logits(std::span<const size_t> rows, float* out) {
   });
 }
 
+void Decoder::hidden(std::span<const size_t> rows, float* out) {
+  for (size_t i = 0; i < rows.size(); ++i) {
+    DUET_ASSERT(rows[i] < n_);
+    compute_.kernels->rms_norm(residual_.data() + rows[i] * n_embd_, model_->output_norm().data(), model_->hparams().rms_eps, out + i * n_embd_, n_embd_);
+  }
+}
+
 // The normalised rows of input_.
 void Decoder::multiply_output(size_t n_rows, float* out) {
   const Weight& output = model_->output();

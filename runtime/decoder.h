@@ -54,6 +54,8 @@ class Decoder {
   void logits(size_t row, size_t n_rows, float* out);
   // The same for any rows, at most n_batch.
   void logits(std::span<const size_t> rows, float* out);
+  // Their hidden states after the final norm, what logits are made from -> out [rows.size(), n_embd].
+  void hidden(std::span<const size_t> rows, float* out);
 
   size_t n_batch() const { return n_batch_; }
   void set_probe(DecoderProbe probe) { probe_ = std::move(probe); }

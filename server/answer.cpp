@@ -80,6 +80,7 @@ class Answer : public ReplyStream {
     choice.text += update.text;
     choice.prompt.insert(choice.prompt.end(), update.prompt.begin(), update.prompt.end());
     choice.tokens.insert(choice.tokens.end(), update.tokens.begin(), update.tokens.end());
+    if (!update.embedding.empty()) choice.embedding = update.embedding;
     if (update.finish) choice.finish = *update.finish;
   }
 

@@ -27,6 +27,7 @@ struct Choice {
   size_t n_prompt = 0, n_cached = 0, n_prompt_done = 0;
   std::string text = {};
   std::vector<TokenRecord> prompt = {}, tokens = {};
+  std::vector<float> embedding = {};
   Finish finish = {};  // valid when all is done
 };
 

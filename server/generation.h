@@ -24,7 +24,10 @@ struct GenerationParams {
   int n_top = -1;                         // >= 0: log probabilities, and of the so many best tokens
   bool prompt_logprobs = false;           // those of the prompt's tokens too
   bool penalize_prompt = false;           // penalties count the prompt's tokens
+  bool embedding = false;                 // no text: the mean of the hidden states, of length 1
   bool ignore_eos = false;
+  // Something is wanted of every token of the prompt: none may come from earlier requests.
+  bool needs_whole_prompt() const { return prompt_logprobs || embedding; }
   bool is_answer = false;                 // a text of its own, not the continuation of one: no space before its first word
 };
 
@@ -49,6 +52,7 @@ struct Update {
   size_t n_prompt_done = 0, n_cached = 0;  // of the prompt's tokens: evaluated so far; taken from earlier requests
   std::string text = {};                   // whole UTF-8 characters that no stop string can take back
   std::vector<TokenRecord> prompt = {}, tokens = {};
+  std::vector<float> embedding = {};       // with the end
   std::optional<Finish> finish = {};       // last
 };
 

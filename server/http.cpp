@@ -9,6 +9,7 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <cstdlib>
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
@@ -177,7 +178,7 @@ class HttpServer::Impl : public httplib::Server {
     set_error_handler([](const httplib::Request&, httplib::Response& res) {
       if (res.body.empty()) res.set_content(refusal(res.status == 413 ? "the request body is too large" : "the request could not be read"), "application/json");
     });
-    set_pre_routing_handler([](const httplib::Request& req, httplib::Response& res) { return refuse_early(req, res); });
+    set_pre_routing_handler([this](const httplib::Request& req, httplib::Response& res) { return refuse_early(req, res); });
     new_task_queue = [this] { return new ConnectionThreads(limits_.max_connections); };
   }
 
@@ -192,28 +193,37 @@ class HttpServer::Impl : public httplib::Server {
 
   void end() {
     stopping_ = true;
-    stop();
+    if (is_running() && svr_sock_ != INVALID_SOCKET) stop();  // httplib allows neither before nor twice
   }
 
  private:
   static constexpr size_t kRequestsPerConnection = 100000;
 
-  // Before the body is read. Compressed bodies could be any size.
-  static HandlerResponse refuse_early(const httplib::Request& req, httplib::Response& res) {
-    if (req.path.size() <= 2048 && !req.has_header("Content-Encoding")) return HandlerResponse::Unhandled;
-    res.status = req.path.size() > 2048 ? 414 : 415;
-    res.set_content(refusal(res.status == 414 ? "the path is too long" : "Content-Encoding is not supported"), "application/json");
+  // Status of what is refused before its body is read, else 0. Compressed bodies could be any size.
+  int early_status(const httplib::Request& req) const {
+    if (req.path.size() > 2048) return 414;
+    if (req.has_header("Content-Encoding")) return 415;
+    const std::string length = req.get_header_value("Content-Length");
+    return std::strtoull(length.c_str(), nullptr, 10) > limits_.max_body_bytes ? 413 : 0;
+  }
+
+  HandlerResponse refuse_early(const httplib::Request& req, httplib::Response& res) const {
+    const int status = early_status(req);
+    if (status == 0) return HandlerResponse::Unhandled;
+    res.status = status;
+    res.set_content(refusal(status == 414 ? "the path is too long" : status == 415 ? "Content-Encoding is not supported" : "the request body is too large"), "application/json");
     return HandlerResponse::Handled;
   }
 
   // Requests of one connection, one after the other.
   bool process_and_close_socket(socket_t fd) override {
     Connection connection(fd, limits_);
-    bool closed = false;
-    for (size_t n = 1; !closed && !stopping_ && next_request(connection, fd); ++n) {
+    bool closed = false, refused = false;  // refused: its body has not been read
+    for (size_t n = 1; !closed && !refused && !stopping_ && next_request(connection, fd); ++n) {
       connection.begin_request();
       const auto prepare = [&](httplib::Request& req) {
         connection.begin_body();
+        refused = early_status(req) != 0;
         req.progress = [&connection](uint64_t, uint64_t) { return !connection.closed(); };  // read by answer()
         req.ranges.clear();
         req.headers.erase("Content-Type");     // forms are JSON to `curl -d`

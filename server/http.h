@@ -58,7 +58,9 @@ class HttpServer {
   // Binds and listens; port 0 picks one. Returns the port. Error(io) when the address cannot be had.
   int bind(const std::string& host, int port);
   void run();   // serves until stop(); returns when all connections have ended
-  void stop();  // from any thread: no new connections or requests
+  // From any thread: no new connections or requests. Has no effect before run() has begun to listen: to be
+  // repeated until it has returned.
+  void stop();
 
  private:
   class Impl;

@@ -1,9 +1,20 @@
 #include "server/running.h"
 
+#include <cmath>
+
 #include "server/logprobs.h"
 
 namespace duet::server {
 namespace {
+
+std::vector<float> of_length_one(const std::vector<double>& v) {
+  double squares = 0;
+  for (const double x : v) squares += x * x;
+  const double scale = squares > 0 ? 1 / std::sqrt(squares) : 0;
+  std::vector<float> out;
+  for (const double x : v) out.push_back(static_cast<float>(x * scale));
+  return out;
+}
 
 double seconds(Running::Clock::duration d) { return std::chrono::duration<double>(d).count(); }
 
@@ -60,6 +71,14 @@ void Running::take(std::span<const float> logits) {
   add(token, n_top >= 0 ? logprob_record(logits, token, static_cast<size_t>(n_top)) : TokenRecord{token, 0, {}});
 }
 
+void Running::take_hidden(std::span<const float> hidden) {
+  hidden_sum_.resize(hidden.size());
+  for (size_t i = 0; i < hidden.size(); ++i) hidden_sum_[i] += double{hidden[i]};
+  if (in_prompt()) return;
+  first_ = latest_ = Clock::now();
+  finished_ = FinishReason::stop;
+}
+
 Token Running::choose(std::span<const float> logits) {
   if (job_->params.logit_bias.empty()) return sampler_.sample(logits);
   biased_.assign(logits.begin(), logits.end());
@@ -86,6 +105,7 @@ void Running::end(FinishReason reason, const std::string& error, Metrics& metric
   if (!stopped) rest += stops_.finish();
   job_->publish([&](Update& update) {
     update.text += rest;
+    if (finished_ && !hidden_sum_.empty()) update.embedding = of_length_one(hidden_sum_);
     update.finish = Finish{stopped ? FinishReason::stop : reason, stops_.matched(), error, n_generated_,
                            seconds(started_ - queued_), seconds(first_ - started_), seconds(latest_ - first_)};
   });

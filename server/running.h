@@ -33,6 +33,7 @@ class Running {
 
   void prompt_progress();                          // tells the owner how much of the prompt is done
   void take(std::span<const float> logits);        // the next token; different jobs at the same time
+  void take_hidden(std::span<const float> hidden); // of the next token of a prompt that is embedded
   void end(FinishReason reason, const std::string& error, Metrics& metrics);  // last of all
   std::optional<double> token_seconds() const { return token_s_; }  // of the last take(), from the one before
   double first_token_seconds() const { return std::chrono::duration<double>(first_ - queued_).count(); }
@@ -49,6 +50,7 @@ class Running {
   TextStream text_;
   StopMatcher stops_;
   std::vector<float> biased_;  // scratch
+  std::vector<double> hidden_sum_;
   Token last_ = 0;
   size_t n_generated_ = 0;
   std::optional<FinishReason> finished_;

@@ -134,7 +134,7 @@ Job* Scheduler::next_waiting(Clock::time_point& since) {
 
 // Whether one that is being evaluated is about to hold much more of the job's prompt than it does now.
 bool Scheduler::shares_running_prompt(const Job& job) const {
-  if (job.params.prompt_logprobs) return false;
+  if (job.params.needs_whole_prompt()) return false;
   return std::any_of(running_.begin(), running_.end(), [&](const auto& running) {
     return running->in_prompt() && common_prefix(running->job().prompt, job.prompt) >= running->n_evaluated() + kWorthWaiting;
   });
@@ -142,7 +142,7 @@ bool Scheduler::shares_running_prompt(const Job& job) const {
 
 void Scheduler::start(Job& job, Clock::time_point since) {
   try {
-    SequencePool::Entry& entry = pool_.acquire(job.prompt, !job.params.prompt_logprobs);
+    SequencePool::Entry& entry = pool_.acquire(job.prompt, !job.params.needs_whole_prompt());
     running_.push_back(std::make_unique<Running>(job, entry, engine_.tokenizer(), batch_.n_ctx(), since));
     metrics_.cached_tokens += running_.back()->n_evaluated();
     running_.back()->prompt_progress();
@@ -228,12 +228,18 @@ void Scheduler::deliver() {
   size_t row = 0;
   for (size_t i = 0; i < parts_.size(); ++i) {
     Running& running = *planned_[i];
-    const size_t n = parts_[i].tokens.size(), end = running.n_evaluated();
+    const size_t n = parts_[i].tokens.size(), n_done = running.n_evaluated();
     const bool complete = !running.in_prompt();
-    const bool in_prompt = end <= running.job().prompt.size();
+    const bool in_prompt = n_done <= running.job().prompt.size();
+    if (in_prompt && running.job().params.embedding) {
+      for (size_t r = 0; r < n; ++r) running.take_hidden(batch_.hidden(row + r));
+      if (running.finished()) end(running, running.reason());
+      row += n;
+      continue;
+    }
     const bool all = running.job().params.prompt_logprobs && in_prompt;
     for (size_t r = all ? 0 : n - 1; r < n; ++r)
-      if (all || complete) wanted_.push_back({&running, row + r, end - n + r});
+      if (all || complete) wanted_.push_back({&running, row + r, n_done - n + r});
     if (in_prompt) running.prompt_progress();
     row += n;
   }

@@ -9,6 +9,7 @@
 
 #include "base/json.h"
 #include "server/api_error.h"
+#include "server/embeddings.h"
 #include "server/llama.h"
 #include "server/ollama.h"
 #include "server/openai.h"
@@ -75,6 +76,7 @@ struct Server::State {
 
   void add_routes();
   void add_openai_routes();
+  void add_embedding_routes();
   void add_ollama_routes();
   void add_llama_routes();
   void get(const char* path, std::function<HttpReply()> make) { routes.push_back({"GET", path, [make](const HttpRequest&) { return make(); }}); }
@@ -105,8 +107,22 @@ void Server::State::add_routes() {
   get("/v1/health", [] { return json_reply({{"status", "ok"}}); });
   get("/", [] { return text_reply("Ollama is running"); });  // what Ollama's clients look for
   add_openai_routes();
+  add_embedding_routes();
   add_ollama_routes();
   add_llama_routes();
+}
+
+void Server::State::add_embedding_routes() {
+  const auto add = [this](const char* path, embeddings::Parsed (*parse)(const Json&, const ServedModel&)) {
+    post(path, [this, parse](const HttpRequest& r) {
+      embeddings::Parsed parsed = parse(parse_body(r.body), model);
+      return generate(std::move(parsed.request), embeddings::make_renderer(parsed.shape, model), r);
+    });
+  };
+  add("/v1/embeddings", embeddings::parse_openai);
+  add("/embeddings", embeddings::parse_openai);
+  add("/api/embed", embeddings::parse_ollama);
+  add("/api/embeddings", embeddings::parse_ollama_single);
 }
 
 void Server::State::add_openai_routes() {
@@ -225,11 +241,13 @@ void Server::run() {
 }
 
 void Server::stop(std::chrono::milliseconds grace) {
-  state_->http->stop();
+  const auto deadline = std::chrono::steady_clock::now() + grace;
   std::unique_lock lock(state_->mutex);
-  if (state_->ended_changed.wait_for(lock, grace, [&] { return state_->ended; })) return;
-  state_->scheduler.stop();
-  state_->ended_changed.wait(lock, [&] { return state_->ended; });
+  while (!state_->ended) {
+    state_->http->stop();
+    state_->ended_changed.wait_for(lock, std::chrono::milliseconds(50), [&] { return state_->ended; });
+    if (std::chrono::steady_clock::now() >= deadline) state_->scheduler.stop();
+  }
 }
 
 }  // namespace duet::server

@@ -18,7 +18,7 @@ namespace {
 const std::string kModel = DUET_TEST_DIR "/demo-q4_k_m.gguf";
 
 std::vector<std::string> arguments(std::vector<std::string> extra = {}) {
-  std::vector<std::string> out{kModel, "--template", "chatml", "--ctx", "512", "--parallel", "8", "--threads", "2"};
+  std::vector<std::string> out{kModel, "--template", "chatml", "--ctx", "512", "--threads", "2"};
   out.insert(out.end(), extra.begin(), extra.end());
   return out;
 }

@@ -89,6 +89,16 @@ def check_completions(client, model):
     check("openai completion stream equals whole", streamed == plain.choices[0].text)
 
 
+def check_embeddings(client, model):
+    texts = ["install a package", "install the package", "a poem on the sea"]
+    vectors = [d.embedding for d in client.embeddings.create(model=model, input=texts).data]  # asks for base64
+    plain = [d.embedding for d in client.embeddings.create(model=model, input=texts, encoding_format="float").data]
+    check("openai embeddings, base64 as floats", all(abs(a - b) < 1e-6 for u, v in zip(vectors, plain) for a, b in zip(u, v)))
+    check("openai embeddings have length 1", all(abs(sum(x * x for x in v) - 1) < 1e-5 for v in vectors))
+    dot = lambda u, v: sum(a * b for a, b in zip(u, v))
+    check("openai embeddings: alike texts are closer", dot(vectors[0], vectors[1]) > dot(vectors[0], vectors[2]))
+
+
 def check_errors(client, model):
     check("openai models", [m.id for m in client.models.list()] == [model] and client.models.retrieve(model).id == model)
     unknown = error_of(lambda: client.chat.completions.create(model="gpt-9", messages=HELLO))
@@ -120,6 +130,7 @@ def check_ollama(url, model):
     pieces = list(client.chat(model=model, messages=HELLO, options={"temperature": 0, "num_predict": 20}, stream=True))
     check("ollama chat stream equals whole", "".join(p.message.content for p in pieces) == whole.message.content)
     check("ollama final figures", pieces[-1].done and pieces[-1].eval_count > 0 and pieces[-1].prompt_eval_count > 0, pieces[-1])
+    check("ollama embed", abs(sum(x * x for x in client.embed(model=model, input="a text").embeddings[0]) - 1) < 1e-5)
     generated = client.generate(model=model, prompt="The package", raw=True, options={"temperature": 0, "num_predict": 5})
     check("ollama generate", generated.done_reason == "length" and generated.response, generated)
     try:
@@ -137,6 +148,7 @@ def main():
             client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
             check_chat(client, "demo")
             check_completions(client, "demo")
+            check_embeddings(client, "demo")
             check_errors(client, "demo")
             check_parallel(client, "demo")
             check_ollama(server.url, "demo")

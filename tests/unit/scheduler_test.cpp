@@ -1,6 +1,7 @@
 // The scheduler: streams that run together are those that run alone, clients may leave, nothing stays.
 #include <doctest/doctest.h>
 
+#include <cmath>
 #include <thread>
 
 #include "server/logprobs.h"
@@ -123,7 +124,7 @@ TEST_CASE("a second turn evaluates only what is new, also after another client s
 TEST_CASE("a client that leaves makes room at once") {
   const Engine engine = open_tiny("leave.gguf");
   Metrics metrics;
-  Scheduler scheduler(engine, {.n_parallel = 1, .max_queue = 1, .n_ctx = 256}, metrics);
+  Scheduler scheduler(engine, {.n_parallel = 1, .max_queue = 1, .n_ctx = 8192}, metrics);
   const auto prompt = prompt_of(0, engine.info().hparams.n_vocab);
   Inbox inbox;
   Job forever(inbox, prompt, params_of(SIZE_MAX, 0, 0)), waiting(inbox, prompt, params_of(3, 0, 0)), refused(inbox, prompt, params_of(3, 0, 0));
@@ -142,18 +143,15 @@ TEST_CASE("a client that leaves makes room at once") {
 TEST_CASE("stopping the scheduler ends all streams") {
   const Engine engine = open_tiny("stop.gguf");
   Metrics metrics;
-  Scheduler scheduler(engine, {.n_parallel = 1, .n_ctx = 256}, metrics);
+  Scheduler scheduler(engine, {.n_parallel = 1, .n_ctx = 8192}, metrics);
   const auto prompt = prompt_of(0, engine.info().hparams.n_vocab);
   std::vector<Result> results(2);
-  std::thread a([&] { results[0] = run(scheduler, prompt, params_of(200, 0, 0)); }), b([&] { results[1] = run(scheduler, prompt, params_of(200, 0, 0)); });
-  while (scheduler.status().running.empty() || scheduler.status().n_waiting == 0) {
-    if (results[0].finish.n_generated + results[1].finish.n_generated > 0) break;  // too fast for this
-    std::this_thread::sleep_for(1ms);
-  }
+  std::thread a([&] { results[0] = run(scheduler, prompt, params_of(8000, 0, 0)); }), b([&] { results[1] = run(scheduler, prompt, params_of(8000, 0, 0)); });
+  while (scheduler.status().running.empty() || scheduler.status().n_waiting == 0) std::this_thread::sleep_for(1ms);
   scheduler.stop();
   a.join();
   b.join();
-  for (const Result& result : results) CHECK((result.finish.reason == FinishReason::cancelled || result.tokens.size() == 200 || result.text.empty()));
+  for (const Result& result : results) CHECK(result.finish.reason == FinishReason::cancelled);
   CHECK(!run(scheduler, prompt, params_of(1, 0, 0)).finish.n_generated);
 }
 

@@ -1,6 +1,7 @@
 // The server without sockets: requests in, replies out, on a tiny model.
 #include <doctest/doctest.h>
 
+#include "base/error.h"
 #include "base/json.h"
 #include "server/server.h"
 #include "tests/support/tiny_model.h"
@@ -220,6 +221,23 @@ TEST_CASE("Ollama's routes: lines, options, loading") {
   CHECK(begins(f.refusal("/api/generate", R"({"model":"tiny","prompt":"x","format":"json"})"), "400 'format'"));
   CHECK(begins(f.refusal("/api/pull", R"({"model":"x"})"), "501"));
   CHECK(f.ok("/api/show", R"({"model":"tiny"})")["model_info"].is_object());
+}
+
+TEST_CASE("embeddings have length 1 and are the same in all shapes") {
+  Fixture f;
+  const Json floats = f.ok("/v1/embeddings", R"({"input":["the hat","a"],"model":"tiny"})");
+  REQUIRE(floats["data"].size() == 2);
+  const auto values = floats["data"][0]["embedding"].get<std::vector<float>>();
+  CHECK(values.size() == 64);
+  double squares = 0;
+  for (const float x : values) squares += double{x} * double{x};
+  CHECK(squares == doctest::Approx(1));
+  CHECK(floats["data"][1]["embedding"] != floats["data"][0]["embedding"]);
+  CHECK(f.ok("/api/embed", R"({"input":"the hat","model":"tiny"})")["embeddings"][0] == floats["data"][0]["embedding"]);
+  CHECK(f.ok("/api/embeddings", R"({"prompt":"the hat","model":"tiny"})")["embedding"] == floats["data"][0]["embedding"]);
+  const Json base64 = f.ok("/v1/embeddings", R"({"input":"the hat","encoding_format":"base64"})");
+  CHECK(base64["data"][0]["embedding"].get<std::string>().size() == (64 * 4 + 2) / 3 * 4);
+  CHECK(f.refusal("/v1/embeddings", R"({"input":[5000]})").find("outside this model's vocabulary") != std::string::npos);
 }
 
 TEST_CASE("llama-server's completion") {

@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Load on `duet serve`: streaming clients for some time, each text compared with the same request alone.
+
+serve_load.py MODEL [--clients 64] [--seconds 600] [--tokens 64] [--url http://127.0.0.1:8080]
+Prints tok/s, time to first token (p50, p99), errors, texts that differ, memory of the server after warm-up
+and at the end. Exit code 1 on any error or difference. With --sweep: tok/s at 1, 8 and 32 clients.
+"""
+import argparse
+import http.client
+import json
+import os
+import pathlib
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+DUET = os.environ.get("DUET", str(ROOT / "build/release/duet"))
+WORDS = "the package manager installs a program from its source and checks what it needs before anything is changed on disk".split()
+
+
+def prompt_of(i):
+    words = random.Random(i)
+    return f"{i}: " + " ".join(words.choice(WORDS) for _ in range(12 + i % 40))
+
+
+def stream(url, i, n_tokens, stamps=None):
+    """The text of a greedy completion; stamps gets the time of each event."""
+    host = urllib.parse.urlparse(url).netloc
+    connection = http.client.HTTPConnection(host, timeout=300)
+    body = {"prompt": prompt_of(i), "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != 200:
+        raise RuntimeError(f"status {response.status}: {response.read(200)}")
+    text = ""
+    for line in response:
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[6:])
+        if "error" in event:
+            raise RuntimeError(event["error"])
+        if stamps is not None:
+            stamps.append(time.monotonic())
+        text += event["choices"][0]["text"]
+    connection.close()
+    return text
+
+
+class Load:
+    def __init__(self, url, n_prompts, n_tokens):
+        self.url, self.n_prompts, self.n_tokens = url, n_prompts, n_tokens
+        self.lock = threading.Lock()
+        self.first, self.n_done, self.errors, self.texts = [], 0, [], {}
+
+    def client(self, number, until):
+        i = number
+        while time.monotonic() < until:
+            begin, stamps = time.monotonic(), []
+            try:
+                text = stream(self.url, i % self.n_prompts, self.n_tokens, stamps)
+                with self.lock:
+                    self.first.append(stamps[0] - begin)
+                    self.n_done += 1
+                    self.texts.setdefault(i % self.n_prompts, set()).add(text)
+            except Exception as e:  # every failure counts
+                with self.lock:
+                    self.errors.append(repr(e))
+            i += 7
+
+    def run(self, n_clients, seconds):
+        begin = time.monotonic()
+        threads = [threading.Thread(target=self.client, args=(n, begin + seconds)) for n in range(n_clients)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        took = time.monotonic() - begin
+        first = sorted(self.first) or [0]
+        print(f"{n_clients} clients: {self.n_done} streams in {took:.1f} s, {self.n_done * self.n_tokens / took:.1f} tok/s, "
+              f"first token p50 {first[len(first) // 2] * 1e3:.0f} ms, p99 {first[len(first) * 99 // 100] * 1e3:.0f} ms, {len(self.errors)} errors", flush=True)
+
+
+def rss(pid):
+    return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text()).group(1)) / 1024
+
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument("model")
+    p.add_argument("--clients", type=int, default=64)
+    p.add_argument("--seconds", type=float, default=600)
+    p.add_argument("--tokens", type=int, default=64)
+    p.add_argument("--sweep", action="store_true")
+    p.add_argument("--serve-args", default="", help="more options of duet serve")
+    a = p.parse_args()
+    process = subprocess.Popen([DUET, "serve", a.model, "--port", "0", *a.serve_args.split()], stdout=subprocess.PIPE, text=True)
+    try:
+        url = re.search(r"http://[\d.:]+", process.stdout.readline()).group(0)
+        failed = False
+        if a.sweep:
+            for n in (1, 8, 32):
+                load = Load(url, 1000, a.tokens)
+                load.run(n, a.seconds)
+                failed |= bool(load.errors)
+        else:
+            n_prompts = 100
+            Load(url, n_prompts, a.tokens).run(a.clients, min(a.seconds / 5, 30))
+            before = rss(process.pid)
+            load = Load(url, n_prompts, a.tokens)
+            load.run(a.clients, a.seconds)
+            after = rss(process.pid)
+            different = [i for i, texts in load.texts.items() if texts != {stream(url, i, a.tokens)}]
+            print(f"memory {before:.0f} MiB after warm-up, {after:.0f} MiB at the end; {len(different)} of {len(load.texts)} texts differ from the same request alone")
+            print("\n".join(load.errors[:5]))
+            failed = bool(load.errors) or bool(different) or after > before * 1.05 + 8
+    finally:
+        process.terminate()
+        code = process.wait(60)
+    sys.exit(1 if failed or code != 0 else 0)
+
+
+main()
