@@ -20,6 +20,7 @@
 #include "runtime/kernels/kernels.h"
 #include "runtime/kv_cache.h"
 #include "runtime/memory_plan.h"
+#include "runtime/model.h"
 #include "runtime/model_cost.h"
 
 namespace duet::cli {
@@ -131,7 +132,7 @@ class Runner {
       : options_(options),
         limits_(limits),
         report_(report),
-        engine_(open(options.model, n_threads)),
+        engine_(open(options.model, n_threads, report)),
         routing_(engine_, options.trace),
         session_(open_session(engine_, options.model, 0, routing_.listener())),
         random_(options.seed) {}
@@ -150,9 +151,13 @@ class Runner {
   }
 
  private:
-  static Engine open(ModelOptions options, int n_threads) {
+  static Engine open(ModelOptions options, int n_threads, BenchReport& report) {
     options.n_threads = n_threads;
-    return open_engine(options);
+    Engine engine = open_engine(options);
+    report.info = engine.info();
+    report.n_batch = engine.plan().n_batch;
+    report.plan = engine.plan().streamed ? describe(engine.plan(), engine.info().hparams) : "";
+    return engine;
   }
 
   // Reads in a file that is not in memory yet: enough tokens to reach every expert.
@@ -278,10 +283,13 @@ const Limits& limits_of(const BenchReport& report, int n_threads) {
   });
 }
 
-void describe_model(const Engine& engine, BenchReport& report) {
-  report.info = engine.info();
-  report.n_batch = engine.plan().n_batch;
-  report.plan = engine.plan().streamed ? describe(engine.plan(), engine.info().hparams) : "";
+// Refused before anything is measured; nothing is loaded. Whether experts will be streamed.
+bool check_model(const ModelOptions& options, int n_threads) {
+  require_model_file(options.path);
+  const GgufFile file = GgufFile::open(options.path);
+  const HParams hparams = read_hparams(file, [](const std::string&) {});
+  Model::bind(file, hparams);
+  return plan_memory(model_sizes(file, hparams), memory_options_of(options), n_threads, read_host_memory()).streamed;
 }
 
 void run_bench(BenchOptions options) {
@@ -301,10 +309,10 @@ void run_bench(BenchOptions options) {
   report.seed = options.seed;
   report.isa = kernels.isa;
   report.threads = options.threads.empty() ? std::vector{read_host_cores().usable()} : options.threads;
-  if (has_model) describe_model(open_engine(options.model), report);  // refused before anything is measured
+  const bool streamed = has_model && check_model(options.model, report.threads.front());
   report.energy_absent = EnergyMeter().why_not();
   measure_limits(options, kernels, report);
-  if (!report.plan.empty()) report.disk_bytes_per_s = measure_read_rate(options.model.path, {.backend = options.model.backend, .seconds = 1.0}).bytes_per_second;
+  if (streamed) report.disk_bytes_per_s = measure_read_rate(options.model.path, {.backend = options.model.backend, .seconds = 1.0}).bytes_per_second;
   if (has_model)
     for (const int n : report.threads) Runner(options, n, limits_of(report, n), report).run();
   print_report(report, format);

@@ -24,8 +24,8 @@ struct StreamUse {
 // Between two readings of Engine::stream_stats().
 StreamUse stream_use(const StreamStats& before, const StreamStats& now, double n_tokens, double seconds, int n_threads);
 
-// A line on a terminal about the last seconds while experts stream: nothing when all weights are in
-// memory or stderr is no terminal.
+// A line on a terminal about the last seconds while experts stream, or while major faults say that weights
+// meant to be in memory are read from disk: nothing else, and nothing when stderr is no terminal.
 class StreamLine {
  public:
   explicit StreamLine(const Engine& engine);
@@ -40,8 +40,11 @@ class StreamLine {
     StatusLine::Clock::time_point time;
     size_t n_tokens = 0;
     StreamStats stats;
+    uint64_t faults = 0;
   };
   void draw(int layer, size_t n_tokens);
+  std::string decode_text(const Reading& now, double seconds) const;
+  Reading read(size_t n_tokens) const;
 
   const Engine& engine_;
   StatusLine line_{std::chrono::milliseconds(250)};

@@ -21,12 +21,10 @@ constexpr uint64_t kCacheBytes = 16 * kMiB;    // under way through the page cac
 constexpr uint32_t kDefaultContext = 4096;
 constexpr uint32_t kResidentBatch = 512, kLargestBatch = 4096;
 
-uint64_t less(uint64_t a, uint64_t b) { return a - std::min(a, b); }
-
 // ---- the budget ------------------------------------------------------------------------------
 
 struct Budget {
-  uint64_t streamed = kNoLimit, resident = kNoLimit;
+  uint64_t streamed = kNoLimit, resident = kNoLimit, reserve = 0;
   std::string reason;
 
   void lower(uint64_t to, std::string why) {
@@ -38,18 +36,22 @@ struct Budget {
 
 std::string cgroup_text(const HostMemory& memory) { return concat("cgroup limit ", format_size(*memory.cgroup_limit_bytes)); }
 
+// What automatic leaves of the memory that is available.
+uint64_t reserve_of(uint64_t total_bytes) { return std::min(std::max(kGiB, total_bytes / 16), total_bytes / 2); }
+
 Budget automatic_budget(const HostMemory& memory) {
   Budget budget;
   uint64_t usable = kNoLimit;
+  const auto leave = [&](const char* what, uint64_t n_bytes, uint64_t reserve) {
+    budget.lower(less(n_bytes, reserve), concat(what, format_size(n_bytes), ", ", format_size(reserve), " left to the system"));
+  };
   if (memory.total_bytes > 0) {
     usable = memory.total_bytes;
-    const uint64_t reserve = std::min(std::max(2 * kGiB, usable / 8), usable / 2);
-    budget.lower(usable - reserve, concat("memory of ", format_size(usable), ", ", format_size(reserve), " left to the system"));
+    budget.reserve = reserve_of(usable);
+    if (memory.available_bytes > 0) leave("available memory ", memory.available_bytes, budget.reserve);
+    else leave("memory of ", usable, 2 * budget.reserve);  // kernels before 3.14 do not tell more
   }
-  if (memory.available_bytes > 0) {  // kernels before 3.14 do not tell
-    budget.lower(less(memory.available_bytes, std::min(kGiB, usable / 16)), concat("available memory ", format_size(memory.available_bytes)));
-    budget.resident = memory.available_bytes;
-  }
+  if (memory.available_bytes > 0) budget.resident = memory.available_bytes;
   if (memory.cgroup_limit_bytes) {
     const uint64_t limit = *memory.cgroup_limit_bytes;
     const uint64_t others = less(memory.cgroup_used_bytes.value_or(0), memory.cgroup_cache_bytes.value_or(0));
@@ -132,6 +134,7 @@ class Planner {
       : sizes_(sizes), options_(options), n_threads_(n_threads), budget_(std::move(budget)) {
     const uint32_t trained = sizes.hparams.n_ctx_train;
     plan_.budget_reason = budget_.reason;
+    plan_.reserve_bytes = budget_.reserve;
     plan_.n_ctx = options.n_ctx > 0 ? options.n_ctx : trained > 0 ? std::min(trained, kDefaultContext) : kDefaultContext;
     plan_.dense_bytes = sizes.dense_bytes;
     plan_.kv_bytes = options.n_sequences * KvCache::bytes_needed(sizes.hparams, plan_.n_ctx, options.kv_type);

@@ -14,6 +14,9 @@
 
 namespace duet {
 
+// a - b, or nothing.
+inline uint64_t less(uint64_t a, uint64_t b) { return a > b ? a - b : 0; }
+
 // Sizes of a model, from a file or from known dimensions.
 struct ModelSizes {
   HParams hparams;
@@ -40,7 +43,8 @@ ModelSizes model_sizes(const HParams& hparams, const std::function<const Format&
 struct MemoryPlan {
   bool streamed = false;
   uint64_t budget_bytes = 0;   // the whole process, page cache it is charged for included; 0: no limit
-  std::string budget_reason;   // "available memory 9.3 GiB", "cgroup limit 16.0 GiB", "--ram 8.0 GiB"
+  std::string budget_reason;   // "available memory 9.3 GiB, 1.0 GiB left to the system", "cgroup limit 16.0 GiB", "--ram 8.0 GiB"
+  uint64_t reserve_bytes = 0;  // that the machine was to keep available; 0: the budget was asked for
   // program: code, tokenizer, logits, page tables. io: staging slots and what reads have under way.
   uint64_t program_bytes = 0, dense_bytes = 0, kv_bytes = 0, scratch_bytes = 0, io_bytes = 0, expert_bytes = 0;
   uint64_t total_bytes = 0;    // sum of the above
@@ -52,10 +56,9 @@ struct MemoryPlan {
 
 // The budget:
 //   bytes      as given, for the whole process; not above the machine's memory or the cgroup's limit
-//   automatic  the machine's memory less max(2 GiB, 1/8); not above a cgroup limit, which is the
-//              process's own but for a little that the kernel charges to it; lowered to what is
-//              available now (MemAvailable less 1 GiB; the cgroup's limit less what is in use there
-//              and no page cache)
+//   automatic  what is available now (MemAvailable) less a reserve of max(1 GiB, 1/16 of the machine), which
+//              MemoryWatch restores when others need more; not above a cgroup limit, which is the process's
+//              own but for a little that the kernel charges to it, less what is in use there and no page cache
 //   all        none
 //
 // Resident when everything fits into the budget; automatic: into 9/10 of the machine or cgroup and

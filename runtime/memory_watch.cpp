@@ -9,8 +9,6 @@
 namespace duet {
 namespace {
 
-uint64_t less(uint64_t a, uint64_t b) { return a - std::min(a, b); }
-
 std::optional<uint64_t> soft_limit(const HostMemory& memory) {
   return memory.cgroup_soft ? std::optional(memory.cgroup_soft->bytes) : std::nullopt;
 }
@@ -58,6 +56,13 @@ void MemoryWatch::look(Clock::time_point now) {
     react_to_limit("memory limit", *hard_, memory.cgroup_used_bytes.value_or(0), memory.cgroup_cache_bytes.value_or(0));
   if (lowered(soft_, soft_limit(memory)))
     react_to_limit("soft memory limit", *soft_, memory.cgroup_soft->used_bytes.value_or(0), memory.cgroup_soft->cache_bytes.value_or(0));
+  if (memory.available_bytes > 0 && memory.available_bytes < plan_.reserve_bytes / 2) react_to_others(memory.available_bytes);
+}
+
+void MemoryWatch::react_to_others(uint64_t available) {
+  const uint64_t before = plan_.expert_bytes;
+  plan_ = shrunk_plan(std::move(plan_), sizes_, less(plan_.total_bytes, less(plan_.reserve_bytes, available)));
+  tell(concat("available memory has fallen to ", format_size(available)), before);
 }
 
 void MemoryWatch::react_to_limit(const char* name, uint64_t limit, uint64_t used, uint64_t cache) {

@@ -24,6 +24,8 @@ class MemoryWatch {
   //   a limit of the cgroup was lowered (v1 hard or soft, v2 max or high) below what the plan takes:
   //     those of the plan for the new limit; none, with a notice, where even that is too much. The
   //     soft limit counts because version 1 refuses a hard limit below what is in use;
+  //   the budget was automatic, and less than half of what it was to leave to the machine is available:
+  //     as many as restore that, before anything has to wait or be killed;
   //   our pages are being taken from us (ThrashDetector): one less in each layer.
   // Any thread, one after the other.
   std::optional<std::vector<uint32_t>> after(size_t n_tokens, Clock::time_point now = Clock::now());
@@ -31,6 +33,7 @@ class MemoryWatch {
  private:
   void look(Clock::time_point now);
   void react_to_limit(const char* name, uint64_t limit, uint64_t used, uint64_t cache);
+  void react_to_others(uint64_t available);
   void react_to_thrashing(uint64_t n_faults, size_t n_tokens);
   void tell(const std::string& what, uint64_t bytes_before);
 

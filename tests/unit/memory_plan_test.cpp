@@ -215,9 +215,11 @@ TEST_CASE("memory plan: automatic leaves the machine room and streams what nearl
 
   const MemoryPlan p = plan_memory(mixtral_8x7b(), automatic, 2, machine(24 * kGiB));
   check_adds_up(p);
-  CHECK(p.budget_bytes == 21 * kGiB);
-  CHECK(p.budget_reason == "memory of 24.0 GiB, 3.0 GiB left to the system");
+  CHECK(p.budget_bytes == 21 * kGiB + 512 * kMiB);
+  CHECK(p.budget_reason == "available memory 23.0 GiB, 1.5 GiB left to the system");
+  CHECK(p.reserve_bytes == 1536 * kMiB);
   CHECK(least(p.slots) == 6);
+  CHECK(plan_memory(mixtral_8x7b(), automatic, 2, machine(24 * kGiB, 0)).budget_bytes == 21 * kGiB);  // an old kernel
   CHECK(plan_memory(mixtral_8x7b(), automatic, 2, machine(8 * kGiB)).budget_bytes == 6 * kGiB);
   CHECK(plan_memory(mixtral_8x7b(), automatic, 2, machine(40 * kGiB)).streamed == false);
 }
@@ -227,9 +229,11 @@ TEST_CASE("memory plan: what others use lowers automatic, not what was asked for
   const MemoryPlan p = plan_memory(mixtral_8x7b(), {}, 2, busy);
   check_adds_up(p);
   CHECK(p.streamed);
-  CHECK(p.budget_bytes == 12 * kGiB);
-  CHECK(p.budget_reason == "available memory 13.0 GiB");
-  CHECK(plan_memory(mixtral_8x7b(), ram(20 * kGiB), 2, busy).budget_bytes == 20 * kGiB);
+  CHECK(p.budget_bytes == 11 * kGiB);
+  CHECK(p.budget_reason == "available memory 13.0 GiB, 2.0 GiB left to the system");
+  const MemoryPlan asked = plan_memory(mixtral_8x7b(), ram(20 * kGiB), 2, busy);
+  CHECK(asked.budget_bytes == 20 * kGiB);
+  CHECK(asked.reserve_bytes == 0);
   // Not above the machine or the cgroup, however much is asked for.
   CHECK(plan_memory(mixtral_8x7b(), ram(64 * kGiB), 2, machine(24 * kGiB)).budget_bytes == 24 * kGiB);
   const MemoryPlan held = plan_memory(mixtral_8x7b(), ram(64 * kGiB), 2, limited(machine(64 * kGiB), 12 * kGiB));
@@ -251,7 +255,7 @@ TEST_CASE("memory plan: a cgroup's limit is the process's own") {
   CHECK_FALSE(plan_memory(mixtral_8x7b(), {}, 2, limited(host, 29 * kGiB)).streamed);
   CHECK(plan_memory(mixtral_8x7b(), {}, 2, limited(host, 29 * kGiB, 6 * kGiB, kGiB)).streamed);
   // Limits above the machine do not count.
-  CHECK(plan_memory(mixtral_8x7b(), {}, 2, limited(machine(24 * kGiB), 100 * kGiB)).budget_bytes == 21 * kGiB);
+  CHECK(plan_memory(mixtral_8x7b(), {}, 2, limited(machine(24 * kGiB), 100 * kGiB)).budget_bytes == 21 * kGiB + 512 * kMiB);
 }
 
 TEST_CASE("memory plan: batch") {

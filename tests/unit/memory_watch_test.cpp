@@ -107,6 +107,30 @@ TEST_CASE("memory watch: a lowered limit is answered by the slots that fit below
   }
 }
 
+TEST_CASE("memory watch: an automatic budget restores its reserve when others take it, one asked for does not") {
+  for (const bool automatic : {true, false}) {
+    CAPTURE(automatic);
+    Watch w;
+    const auto available = [&](uint64_t n_mib) { w.machine.file("proc/meminfo", concat("MemTotal: ", 24 * 1024 * 1024, " kB\nMemAvailable: ", n_mib * 1024, " kB")); };
+    if (automatic) w.plan.reserve_bytes = 1536 * kMiB;
+    available(1500);
+    w.begin();
+    available(800);
+    CHECK_FALSE(w.after(milliseconds(1100)).has_value());
+    available(700);
+    const auto slots = w.after(milliseconds(1100));
+    CHECK(slots.has_value() == automatic);
+    if (!automatic) continue;
+    const uint32_t given = 32 * 4 - sum(*slots);
+    CHECK(given >= 9);  // 836 MiB
+    CHECK(given <= 10);
+    REQUIRE(w.notices.size() == 1);
+    CHECK(w.notices[0].starts_with("available memory has fallen to 700.0 MiB: 3 to 4 experts"));
+    available(1500);
+    CHECK_FALSE(w.after(milliseconds(1100)).has_value());
+  }
+}
+
 TEST_CASE("memory watch: a soft limit that was there from the beginning is no news") {
   Watch w;
   w.machine.soft(kGiB);
