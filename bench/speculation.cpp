@@ -4,6 +4,10 @@
 //
 // Steps of each length take turns, so that all see the same machine. Tokens are drawn at random, as
 // after them the experts of neighbours are as independent as the model makes them.
+//
+// Then what the gate makes of it: a text of 12 tokens that is said again and again, word for word or with one
+// token in four another, through the gated Speculator and token by token. The text is given, whatever the
+// logits say.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -39,6 +43,42 @@ double timed_step(Session& session, std::span<const Token> tokens) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+constexpr size_t kPeriod = 12, kRepeated = 72;
+
+std::vector<Token> repetitive_text(double share_changed, size_t n_vocab) {
+  std::mt19937 random(2);
+  std::vector<Token> text(kRepeated);
+  for (size_t i = 0; i < text.size(); ++i) {
+    const bool is_new = i < kPeriod || std::uniform_real_distribution<>()(random) < share_changed;
+    text[i] = is_new ? static_cast<Token>(random() % n_vocab) : text[i % kPeriod];
+  }
+  return text;
+}
+
+void follow_text(const Engine& engine, Session& session, double share_changed) {
+  const std::vector<Token> text = repetitive_text(share_changed, engine.info().hparams.n_vocab);
+  double seconds[2] = {};
+  for (const bool speculates : {false, true}) {
+    session.truncate(0);
+    session.append({text.data(), 1});
+    Speculator speculator(engine, session, {.max_draft = speculates ? kMaxDraft : 0, .gated = true});
+    size_t at = 1;
+    const auto take = [&](std::span<const float>) { return ++at < text.size() ? std::optional(text[at]) : std::nullopt; };
+    const auto start = std::chrono::steady_clock::now();
+    while (at + 1 < text.size()) speculator.step(session, text[at], text.size() - 1 - at, take);
+    seconds[speculates] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    if (!speculates) continue;
+    const SpeculationStats& stats = speculator.stats();
+    std::printf("repeated text, %2.0f %% changed: %.2f x plain; %llu tokens in %llu steps, %llu proposed, %llu accepted; costs", 100 * share_changed,
+                seconds[0] / seconds[1], static_cast<unsigned long long>(stats.tokens), static_cast<unsigned long long>(stats.steps),
+                static_cast<unsigned long long>(stats.drafted), static_cast<unsigned long long>(stats.accepted));
+    for (const SpeculationGate::Length& length : speculator.gate().lengths())
+      if (length.steps > 0) std::printf(" %zu: %.2f (%llu)", length.n_draft, length.cost, static_cast<unsigned long long>(length.steps));
+    std::printf("\n");
+    std::fflush(stdout);
+  }
+}
+
 void run(int argc, char** argv) {
   MemoryOptions memory{.n_ctx = kContext, .n_batch = kPrompt};
   if (argc > 3) memory.slots = static_cast<uint32_t>(std::atoi(argv[3]));
@@ -66,6 +106,7 @@ void run(int argc, char** argv) {
   for (size_t i = 0; i < std::size(kDrafts); ++i)
     std::printf("%8zu %13.3f %19.2f %17.2f\n", kDrafts[i], 1e3 * measured[i].median(), measured[i].median() / measured[0].median(),
                 measured[i].mean() / measured[0].mean());
+  for (const double share_changed : {0.0, 0.25}) follow_text(engine, session, share_changed);
 }
 
 }  // namespace
