@@ -7,7 +7,7 @@
 namespace duet {
 namespace {
 
-// Added to the diagonal in parts of its mean. Measured on the demo model; more where there are few
+// Added to the diagonal in parts of its mean; measured on the demo model. More where there are few
 // tokens, whose moments say little about others.
 constexpr double kDamping = 0.05;
 
@@ -18,15 +18,30 @@ std::vector<float> columns(const float* x, size_t n, size_t cols, size_t first, 
   return out;
 }
 
+double product(const std::vector<float>& a, const std::vector<float>& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += double{a[i]} * double{b[i]};
+  return sum;
+}
+
+std::vector<float> scaled(const std::vector<double>& x, double by) {
+  std::vector<float> out(x.size());
+  for (size_t i = 0; i < x.size(); ++i) out[i] = static_cast<float>(x[i] * by);
+  return out;
+}
+
 }  // namespace
 
 Moments::Moments(size_t n_cols, size_t block_cols, size_t n_out)
     : n_cols_(n_cols),
       block_cols_(std::min(n_cols, block_cols)),
       n_out_(n_out),
-      h_(InputMetric::n_floats(n_cols, block_cols_)),
-      d_(h_.size()),
-      m_(n_out * n_cols) {}
+      h_(InputMetric::n_floats(n_cols, block_cols_)) {
+  for (Half& half : halves_) {
+    half.d.resize(h_.size());
+    half.m.resize(n_out * n_cols);
+  }
+}
 
 void Moments::add(const LayerEval& eval, const float* x, const float* x0, const float* r,
                   size_t n) {
@@ -35,13 +50,27 @@ void Moments::add(const LayerEval& eval, const float* x, const float* x0, const 
   for (size_t first = 0; first < n_cols_; first += block_cols_) {
     const size_t width = std::min(block_cols_, n_cols_ - first);
     const std::vector<float> part = columns(x, n, n_cols_, first, width);
-    std::vector<float> change = columns(x0, n, n_cols_, first, width);
-    for (size_t i = 0; i < change.size(); ++i) change[i] -= part[i];
     eval.add_moments(part.data(), width, part.data(), width, n, h_.data() + at);
-    eval.add_moments(change.data(), width, part.data(), width, n, d_.data() + at);
     at += width * width;
   }
-  if (r != nullptr) eval.add_moments(r, n_out_, x, n_cols_, n, m_.data());
+  const size_t n_first = n / 2;
+  add_half(eval, halves_[0], x, x0, r, n_first);
+  add_half(eval, halves_[1], x + n_first * n_cols_, x0 + n_first * n_cols_,
+           r != nullptr ? r + n_first * n_out_ : nullptr, n - n_first);
+}
+
+void Moments::add_half(const LayerEval& eval, Half& half, const float* x, const float* x0,
+                       const float* r, size_t n) const {
+  size_t at = 0;
+  for (size_t first = 0; first < n_cols_; first += block_cols_) {
+    const size_t width = std::min(block_cols_, n_cols_ - first);
+    const std::vector<float> part = columns(x, n, n_cols_, first, width);
+    std::vector<float> lost = columns(x0, n, n_cols_, first, width);
+    for (size_t i = 0; i < lost.size(); ++i) lost[i] -= part[i];
+    eval.add_moments(lost.data(), width, part.data(), width, n, half.d.data() + at);
+    at += width * width;
+  }
+  if (r != nullptr) eval.add_moments(r, n_out_, x, n_cols_, n, half.m.data());
 }
 
 InputMetric Moments::metric(int n_threads) const {
@@ -63,32 +92,48 @@ double Moments::mean_diagonal() const {
 
 void Moments::correct(const InputMetric& metric, std::vector<float>& w, int n_threads) const {
   if (!metric.usable()) return;
-  // In the metric's units: it has a mean diagonal of 1.
-  const double scale = 1 / mean_diagonal();
-  std::vector<float> d(d_.size());
-  for (size_t i = 0; i < d.size(); ++i) d[i] = static_cast<float>(d_[i] * scale);
-  parallel_for(n_threads, w.size() / n_cols_, 4, [&](size_t begin, size_t end) {
-    for (size_t row = begin; row < end; ++row)
-      correct_row(metric, d, row, w.data() + row * n_cols_);
+  const double scale = 1 / mean_diagonal();  // to the metric's units
+  const size_t n_rows = w.size() / n_cols_;
+  const std::vector<float> d[] = {scaled(halves_[0].d, scale), scaled(halves_[1].d, scale)};
+  std::vector<float> change(w.size());
+  std::vector<double> common(n_rows), own(n_rows);
+  parallel_for(n_threads, n_rows, 4, [&](size_t begin, size_t end) {
+    for (size_t row = begin; row < end; ++row) {
+      const float* values = w.data() + row * n_cols_;
+      const Wish a = wish(metric, d[0], halves_[0].m, scale, row, values);
+      const Wish b = wish(metric, d[1], halves_[1].m, scale, row, values);
+      common[row] = 2 * product(a.side, b.change);
+      own[row] = product(a.side, a.change) + product(b.side, b.change);
+      for (size_t c = 0; c < n_cols_; ++c) change[row * n_cols_ + c] = a.change[c] + b.change[c];
+    }
   });
+  double all_common = 0, all_own = 0;
+  for (size_t row = 0; row < n_rows; ++row) {
+    all_common += common[row];
+    all_own += own[row];
+  }
+  if (!(all_common > 0 && all_own > 0)) return;
+  const double rho = std::min(all_common / all_own, 1.0);
+  const auto share = static_cast<float>(2 * rho / (1 + rho));
+  for (size_t i = 0; i < w.size(); ++i) w[i] += share * change[i];
 }
 
-void Moments::correct_row(const InputMetric& metric, const std::vector<float>& d, size_t row,
-                          float* w) const {
-  std::vector<float> change(n_cols_);
-  if (n_out_ > 0) {
-    const double scale = 1 / mean_diagonal();
-    for (size_t c = 0; c < n_cols_; ++c)
-      change[c] = static_cast<float>(m_[row * n_cols_ + c] * scale);
-  }
+Moments::Wish Moments::wish(const InputMetric& metric, const std::vector<float>& d,
+                            const std::vector<double>& m, double scale, size_t row,
+                            const float* w) const {
+  Wish out;
+  out.side.resize(n_cols_);
+  for (size_t c = 0; n_out_ > 0 && c < n_cols_; ++c)
+    out.side[c] = static_cast<float>(m[row * n_cols_ + c] * scale);
   size_t at = 0;
   for (size_t first = 0; first < n_cols_; first += block_cols_) {
     const size_t width = std::min(block_cols_, n_cols_ - first);
     for (size_t i = 0; i < width; ++i, at += width)
-      for (size_t k = 0; k < width; ++k) change[first + k] += w[first + i] * d[at + k];
+      for (size_t k = 0; k < width; ++k) out.side[first + k] += w[first + i] * d[at + k];
   }
-  metric.solve(change);
-  for (size_t c = 0; c < n_cols_; ++c) w[c] += change[c];
+  out.change = out.side;
+  metric.solve(out.change);
+  return out;
 }
 
 }  // namespace duet

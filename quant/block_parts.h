@@ -10,7 +10,8 @@
 namespace duet {
 
 // Element i, of group g = i / group_elems, has the value
-//   unit * scale[g] * (q[i] - zero) + offset_sign * offset_unit * offset[g].
+//   unit * scale[g] * level(q[i]) + offset_sign * offset_unit * offset[g],
+// level(q) = q - zero, or an entry of a table.
 struct BlockParts {
   uint16_t unit = 0, offset_unit = 0;  // IEEE half
   int16_t scale[16] = {}, offset[16] = {};
@@ -28,6 +29,9 @@ struct BlockGrid {
   bool unit_positive;
   void (*unpack)(const void* block, BlockParts& parts) noexcept;
   void (*pack)(const BlockParts& parts, void* block) noexcept;
+  const int8_t* levels = nullptr;  // ascending, q_max + 1 of them; null: q - zero
+
+  float level(int q) const { return static_cast<float>(levels != nullptr ? levels[q] : q - zero); }
 };
 
 // Null for formats without blocks, and for those that have no such form.

@@ -29,6 +29,23 @@ GroupScale with_values(const BlockGrid& grid, uint16_t unit, uint16_t offset_uni
 
 uint16_t finite_half(float v) { return f32_to_f16(std::clamp(v, -kF16Max, kF16Max)); }
 
+// q of the level nearest to v, and the level.
+void nearest(const BlockGrid& grid, Vec v, Vec& q, Vec& level) {
+  const Vec lo = splat(grid.level(0)), hi = splat(grid.level(grid.q_max));
+  if (grid.levels == nullptr) {
+    level = round_even(v < lo ? lo : (v > hi ? hi : v));
+    q = level - lo;
+    return;
+  }
+  q = splat(0);
+  level = lo;
+  for (int k = 1; k <= grid.q_max; ++k) {
+    const auto above = v > splat(0.5f * (grid.level(k - 1) + grid.level(k)));
+    q = above ? splat(static_cast<float>(k)) : q;
+    level = above ? splat(grid.level(k)) : level;
+  }
+}
+
 // Up to four scales at once, one per lane.
 template <size_t N>
 struct Lanes {
@@ -45,13 +62,11 @@ struct Lanes {
   }
 
   void round(const BlockGrid& grid, const GroupProblem& p) {
-    const Vec lo = splat(static_cast<float>(-grid.zero));
-    const Vec hi = splat(static_cast<float>(grid.q_max - grid.zero));
     for (size_t i = 0; i < N; ++i) {
       const float* row = p.factor + i * p.stride;
-      const Vec y = (splat(p.x[i]) + acc[i] * (1 / row[i]) - o) * inv;
-      q[i] = round_even(y < lo ? lo : (y > hi ? hi : y));
-      e[i] = splat(p.x[i]) - (s * q[i] + o);
+      Vec level;
+      nearest(grid, (splat(p.x[i]) + acc[i] * (1 / row[i]) - o) * inv, q[i], level);
+      e[i] = splat(p.x[i]) - (s * level + o);
       const Vec left = acc[i] + e[i] * row[i];
       cost += left * left;
       for (size_t k = i + 1; k < N; ++k) acc[k] += e[i] * row[k];
@@ -69,13 +84,19 @@ void try_four(const BlockGrid& grid, const GroupProblem& p, const GroupScale* sc
     best.cost = lanes.cost[lane];
     best.scale = scales[lane];
     for (size_t i = 0; i < N; ++i) {
-      best.q[i] = static_cast<uint8_t>(static_cast<int>(lanes.q[i][lane]) + grid.zero);
+      best.q[i] = static_cast<uint8_t>(static_cast<int>(lanes.q[i][lane]));
       best.error[i] = lanes.e[i][lane];
     }
   }
 }
 
 }  // namespace
+
+int nearest_level(const BlockGrid& grid, float v) {
+  Vec q, level;
+  nearest(grid, splat(v), q, level);
+  return static_cast<int>(q[0]);
+}
 
 GroupScale group_scale(const BlockGrid& grid, const BlockParts& parts, size_t g) {
   return with_values(grid, parts.unit, parts.offset_unit, parts.scale[g], parts.offset[g]);

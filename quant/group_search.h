@@ -12,7 +12,7 @@ namespace duet {
 
 inline constexpr size_t kMaxGroup = 32;
 
-// A way to encode a group: value = s * (q - zero) + o.
+// A way to encode a group: value = s * level(q) + o.
 struct GroupScale {
   uint16_t unit, offset_unit;  // IEEE half
   int16_t scale, offset;
@@ -44,6 +44,9 @@ struct GroupChoice {
   uint8_t q[kMaxGroup];
   float error[kMaxGroup];
 };
+// The q whose level is nearest to v, which is finite.
+int nearest_level(const BlockGrid& grid, float v);
+
 // Rounds the columns in order for every scale, each making up for those before it, and keeps the
 // cheapest; the first among equals.
 GroupChoice search_group(const BlockGrid& grid, const GroupProblem& problem,

@@ -262,7 +262,49 @@ void encode_xs(const float* x, const float* importance, BlockIQ4_XS& b) noexcept
   }
 }
 
+void pack_nl(const BlockParts& parts, BlockIQ4_NL& b) noexcept {
+  b.d = parts.unit;
+  pack_nibbles(parts.q, b.qs);
+}
+
+void unpack_nl(const BlockIQ4_NL& b, BlockParts& parts) noexcept {
+  parts.unit = b.d;
+  parts.scale[0] = 1;
+  unpack_nibbles(b.qs, parts.q);
+}
+
+void pack_xs(const BlockParts& parts, BlockIQ4_XS& b) noexcept {
+  b.d = parts.unit;
+  b.scales_h = 0;
+  std::fill_n(b.scales_l, 4, uint8_t{0});
+  for (size_t g = 0; g < 8; ++g) {
+    const auto v = static_cast<unsigned>(parts.scale[g] + 32);
+    b.scales_l[g / 2] = static_cast<uint8_t>(b.scales_l[g / 2] | (v & 15) << (g % 2 * 4));
+    b.scales_h = static_cast<uint16_t>(b.scales_h | (v >> 4) << (2 * g));
+    pack_nibbles(parts.q + kGroupElems * g, b.qs + 16 * g);
+  }
+}
+
+void unpack_xs(const BlockIQ4_XS& b, BlockParts& parts) noexcept {
+  parts.unit = b.d;
+  for (size_t g = 0; g < 8; ++g) {
+    const int low = (b.scales_l[g / 2] >> (g % 2 * 4)) & 15, high = (b.scales_h >> (2 * g)) & 3;
+    parts.scale[g] = static_cast<int16_t>((low | (high << 4)) - 32);
+    unpack_nibbles(b.qs + 16 * g, parts.q + kGroupElems * g);
+  }
+}
+
 }  // namespace
+
+extern const BlockGrid kGridIQ4_NL, kGridIQ4_XS;
+const BlockGrid kGridIQ4_NL = {.group_elems = 32, .n_groups = 1, .q_max = 15, .zero = 0,
+                               .scale_lo = 1, .scale_hi = 1, .offset_max = 0, .offset_sign = 0,
+                               .unit_positive = false, .unpack = unpack_block<BlockIQ4_NL, unpack_nl>,
+                               .pack = pack_block<BlockIQ4_NL, pack_nl>, .levels = kIq4Levels};
+const BlockGrid kGridIQ4_XS = {.group_elems = 32, .n_groups = 8, .q_max = 15, .zero = 0,
+                               .scale_lo = -32, .scale_hi = 31, .offset_max = 0, .offset_sign = 0,
+                               .unit_positive = false, .unpack = unpack_block<BlockIQ4_XS, unpack_xs>,
+                               .pack = pack_block<BlockIQ4_XS, pack_xs>, .levels = kIq4Levels};
 
 extern const Format kFormatIQ4_NL;
 const Format kFormatIQ4_NL = {DType::IQ4_NL,

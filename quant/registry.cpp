@@ -61,6 +61,7 @@ size_t act_row_bytes(ActFormat format, size_t cols) {
 }
 
 extern const BlockGrid kGridQ4_0, kGridQ4_1, kGridQ5_0, kGridQ5_1, kGridQ8_0;
+extern const BlockGrid kGridIQ4_NL, kGridIQ4_XS;
 extern const BlockGrid kGridQ2_K, kGridQ3_K, kGridQ4_K, kGridQ5_K, kGridQ6_K;
 
 const BlockGrid* block_grid(DType dtype) {
@@ -75,6 +76,8 @@ const BlockGrid* block_grid(DType dtype) {
     case DType::Q4_K: return &kGridQ4_K;
     case DType::Q5_K: return &kGridQ5_K;
     case DType::Q6_K: return &kGridQ6_K;
+    case DType::IQ4_NL: return &kGridIQ4_NL;
+    case DType::IQ4_XS: return &kGridIQ4_XS;
     default: return nullptr;
   }
 }

@@ -187,9 +187,7 @@ class BatchEncoder {
     for (size_t i = 0; i < group_; ++i)
       error(r, c)[i] = value(r, c)[i] - decoded(scale, p.q[g * group_ + i]);
   }
-  float decoded(const GroupScale& scale, int q) const {
-    return scale.s * static_cast<float>(q - grid_.zero) + scale.o;
-  }
+  float decoded(const GroupScale& scale, int q) const { return scale.s * grid_.level(q) + scale.o; }
 
   // ---- passes over finished rows ----------------------------------------------------------------
   void start_gradient() {
@@ -273,10 +271,11 @@ class BatchEncoder {
     for (size_t i = 0; i < group_; ++i) {
       uint8_t& q = p.q[g * group_ + i];
       const float wish = gradient(r, c)[i] / (scale.s * metric_.moments_row(c + i)[offset + i]);
-      const float nearest = std::nearbyint(static_cast<float>(q) + wish);
-      const float q_new = std::clamp(nearest, 0.0f, static_cast<float>(grid_.q_max));
-      const float step = q_new - static_cast<float>(q);
-      if (!(step * (step - 2 * wish) < 0)) continue;  // also where it is 0 or no number
+      if (!std::isfinite(wish)) continue;
+      const float now = grid_.level(q);
+      const int q_new = nearest_level(grid_, now + wish);
+      const float step = grid_.level(q_new) - now;
+      if (!(step * (step - 2 * wish) < 0)) continue;
       q = static_cast<uint8_t>(q_new);
       const float e_new = value(r, c)[i] - decoded(scale, q);
       move_gradient(r, b, c + i, e_new - error(r, c)[i]);
@@ -331,7 +330,7 @@ class BatchEncoder {
     std::fill_n(s.hu, block_, 0.0f);
     for (size_t i = 0; i < block_; ++i) {
       const size_t g = i / group_;
-      s.v[i] = static_cast<float>(p.scale[g]) * static_cast<float>(p.q[i] - grid_.zero);
+      s.v[i] = static_cast<float>(p.scale[g]) * grid_.level(p.q[i]);
       s.u[i] = grid_.offset_sign * static_cast<float>(p.offset[g]);
       const float* row = metric_.moments_row(c + i) + offset;
       for (size_t k = 0; k < block_; ++k) s.hv[k] += s.v[i] * row[k];

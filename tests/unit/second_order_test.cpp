@@ -16,7 +16,7 @@ using namespace duet::test;
 namespace {
 
 constexpr DType kFormats[] = {DType::Q2_K, DType::Q3_K, DType::Q4_K, DType::Q5_K, DType::Q6_K,
-                              DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0};
+                              DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0, DType::IQ4_NL, DType::IQ4_XS};
 
 std::vector<float> random_floats(size_t n, Rng& rng, float scale) {
   std::vector<float> x(n);
