@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "calibrate/encoder.h"
 #include "converters/source.h"
+#include "quant/second_order.h"
 #include "runtime/tokenizer.h"
 
 namespace duet {
@@ -70,6 +71,12 @@ void write(const ConversionSource& source, std::span<const Token> ids, const fs:
   writer.finish();
 }
 
+void check_worthwhile(const ConversionSource& source) {
+  for (const TensorJob& job : source.jobs)
+    if (has_second_order(*job.format)) return;
+  fail(ErrorKind::usage, "calibration: nothing to fit: no tensor of this conversion is quantized");
+}
+
 std::vector<Token> ids_of(const GgufFile& vocabulary, const ConversionSource& source,
                           const ConvertOptions& options, const CalibrationOptions& calibration) {
   const NoticeFn quiet = [](const std::string&) {};
@@ -91,6 +98,7 @@ void convert_calibrated(const fs::path& folder, const fs::path& output,
                         const ConvertOptions& options, const CalibrationOptions& calibration) {
   check_overwrite(output, options.overwrite);
   const ConversionSource source = open_folder(folder, options);
+  check_worthwhile(source);
   const VocabularyFile vocabulary(folder, output, options);
   write(source, ids_of(GgufFile::open(vocabulary.path()), source, options, calibration), output,
         options, calibration);
@@ -100,6 +108,7 @@ void quantize_calibrated(const fs::path& input, const fs::path& output,
                          const ConvertOptions& options, const CalibrationOptions& calibration) {
   check_overwrite(output, options.overwrite);
   const ConversionSource source = open_gguf(input, options);
+  check_worthwhile(source);
   write(source, ids_of(*source.file, source, options, calibration), output, options, calibration);
 }
 

@@ -342,12 +342,11 @@ void CalibratedEncoder::encode_plain(const TensorJob& job, size_t first_row, siz
                                      std::byte* out) const {
   const size_t cols = job.shape.back(), bytes = row_bytes(*job.format, cols);
   parallel_for(eval_.n_threads(), n_rows, 64, [&](size_t begin, size_t end) {
-    const std::vector<float> values = SourceModel::floats(job, first_row + begin, end - begin);
     for (size_t r = begin; r < end; ++r) {
       const size_t matrix = (first_row + r) / matrix_rows(job);
       const float* importance =
           job.importance.empty() ? nullptr : job.importance.data() + matrix * cols;
-      job.format->encode_row(values.data() + (r - begin) * cols, out + r * bytes, cols, importance);
+      SourceModel::store_row(job, first_row + r, importance, out + r * bytes);
     }
   });
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "base/error.h"
 
@@ -40,26 +41,52 @@ const TensorJob& SourceModel::job(TensorKind kind, int layer) const {
   return source_.jobs[job_index(kind, layer)];
 }
 
+namespace {
+
+// Where a row of the output tensor comes from.
+struct SourceRow {
+  const RowRun* run;
+  uint64_t row;  // of the source tensor
+
+  const std::byte* data() const {
+    return run->source.data.data() + row * row_bytes(*run->source.format, run->source.cols());
+  }
+};
+SourceRow find_row(const TensorJob& job, uint64_t row) {
+  for (const RowRun& run : job.runs) {
+    const uint64_t n = run.source.rows();
+    if (row < n)
+      return {&run, run.permute_heads != 0 ? rope_source_row(row, n, run.permute_heads) : row};
+    row -= n;
+  }
+  fail(ErrorKind::internal, "tensor '", job.name, "' has no row ", row, " more");
+}
+
+}  // namespace
+
 std::vector<float> SourceModel::floats(const TensorJob& job, uint64_t first_row, uint64_t n_rows) {
   const uint64_t cols = job.shape.back();
   std::vector<float> out(n_rows * cols);
-  uint64_t run_first = 0;
-  for (const RowRun& run : job.runs) {
-    const uint64_t rows = run.source.rows(), begin = std::max(first_row, run_first),
-                   end = std::min(first_row + n_rows, run_first + rows);
-    const size_t bytes = row_bytes(*run.source.format, cols);
-    for (uint64_t row = begin; row < end; ++row) {
-      uint64_t from = row - run_first;
-      if (run.permute_heads != 0) from = rope_source_row(from, rows, run.permute_heads);
-      float* to = out.data() + (row - first_row) * cols;
-      run.source.format->decode_row(run.source.data.data() + from * bytes, to, cols);
-      if (!std::all_of(to, to + cols, [](float v) { return std::isfinite(v); }))
-        fail(ErrorKind::format, "tensor '", run.source.name, "', row ", from,
-             ": a value is not finite (NaN or infinity); the source is damaged");
-    }
-    run_first += rows;
+  for (uint64_t i = 0; i < n_rows; ++i) {
+    const SourceRow from = find_row(job, first_row + i);
+    float* to = out.data() + i * cols;
+    from.run->source.format->decode_row(from.data(), to, cols);
+    if (!std::all_of(to, to + cols, [](float v) { return std::isfinite(v); }))
+      fail(ErrorKind::format, "tensor '", from.run->source.name, "', row ", from.row,
+           ": a value is not finite (NaN or infinity); the source is damaged");
   }
   return out;
+}
+
+void SourceModel::store_row(const TensorJob& job, uint64_t row, const float* importance,
+                            std::byte* out) {
+  const SourceRow from = find_row(job, row);
+  const uint64_t cols = job.shape.back();
+  if (from.run->source.format == job.format) {
+    std::memcpy(out, from.data(), row_bytes(*job.format, cols));
+  } else {
+    job.format->encode_row(floats(job, row, 1).data(), out, cols, importance);
+  }
 }
 
 SourceMatrix SourceModel::matrix(const TensorJob& job, size_t expert) const {

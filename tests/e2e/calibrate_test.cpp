@@ -122,6 +122,10 @@ TEST_CASE("calibrate: too short a text and a missing one are refused") {
   CHECK(refusal(run_duet({"convert", kDemo, "--calibrate", kFolder + "none.txt", "-o",
                           kFolder + "x.gguf"}),
                 3, "none.txt") == "");
+  const std::string text = text_file("short.txt", 0, 4000);
+  CHECK(refusal(run_duet(
+                    {"convert", kDemo, "-q", "F16", "--calibrate", text, "-o", kFolder + "x.gguf"}),
+                2, "nothing to fit") == "");
   CHECK(!std::filesystem::exists(kFolder + "x.gguf"));
 }
 
