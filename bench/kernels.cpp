@@ -25,7 +25,7 @@ namespace {
 
 using namespace duet;
 constexpr size_t kCols = 4096;
-constexpr size_t kTokenCounts[] = {1, 8, 64, 512};
+constexpr size_t kTokenCounts[] = {1, 2, 3, 4, 6, 8, 16, 64, 512};
 
 struct Options {
   std::vector<int> threads;

@@ -10,33 +10,22 @@ namespace {
 
 // ---- unpacking -----------------------------------------------------------------------------------
 // Values are unsigned: above their own by 1 << kOffsetShift (0: no offset but a minimum m).
-DUET_INLINE __m256i masked256(__m256i v, int mask) {
-  return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(mask)));
-}
-// 16 bytes -> their lower nibbles, then their upper ones.
-DUET_INLINE __m256i nibbles32(const uint8_t* qs) {
-  const __m256i both = _mm256_broadcastsi128_si256(load128(qs));
-  return masked256(_mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)), 15);
-}
-
-// quants(block): its 32 values, the upper half 1 << kUpperShift times as large.
-// store(column, quad): 16 columns of 16 rows, of the block that starts `at` bytes behind them.
+// quads(rows, at, q): columns 0 .. 15 and 16 .. 31 of 16 rows, of the block that starts `at` bytes behind
+// them, as stored; store(column, quad): transposed.
 template <class B, int kShift>
 struct Nibbles {
   using Block = B;
   static constexpr int kOffsetShift = kShift;
-  static constexpr int kUpperShift = 4;
-  static DUET_INLINE __m256i quants(const Block& b) {
-    const __m256i mask = _mm256_setr_epi64x(0x0f0f0f0f0f0f0f0f, 0x0f0f0f0f0f0f0f0f,
-                                            static_cast<int64_t>(0xf0f0f0f0f0f0f0f0),
-                                            static_cast<int64_t>(0xf0f0f0f0f0f0f0f0));
-    return _mm256_and_si256(_mm256_broadcastsi128_si256(load128(b.qs)), mask);
+  static DUET_INLINE void quads(const std::byte* const* rows, size_t at, Quad (&q)[2]) {
+    const Quad both = load_quad(rows, at + offsetof(Block, qs));
+    q[0] = both.map([](__m512i v) { return masked(v, 15); });
+    q[1] = both.map(high_nibbles);
   }
   template <class Store>
   static DUET_INLINE void columns(const std::byte* const* rows, size_t at, Store store) {
-    const Quad q = load_quad(rows, at + offsetof(Block, qs));
-    store(0, q.map([](__m512i v) { return masked(v, 15); }).transposed());
-    store(16, q.map(high_nibbles).transposed());
+    const Quad q = load_quad(rows, at + offsetof(Block, qs)).transposed();
+    store(0, q.map([](__m512i v) { return masked(v, 15); }));
+    store(16, q.map(high_nibbles));
   }
 };
 
@@ -44,12 +33,20 @@ template <class B, int kShift>
 struct FiveBits {
   using Block = B;
   static constexpr int kOffsetShift = kShift;
-  static constexpr int kUpperShift = 0;
-  static DUET_INLINE __m256i quants(const Block& b) {
-    __mmask32 bits;
-    __builtin_memcpy(&bits, b.qh, 4);
-    const __m256i q = nibbles32(b.qs);
-    return _mm256_mask_add_epi8(q, bits, q, _mm256_set1_epi8(16));
+  static DUET_INLINE void quads(const std::byte* const* rows, size_t at, Quad (&q)[2]) {
+    Nibbles<B, kShift>::quads(rows, at, q);
+    const Quad bits = load_quad(rows, at + offsetof(Block, qh));  // the first four bytes of a lane
+    q[0] = q[0].zip(bits, [](__m512i v, __m512i b) { return with_fifth(v, b, 0); });
+    q[1] = q[1].zip(bits, [](__m512i v, __m512i b) { return with_fifth(v, b, 2); });
+  }
+  // Bytes first, first + 1 of a lane, bit by bit.
+  static DUET_INLINE __m512i with_fifth(__m512i v, __m512i bits, int first) {
+    const __m128i eight = _mm_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
+    const __m128i at = _mm_add_epi8(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
+                                    _mm_set1_epi8(static_cast<char>(first)));
+    const __m512i spread = _mm512_shuffle_epi8(bits, _mm512_broadcast_i32x4(at));
+    const __mmask64 set = _mm512_test_epi8_mask(spread, _mm512_broadcast_i32x4(eight));
+    return _mm512_mask_add_epi8(v, set, v, _mm512_set1_epi8(16));
   }
   template <class Store>
   static DUET_INLINE void columns(const std::byte* const* rows, size_t at, Store store) {
@@ -81,9 +78,8 @@ struct Q8_0 {
   static DUET_INLINE __m512i above(__m512i v) {
     return _mm512_xor_si512(v, _mm512_set1_epi8(-128));
   }
-  static constexpr int kUpperShift = 0;
-  static DUET_INLINE __m256i quants(const Block& b) {
-    return _mm256_xor_si256(load256(b.qs), _mm256_set1_epi8(-128));
+  static DUET_INLINE void quads(const std::byte* const* rows, size_t at, Quad (&q)[2]) {
+    for (size_t i = 0; i < 2; ++i) q[i] = load_quad(rows, at + offsetof(Block, qs) + 16 * i).map(above);
   }
   template <class Store>
   static DUET_INLINE void columns(const std::byte* const* rows, size_t at, Store store) {
@@ -101,10 +97,9 @@ struct IQ4_NL {
     const __m128i table = _mm_xor_si128(load128(kIq4Levels), _mm_set1_epi8(-128));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), q);
   }
-  static constexpr int kUpperShift = 0;
-  static DUET_INLINE __m256i quants(const Block& b) {
-    const __m128i table = _mm_xor_si128(load128(kIq4Levels), _mm_set1_epi8(-128));
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), nibbles32(b.qs));
+  static DUET_INLINE void quads(const std::byte* const* rows, size_t at, Quad (&q)[2]) {
+    Nibbles<Block, 7>::quads(rows, at, q);
+    for (Quad& quad : q) quad = quad.map(levels);
   }
   template <class Store>
   static DUET_INLINE void columns(const std::byte* const* rows, size_t at, Store store) {
@@ -199,72 +194,60 @@ struct Panel32 {
   }
 
   // ---- decode: a block of 16 rows at a time ------------------------------------------------------
-  static constexpr size_t kRows = 16, kGroupsAhead = 1;
+  static constexpr size_t kTokens = 8, kRows = 16, kGroupsAhead = 1;
 
-  static void decode(const std::byte* const* rows, const std::byte* act, size_t cols, Ahead ahead,
+  template <size_t T>
+  static void decode(const std::byte* const* rows, const std::byte* act, size_t x_stride, size_t cols, Ahead ahead,
                      float* y) {
-    const auto* x = reinterpret_cast<const BlockAct32*>(act);
-    __m512 sum = {};
-    for (size_t at = 0; at < cols / 32 * sizeof(Block); at += sizeof(Block), ++x) {
-      sum = add_rows(rows, at, *x, sum);
+    __m512 sum[T] = {};
+    for (size_t b = 0; b < cols / 32; ++b) {
+      add_quads<T>(rows, b * sizeof(Block), act + b * sizeof(BlockAct32), x_stride, sum);
       ahead.fetch<kRows * sizeof(Block), 1>(0);
       ahead.next(kRows * sizeof(Block));
     }
-    _mm512_store_ps(y, sum);
+#pragma GCC unroll 8
+    for (size_t t = 0; t < T; ++t) _mm512_store_ps(y + t * kRows, sum[t]);
   }
 
-  static DUET_INLINE __m512 add_rows(const std::byte* const* rows, size_t at, const BlockAct32& x,
-                                     __m512 sum) {
-    const __m256i v = load256(x.qs);
-    __m256i four[4];
-    const Block* block[16];
+  template <size_t T>
+  static DUET_INLINE void add_quads(const std::byte* const* rows, size_t at, const std::byte* act, size_t x_stride,
+                                    __m512 (&sum)[T]) {
+    const auto half_of = [&](size_t field) {
+      return sixteen_halves([&](size_t r) {
+        uint16_t bits;
+        __builtin_memcpy(&bits, rows[r] + at + field, 2);
+        return bits;
+      });
+    };
+    const __m512 d = half_of(offsetof(Block, d));
+    __m512 m = {};
+    if constexpr (kHasMinimum) m = half_of(offsetof(Block, m));
+    Quad q[2];
+    F::quads(rows, at, q);
+#pragma GCC unroll 8
+    for (size_t t = 0; t < T; ++t) {
+      const auto& x = *reinterpret_cast<const BlockAct32*>(act + t * x_stride);
+      const __m512i low = lanes_of(x.qs), high = lanes_of(x.qs + 16);
+      __m512i dot[4];
 #pragma GCC unroll 4
-    for (size_t s = 0; s < 4; ++s) {
-      __m256i dot[4];
-#pragma GCC unroll 4
-      for (size_t r = 0; r < 4; ++r) {
-        block[4 * s + r] = reinterpret_cast<const Block*>(rows[4 * s + r] + at);
-        dot[r] = _mm256_dpbusd_epi32(__m256i{}, F::quants(*block[4 * s + r]), v);
-      }
-      four[s] = fold_four(dot);
+      for (size_t i = 0; i < 4; ++i) dot[i] = _mm512_dpbusd_epi32(dot4(q[0].v[i], low), q[1].v[i], high);
+      const __m512i n = _mm512_add_epi32(fold_rows32(dot), offset(_mm512_set1_epi32(x.sum)));
+      sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(n), _mm512_mul_ps(d, _mm512_set1_ps(x.d)), sum[t]);
+      if constexpr (kHasMinimum)
+        sum[t] = _mm512_fmadd_ps(m, _mm512_set1_ps(x.d * static_cast<float>(x.sum)), sum[t]);
     }
-    const __m512i n = _mm512_add_epi32(
-        _mm512_inserti64x4(_mm512_castsi256_si512(fold_eight(four[0], four[1])),
-                           fold_eight(four[2], four[3]), 1),
-        offset(_mm512_set1_epi32(x.sum)));
-    const __m512 d = gather_halves(block, [](const Block* b) { return b->d; });
-    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(n), _mm512_mul_ps(d, _mm512_set1_ps(x.d)), sum);
-    if constexpr (kHasMinimum) {
-      const __m512 total = _mm512_set1_ps(x.d * static_cast<float>(x.sum));
-      sum = _mm512_fmadd_ps(gather_halves(block, [](const Block* b) { return b->m; }), total, sum);
-    }
-    return sum;
-  }
-
-  // Lane i of both halves: what lanes of the half of v[i] add up to.
-  static DUET_INLINE __m256i fold_four(const __m256i (&v)[4]) {
-    const __m256i a = _mm256_add_epi32(_mm256_unpacklo_epi32(v[0], v[1]),
-                                       _mm256_unpackhi_epi32(v[0], v[1]));
-    const __m256i b = _mm256_add_epi32(_mm256_unpacklo_epi32(v[2], v[3]),
-                                       _mm256_unpackhi_epi32(v[2], v[3]));
-    return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
-  }
-  static DUET_INLINE __m256i fold_eight(__m256i a, __m256i b) {
-    const __m256i upper = _mm256_permute2x128_si256(a, b, 0x31);
-    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20),
-                            _mm256_srai_epi32(upper, F::kUpperShift));
   }
 };
 
 }  // namespace
 
 void add_avx512_block32(KernelTable& table) {
-  table.matmul[static_cast<size_t>(DType::Q4_0)] = matmul512<Panel32<Q4_0>>;
-  table.matmul[static_cast<size_t>(DType::Q4_1)] = matmul512<Panel32<Q4_1>>;
-  table.matmul[static_cast<size_t>(DType::Q5_0)] = matmul512<Panel32<Q5_0>>;
-  table.matmul[static_cast<size_t>(DType::Q5_1)] = matmul512<Panel32<Q5_1>>;
-  table.matmul[static_cast<size_t>(DType::Q8_0)] = matmul512<Panel32<Q8_0>>;
-  table.matmul[static_cast<size_t>(DType::IQ4_NL)] = matmul512<Panel32<IQ4_NL>>;
+  table.matmul[static_cast<size_t>(DType::Q4_0)] = matmul512<Panel32<Q4_0>, Panel32<Q4_0>>;
+  table.matmul[static_cast<size_t>(DType::Q4_1)] = matmul512<Panel32<Q4_1>, Panel32<Q4_1>>;
+  table.matmul[static_cast<size_t>(DType::Q5_0)] = matmul512<Panel32<Q5_0>, Panel32<Q5_0>>;
+  table.matmul[static_cast<size_t>(DType::Q5_1)] = matmul512<Panel32<Q5_1>, Panel32<Q5_1>>;
+  table.matmul[static_cast<size_t>(DType::Q8_0)] = matmul512<Panel32<Q8_0>, Panel32<Q8_0>>;
+  table.matmul[static_cast<size_t>(DType::IQ4_NL)] = matmul512<Panel32<IQ4_NL>, Panel32<IQ4_NL>>;
 }
 
 }  // namespace duet

@@ -29,19 +29,22 @@ DUET_INLINE int32_t wide_dot(const WideBlock& w, const BlockAct256& x) {
 template <class Block>
 struct WideRows : KPanel<WideBlock, true> {
   static constexpr size_t kWeightBytes = sizeof(Block);
-  static constexpr size_t kRows = 16, kGroupsAhead = 0;
+  static constexpr size_t kTokens = 4, kRows = 16, kGroupsAhead = 0;
 
   // Row after row: one stream, which the hardware fetches ahead.
-  static void decode(const std::byte* const* rows, const std::byte* x, size_t cols, const Ahead&, float* y) {
-    const auto* act = reinterpret_cast<const BlockAct256*>(x);
+  template <size_t T>
+  static void decode(const std::byte* const* rows, const std::byte* x, size_t x_stride, size_t cols, const Ahead&, float* y) {
     for (size_t r = 0; r < kRows; ++r) {
-      float sum = 0.0f;
+      float sum[T] = {};
       for (size_t b = 0; b < cols / 256; ++b) {
         WideBlock wide;
         duet::unpack(reinterpret_cast<const Block*>(rows[r])[b], wide);
-        sum = std::fma(static_cast<float>(wide_dot(wide, act[b])), wide.d * act[b].d, sum);
+        for (size_t t = 0; t < T; ++t) {
+          const auto& act = reinterpret_cast<const BlockAct256*>(x + t * x_stride)[b];
+          sum[t] = std::fma(static_cast<float>(wide_dot(wide, act)), wide.d * act.d, sum[t]);
+        }
       }
-      y[r] = sum;
+      for (size_t t = 0; t < T; ++t) y[t * kRows + r] = sum[t];
     }
   }
 
@@ -54,7 +57,9 @@ struct WideRows : KPanel<WideBlock, true> {
         at[r] = reinterpret_cast<const std::byte*>(&wide[r]);
         panel.d[0][16 * half + r] = wide[r].d;
       }
-      unpack_columns(kTag, at, [&](size_t column, const Quad& q) { store_words(panel, half, column, q.transposed()); });
+      unpack_columns(
+          kTag, [&](size_t offset) { return load_quad(at, offset).transposed(); },
+          [&](size_t column, const Quad& q) { store_words(panel, half, column, q); });
       unpack_scales(load_scale_lanes(at).transposed(), half, panel);
     }
   }

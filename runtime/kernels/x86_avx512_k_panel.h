@@ -9,98 +9,99 @@
 namespace duet {
 namespace {
 
-// unpack_columns(block, rows, store): quants of 16 rows, 16 columns with each store(column, quad).
+// unpack_columns(block, load, store): quants of 16 rows, 16 columns with each store(column, quad), from
+// sixteen bytes of the rows at a time, load(offset).
 // Bits moved left by `left` (right if negative), then masked.
 DUET_INLINE Quad shifted_bits(const Quad& q, int left, int mask) {
-  return q.map([&](__m512i v) {
-    return masked(left >= 0 ? _mm512_slli_epi16(v, left) : _mm512_srli_epi16(v, -left), mask);
-  });
+  return q.map([&](__m512i v) { return masked(moved_left(v, left), mask); });
 }
 DUET_INLINE Quad either(const Quad& a, const Quad& b) {
   return a.zip(b, [](__m512i u, __m512i v) { return _mm512_or_si512(u, v); });
 }
 
-template <class Store>
-DUET_INLINE void unpack_columns(const BlockQ2_K*, const std::byte* const* rows, Store store) {
+template <class Load, class Store>
+DUET_INLINE void unpack_columns(const BlockQ2_K*, Load load, Store store) {
 #pragma GCC unroll 4
   for (size_t i = 0; i < 4; ++i) {
-    const Quad q = load_quad(rows, offsetof(BlockQ2_K, qs) + 16 * i);
+    const Quad q = load(offsetof(BlockQ2_K, qs) + 16 * i);
     for (int s = 0; s < 4; ++s)
       store(128 * (i / 2) + 32 * static_cast<size_t>(s) + 16 * (i % 2), shifted_bits(q, -2 * s, 3));
   }
 }
 
-template <class Store>
-DUET_INLINE void unpack_columns(const BlockQ3_K*, const std::byte* const* rows, Store store) {
+template <class Load, class Store>
+DUET_INLINE void unpack_columns(const BlockQ3_K*, Load load, Store store) {
+  const Quad high[2] = {load(offsetof(BlockQ3_K, hmask)), load(offsetof(BlockQ3_K, hmask) + 16)};
 #pragma GCC unroll 4
   for (size_t i = 0; i < 4; ++i) {
-    const Quad q = load_quad(rows, offsetof(BlockQ3_K, qs) + 16 * i);
-    const Quad high = load_quad(rows, offsetof(BlockQ3_K, hmask) + 16 * (i % 2));
+    const Quad q = load(offsetof(BlockQ3_K, qs) + 16 * i);
     for (int s = 0; s < 4; ++s) {
       const int bit = 4 * static_cast<int>(i / 2) + s;
       store(128 * (i / 2) + 32 * static_cast<size_t>(s) + 16 * (i % 2),
-            either(shifted_bits(q, -2 * s, 3), shifted_bits(high, 2 - bit, 4)));
+            either(shifted_bits(q, -2 * s, 3), shifted_bits(high[i % 2], 2 - bit, 4)));
     }
   }
 }
 
-template <class Store>
-DUET_INLINE void unpack_columns(const BlockQ4_K*, const std::byte* const* rows, Store store) {
+template <class Load, class Store>
+DUET_INLINE void unpack_columns(const BlockQ4_K*, Load load, Store store) {
 #pragma GCC unroll 8
   for (size_t i = 0; i < 8; ++i) {
-    const Quad q = load_quad(rows, offsetof(BlockQ4_K, qs) + 16 * i);
+    const Quad q = load(offsetof(BlockQ4_K, qs) + 16 * i);
     const size_t column = 64 * (i / 2) + 16 * (i % 2);
     store(column, shifted_bits(q, 0, 15));
     store(column + 32, shifted_bits(q, -4, 15));
   }
 }
 
-template <class Store>
-DUET_INLINE void unpack_columns(const BlockQ5_K*, const std::byte* const* rows, Store store) {
+template <class Load, class Store>
+DUET_INLINE void unpack_columns(const BlockQ5_K*, Load load, Store store) {
+  const Quad high[2] = {load(offsetof(BlockQ5_K, qh)), load(offsetof(BlockQ5_K, qh) + 16)};
 #pragma GCC unroll 8
   for (size_t i = 0; i < 8; ++i) {
-    const Quad q = load_quad(rows, offsetof(BlockQ5_K, qs) + 16 * i);
-    const Quad high = load_quad(rows, offsetof(BlockQ5_K, qh) + 16 * (i % 2));
+    const Quad q = load(offsetof(BlockQ5_K, qs) + 16 * i);
     const size_t column = 64 * (i / 2) + 16 * (i % 2);
     const int bit = 2 * static_cast<int>(i / 2);
-    store(column, either(shifted_bits(q, 0, 15), shifted_bits(high, 4 - bit, 16)));
-    store(column + 32, either(shifted_bits(q, -4, 15), shifted_bits(high, 3 - bit, 16)));
+    store(column, either(shifted_bits(q, 0, 15), shifted_bits(high[i % 2], 4 - bit, 16)));
+    store(column + 32, either(shifted_bits(q, -4, 15), shifted_bits(high[i % 2], 3 - bit, 16)));
   }
 }
 
-template <class Store>
-DUET_INLINE void unpack_columns(const BlockQ6_K*, const std::byte* const* rows, Store store) {
-#pragma GCC unroll 8
-  for (size_t i = 0; i < 8; ++i) {
-    const size_t part = i / 4, j = i % 4;  // 16 of the 64 columns of a nibble
-    const Quad q = load_quad(rows, offsetof(BlockQ6_K, ql) + 16 * i);
-    const Quad high = load_quad(rows, offsetof(BlockQ6_K, qh) + 32 * part + 16 * (j % 2));
-    const int bit = 2 * static_cast<int>(j / 2);
-    store(128 * part + 16 * j, either(shifted_bits(q, 0, 15), shifted_bits(high, 4 - bit, 0x30)));
-    store(128 * part + 64 + 16 * j,
-          either(shifted_bits(q, -4, 15), shifted_bits(high, -bit, 0x30)));
+template <class Load, class Store>
+DUET_INLINE void unpack_columns(const BlockQ6_K*, Load load, Store store) {
+#pragma GCC unroll 2
+  for (size_t part = 0; part < 2; ++part) {
+    const size_t at = offsetof(BlockQ6_K, qh) + 32 * part;
+    const Quad high[2] = {load(at), load(at + 16)};
+#pragma GCC unroll 4
+    for (size_t j = 0; j < 4; ++j) {  // 16 of the 64 columns of a nibble
+      const Quad q = load(offsetof(BlockQ6_K, ql) + 64 * part + 16 * j);
+      const int bit = 2 * static_cast<int>(j / 2);
+      store(128 * part + 16 * j, either(shifted_bits(q, 0, 15), shifted_bits(high[j % 2], 4 - bit, 0x30)));
+      store(128 * part + 64 + 16 * j, either(shifted_bits(q, -4, 15), shifted_bits(high[j % 2], -bit, 0x30)));
+    }
   }
 }
 
-template <class Store>
-DUET_INLINE void unpack_columns(const BlockIQ4_XS*, const std::byte* const* rows, Store store) {
+template <class Load, class Store>
+DUET_INLINE void unpack_columns(const BlockIQ4_XS*, Load load, Store store) {
   const __m128i levels = _mm_xor_si128(load128(kIq4Levels), _mm_set1_epi8(-128));
   const __m512i table = _mm512_broadcast_i32x4(levels);
   const auto look_up = [&](__m512i v) { return _mm512_shuffle_epi8(table, v); };
 #pragma GCC unroll 8
   for (size_t i = 0; i < 8; ++i) {
-    const Quad q = load_quad(rows, offsetof(BlockIQ4_XS, qs) + 16 * i);
+    const Quad q = load(offsetof(BlockIQ4_XS, qs) + 16 * i);
     store(32 * i, shifted_bits(q, 0, 15).map(look_up));
     store(32 * i + 16, shifted_bits(q, -4, 15).map(look_up));
   }
 }
 
-template <class Store>
-DUET_INLINE void unpack_columns(const WideBlock*, const std::byte* const* rows, Store store) {
+template <class Load, class Store>
+DUET_INLINE void unpack_columns(const WideBlock*, Load load, Store store) {
   const __m512i offset = _mm512_set1_epi8(64);
 #pragma GCC unroll 4
   for (size_t i = 0; i < 16; ++i)
-    store(16 * i, load_quad(rows, offsetof(WideBlock, q) + 16 * i).map([&](__m512i v) {
+    store(16 * i, load(offsetof(WideBlock, q) + 16 * i).map([&](__m512i v) {
       return _mm512_add_epi8(v, offset);
     }));
 }
@@ -163,9 +164,9 @@ struct KPanel {
       for (size_t r = 0; r < 16; ++r) row[r] = rows.row[16 * half + r] + step * sizeof(Block);
       const Quad scales = load_scale_lanes(row);
       if constexpr (kScaled<Block>) unpack_scaled(row, scales, half, panel);
-      else unpack_columns(kTag, row, [&](size_t column, const Quad& q) {
-        store_words(panel, half, column, q.transposed());
-      });
+      else unpack_columns(
+          kTag, [&](size_t offset) { return load_quad(row, offset).transposed(); },
+          [&](size_t column, const Quad& q) { store_words(panel, half, column, q); });
       unpack_scales(scales.transposed(), half, panel);
       store_halves(panel.d[0], half, row, offsetof(Block, d));
       if constexpr (kHasMinimum<Block>) store_halves(panel.m[0], half, row, offsetof(Block, dmin));
@@ -179,7 +180,8 @@ struct KPanel {
 #pragma GCC unroll 8
     for (int p = 0; p < 8; ++p)
       tables[p] = scales.map([p](__m512i lanes) { return products(kTag, lanes, p); });
-    unpack_columns(kTag, row, [&](size_t column, const Quad& q) {
+    const auto load = [&](size_t offset) { return load_quad(row, offset); };
+    unpack_columns(kTag, load, [&](size_t column, const Quad& q) {
       const __m512i upper = _mm512_set1_epi8(static_cast<char>(column % 32 / 2));
       const Quad scaled = q.zip(tables[column / 32], [&](__m512i v, __m512i table) {
         return _mm512_shuffle_epi8(table, _mm512_or_si512(v, upper));

@@ -1,4 +1,4 @@
-// One to three tokens times the 256-element formats with AVX-512 VNNI: four rows by four blocks at a time
+// One token times the 256-element formats with AVX-512 VNNI: four rows by four blocks at a time
 // (kFewRows), so that memory is read in few streams: floats are added along a row, four rows side by
 // side. Or one block of sixteen rows.
 //
@@ -32,9 +32,6 @@ DUET_INLINE __m512i fold_rows16(const __m512i (&v)[4]) {
   const __m512i ab = fold_two16(v[0], v[1]), cd = fold_two16(v[2], v[3]);
   return _mm512_add_epi16(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
 }
-DUET_INLINE __m512i fold_rows32(const __m512i (&v)[4]) {
-  return fold_pairs32(fold_two32(v[0], v[1]), fold_two32(v[2], v[3]));
-}
 // 128-bit lane i of the result: the lanes of v[i] added up.
 DUET_INLINE __m512i fold_lanes(const __m512i (&v)[4]) {
   const auto fold = [](__m512i a, __m512i b) {
@@ -54,7 +51,6 @@ DUET_INLINE __m512i transpose4(__m512i v) {
 DUET_INLINE __m512i word_pairs(__m512i low, __m512i high, unsigned left) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, left));
 }
-DUET_INLINE __m512i dot4(__m512i q, __m512i x) { return _mm512_dpbusd_epi32(__m512i{}, q, x); }
 DUET_INLINE __m512i add_scaled(__m512i v0, __m512i f0, __m512i v1, __m512i f1) {
   return _mm512_dpwssd_epi32(_mm512_madd_epi16(v0, f0), v1, f1);
 }
@@ -67,11 +63,6 @@ DUET_INLINE __m512i shift_halves(__m512i v, int low, int high) {
                 h = _mm256_set1_epi16(static_cast<int16_t>(high));
   return _mm512_srlv_epi16(v, _mm512_inserti64x4(_mm512_castsi256_si512(l), h, 1));
 }
-// v | (bits & mask)
-DUET_INLINE __m512i or_bits(__m512i v, __m512i bits, int mask) {
-  return _mm512_ternarylogic_epi32(v, bits, _mm512_set1_epi8(static_cast<char>(mask)), 0xf8);
-}
-
 // A block of the token: activations in the order of the quants, and their sums in the order of the
 // scales, the same in all 128-bit lanes.
 struct TokenBlock {
@@ -91,7 +82,6 @@ struct RowFormat;
 
 DUET_INLINE __m512i low_halves(__m512i u, __m512i v) { return _mm512_shuffle_i64x2(u, v, 0x44); }
 DUET_INLINE __m512i high_halves(__m512i u, __m512i v) { return _mm512_shuffle_i64x2(u, v, 0xee); }
-DUET_INLINE __m512i lanes_of(const int16_t* p) { return _mm512_broadcast_i32x4(load128(p)); }
 DUET_INLINE __m512i permuted_sums(const BlockAct256& x, __m128i order) {
   const __m512i at = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(order));
   const __m512i twice = _mm512_shuffle_i64x2(at, at, 0x44);
@@ -341,11 +331,12 @@ struct SixteenSums {
 
 template <class Block, bool kMulld = true>
 struct KRows : KPanel<Block, kMulld> {
-  static constexpr size_t kRows = kFewRows<Block> ? 4 : 16, kBlocks = 16 / kRows;
+  static constexpr size_t kTokens = 1, kRows = kFewRows<Block> ? 4 : 16, kBlocks = 16 / kRows;
   static constexpr size_t kGroupsAhead = kFewRows<Block> ? 2 : 1;
   using Sum = typename std::conditional_t<kFewRows<Block>, FourSums, SixteenSums>::Type;
 
-  static void decode(const std::byte* const* rows, const std::byte* act, size_t cols, Ahead ahead,
+  template <size_t T>
+  static void decode(const std::byte* const* rows, const std::byte* act, size_t, size_t cols, Ahead ahead,
                      float* y) {
     const auto* x = reinterpret_cast<const BlockAct256*>(act);
     const Block* block[kRows];
@@ -435,8 +426,8 @@ struct KRows : KPanel<Block, kMulld> {
               _mm512_cvtph_ps(_mm256_permute2x128_si256(a, b, 0x31))};
     } else {
       Factors f;
-      f.d = gather_halves(block, [](const Block* b) { return b->d; });
-      if constexpr (kHasMinimum<Block>) f.dmin = gather_halves(block, [](const Block* b) { return b->dmin; });
+      f.d = sixteen_halves([&](size_t i) { return block[i]->d; });
+      if constexpr (kHasMinimum<Block>) f.dmin = sixteen_halves([&](size_t i) { return block[i]->dmin; });
       return f;
     }
   }

@@ -30,13 +30,21 @@ DUET_INLINE __m512i broadcast4(const void* p) {
   return _mm512_set1_epi32(v);
 }
 DUET_INLINE __m512i four_lanes(const void* a, const void* b, const void* c, const void* d) {
-  __m512i v = _mm512_castsi128_si512(load128(a));
-  v = _mm512_inserti32x4(v, load128(b), 1);
-  v = _mm512_inserti32x4(v, load128(c), 2);
-  return _mm512_inserti32x4(v, load128(d), 3);
+  // Halves first: inserting into 256 bits costs half as much.
+  const __m256i ab = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(a)), load128(b), 1);
+  const __m256i cd = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(c)), load128(d), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(ab), cd, 1);
 }
 DUET_INLINE __m512i masked(__m512i v, int mask) {
   return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask)));
+}
+// Bits of 16-bit lanes moved left (right if negative).
+DUET_INLINE __m512i moved_left(__m512i v, int by) {
+  return by >= 0 ? _mm512_slli_epi16(v, by) : _mm512_srli_epi16(v, -by);
+}
+// v | (bits & mask)
+DUET_INLINE __m512i or_bits(__m512i v, __m512i bits, int mask) {
+  return _mm512_ternarylogic_epi32(v, bits, _mm512_set1_epi8(static_cast<char>(mask)), 0xf8);
 }
 DUET_INLINE __m512i high_nibbles(__m512i v) { return masked(_mm512_srli_epi16(v, 4), 15); }
 
@@ -147,23 +155,27 @@ DUET_INLINE void store_sums(const MatmulArgs& a, const PanelSums& sums, size_t r
   }
 }
 
-// Fetches the blocks that are unpacked next, those of a few rows with each tile: all at once they
-// would hold up the loads of activations.
+// Fetches the blocks that are unpacked next, and into the L2 cache as many bytes of the rows that follow
+// the panel, in address order (rows side by side are too many streams for the hardware): those of a few
+// rows with each tile, as all at once they would hold up the loads of activations.
 class NextBlocks {
  public:
-  DUET_INLINE NextBlocks(const PanelRowsAt& rows, size_t offset, size_t n_bytes)
-      : rows_(rows), offset_(offset), n_lines_((n_bytes + 63) / 64 + 1) {}
+  DUET_INLINE NextBlocks(const PanelRowsAt& rows, size_t offset, const std::byte* later, size_t n_bytes)
+      : rows_(rows), offset_(offset), n_bytes_(n_bytes), later_(later) {}
   DUET_INLINE void fetch(size_t n_rows) {
     const size_t end = row_ + n_rows < kPanelRows ? row_ + n_rows : kPanelRows;
     for (; row_ < end; ++row_) {
       const auto* p = reinterpret_cast<const char*>(rows_.row[row_] + offset_);
-      for (size_t i = 0; i < n_lines_; ++i) _mm_prefetch(p + 64 * i, _MM_HINT_T0);
+      for (size_t i = 0; i < n_bytes_ + 64; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+      const auto* later = reinterpret_cast<const char*>(later_ + row_ * n_bytes_);
+      for (size_t i = 0; i < n_bytes_; i += 64) _mm_prefetch(later + i, _MM_HINT_T1);
     }
   }
 
  private:
   const PanelRowsAt& rows_;
-  size_t offset_, n_lines_, row_ = 0;
+  size_t offset_, n_bytes_, row_ = 0;
+  const std::byte* later_;
 };
 
 // Tokens are dealt out evenly to tiles of up to 6: from 4 tokens on, none is smaller than 3, which
@@ -194,6 +206,8 @@ void matmul_panels(const MatmulArgs& a) noexcept {
   const size_t n_steps = (a.cols + kPanelCols - 1) / kPanelCols;
   const size_t n_blocks = (a.n_tokens + kPanelTokens - 1) / kPanelTokens;
   PanelRowsAt next = panel_rows(a, 0);
+  for (size_t i = 0; i < kPanelRows * a.w_stride; i += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(a.w) + i, _MM_HINT_T1);
   for (size_t row = 0; row < a.n_rows; row += kPanelRows) {
     const PanelRowsAt rows = next;
     next = panel_rows(a, row + kPanelRows);
@@ -206,6 +220,7 @@ void matmul_panels(const MatmulArgs& a) noexcept {
         Kernel::unpack(rows, step, n_cols, panel);
         const bool last = step + 1 == n_steps;
         NextBlocks blocks(last ? next : rows, last ? 0 : (step + 1) * Kernel::kWeightBytes,
+                          a.w + (row + kPanelRows) * a.w_stride + step * kPanelRows * Kernel::kWeightBytes,
                           Kernel::kWeightBytes);
         const std::byte* x = a.x + token * a.x_stride + step * Kernel::kStepBytes;
         panel_tiles<Kernel>(panel, x, a.x_stride, n, n_cols, blocks, sums);

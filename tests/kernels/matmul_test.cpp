@@ -196,7 +196,7 @@ void check_bits_of_scalar(const KernelTable& table) {
   for (const Format& format : all_formats()) {
     if (format.block_elems == 1) continue;
     for (size_t cols : column_counts(format)) {
-      for (const size_t tokens : {1u, 2u, 3u, 5u, 6u, 7u, 13u}) {
+      for (size_t tokens = 1; tokens <= 13; ++tokens) {
         Problem p(format, 1 + rng.below(70), cols, tokens);
         p.randomize(rng);
         INFO(format.name, " rows ", p.n_rows, " cols ", cols, " tokens ", tokens);
