@@ -7,25 +7,27 @@
 namespace duet {
 namespace {
 
-// The first eight rows.
-template <class Block>
+// The first eight rows times T tokens.
+template <class Block, size_t T>
 void decode_wide_rows(const MatmulArgs& a) noexcept {
-  const auto* x = reinterpret_cast<const BlockAct256*>(a.x);
   const RowsOf8 rows(a);
   Ahead ahead(a, 8);
-  __m256 y = {};
+  __m256 y[T] = {};
   for (size_t b = 0; b < a.cols / 256; ++b) {
-    DecodeSums sums;
+    const BlockAct256* x[T];
+    for (size_t t = 0; t < T; ++t) x[t] = reinterpret_cast<const BlockAct256*>(a.x + t * a.x_stride) + b;
+    TokenSums sums[T];
+    alignas(32) float d[8];
     for (size_t r = 0; r < 8; ++r) {
       ahead.fetch(sizeof(Block));
       WideBlock wide;
       unpack(reinterpret_cast<const Block*>(rows.at[r])[b], wide);
-      decode_block(wide, x[b], r, sums);
+      decode_block<WideBlock, T>(wide, x, r, sums);
+      d[r] = wide.d;
     }
-    const __m256 scale = _mm256_mul_ps(_mm256_load_ps(sums.wide_d), _mm256_broadcast_ss(&x[b].d));
-    y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum_lanes(sums.dot)), scale, y);
+    for (size_t t = 0; t < T; ++t) y[t] = add_sums<WideBlock>(sums[t], _mm256_load_ps(d), __m256{}, x[t]->d, y[t]);
   }
-  rows.store(y);
+  for (size_t t = 0; t < T; ++t) rows.store(y[t], t);
 }
 
 template <class Weights>
@@ -45,8 +47,12 @@ struct WidePanel : KPanel<WideBlock> {
 
 template <class Block>
 void matmul_wide(const MatmulArgs& a) noexcept {
-  if (a.n_tokens == 1) return for_eight_rows(a, decode_wide_rows<Block>);
-  matmul_panels<WidePanel<Block>>(a);
+  switch (a.n_tokens) {
+    case 1: return for_eight_rows(a, decode_wide_rows<Block, 1>);
+    case 2: return for_eight_rows(a, decode_wide_rows<Block, 2>);
+    case 3: return for_eight_rows(a, decode_wide_rows<Block, 3>);
+    default: return matmul_panels<WidePanel<Block>>(a);
+  }
 }
 
 void set_iq_256(KernelTable& table) {

@@ -79,14 +79,12 @@ constexpr bool kSixBitPairs<BlockQ4_K> = true;
 template <>
 constexpr bool kSixBitPairs<BlockQ5_K> = true;
 
-// ---- one token ----------------------------------------------------------------------------------
+// ---- a few tokens -------------------------------------------------------------------------------
 // Eight rows, super-block after super-block: their sums reduce together into one lane per row, and
-// the chains of floats of eight rows are one chain of vectors.
-struct DecodeSums {
+// the chains of floats of eight rows are one chain of vectors. Tokens share the unpacked quants.
+struct TokenSums {
   __m256i dot[8];
   __m128i mins[8];
-  alignas(16) uint16_t d[8], dmin[8];  // half precision, as stored
-  alignas(32) float wide_d[8];         // instead of d, of WideBlock
 };
 
 // Scales as int16, of which one shuffle makes the factors of 32 elements (for multiply_bytes): the
@@ -103,74 +101,98 @@ DUET_INLINE __m256i factor_of(__m256i scales, int i) {
   return _mm256_shuffle_epi8(scales, _mm256_set1_epi32(kLowHalf ? low : both));
 }
 
-// Scales for factor_of; *dot and *mins start with what does not depend on the quants.
+// factors: for factor_of. side: 16-bit factors of the sums of activations: minimums (8 or 16), or what the
+// offset of the quants adds.
+struct RowScales {
+  __m256i factors, side;
+};
 template <class Block>
-DUET_INLINE __m256i scales_of(const Block& b, const BlockAct256& x, __m256i* dot, __m128i* mins) {
-  *dot = __m256i{};
+DUET_INLINE RowScales row_scales(const Block& b) {
   if constexpr (kSixBitPairs<Block>) {
     const __m128i packed = scales_and_mins(load128(&b));
-    *mins = _mm_madd_epi16(_mm_unpackhi_epi8(packed, __m128i{}), load128(x.bsums32));
-    return _mm256_broadcastsi128_si256(_mm_unpacklo_epi8(packed, __m128i{}));
+    return {_mm256_broadcastsi128_si256(_mm_unpacklo_epi8(packed, __m128i{})),
+            _mm256_castsi128_si256(_mm_unpackhi_epi8(packed, __m128i{}))};
   } else if constexpr (kGroup<Block> == 32) {
-    return _mm256_broadcastsi128_si256(load_scales8(b));
+    return {_mm256_broadcastsi128_si256(load_scales8(b)), __m256i{}};
   } else {
     const KScales s = load_scales(b);
-    if constexpr (kHasMinimum<Block>) {
-      const __m256i all = _mm256_madd_epi16(s.min, load256(x.bsums));
-      *mins = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-    } else {
-      const __m256i offset = _mm256_slli_epi16(s.scale, kOffsetShift<Block>);
-      *dot = _mm256_sub_epi32(*dot, _mm256_madd_epi16(offset, load256(x.bsums)));
-    }
-    return even_odd(s.scale);
+    return {even_odd(s.scale), kHasMinimum<Block> ? s.min : _mm256_slli_epi16(s.scale, kOffsetShift<Block>)};
   }
 }
 
+// What does not depend on the quants.
 template <class Block>
-DUET_INLINE void decode_block(const Block& b, const BlockAct256& x, size_t at,
-                             DecodeSums& sums) {
-  __m256i dot;
-  const __m256i scales = scales_of(b, x, &dot, &sums.mins[at]);
+DUET_INLINE __m256i start_sums(const RowScales& s, const BlockAct256& x, __m128i* mins) {
+  if constexpr (kSixBitPairs<Block>) {
+    *mins = _mm_madd_epi16(_mm256_castsi256_si128(s.side), load128(x.bsums32));
+  } else if constexpr (kGroup<Block> == 16) {
+    const __m256i all = _mm256_madd_epi16(s.side, load256(x.bsums));
+    if constexpr (!kHasMinimum<Block>) return _mm256_sub_epi32(__m256i{}, all);
+    *mins = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  }
+  return __m256i{};
+}
+
+// Row r of the sums of T tokens.
+template <class Block, size_t T>
+DUET_INLINE void decode_block(const Block& b, const BlockAct256* const* x, size_t r, TokenSums* sums) {
+  const RowScales scales = row_scales(b);
+  __m256i dot[T];
+#pragma GCC unroll 4
+  for (size_t t = 0; t < T; ++t) dot[t] = start_sums<Block>(scales, *x[t], &sums[t].mins[r]);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    const __m256i q = quants(b, i), v = load256(x.qs + 32 * i);
-    const __m256i parts = kSignedQuants<Block>
-                              ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(v, q))
-                              : multiply_bytes<kQuads<Block>>(q, v);
-    dot = dpwssd(dot, parts, factor_of<kQuads<Block>>(scales, i));
+    const __m256i q = quants(b, i), factor = factor_of<kQuads<Block>>(scales.factors, i);
+#pragma GCC unroll 4
+    for (size_t t = 0; t < T; ++t) {
+      const __m256i v = load256(x[t]->qs + 32 * i);
+      const __m256i parts = kSignedQuants<Block>
+                                ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(v, q))
+                                : multiply_bytes<kQuads<Block>>(q, v);
+      dot[t] = dpwssd(dot[t], parts, factor);
+    }
   }
-  sums.dot[at] = dot;
-  if constexpr (requires { b.scale; }) sums.wide_d[at] = b.d;
-  else sums.d[at] = b.d;
-  if constexpr (kHasMinimum<Block>) sums.dmin[at] = b.dmin;
+#pragma GCC unroll 4
+  for (size_t t = 0; t < T; ++t) sums[t].dot[r] = dot[t];
 }
 
-// The first eight rows.
+// One step of the float chains of a token.
 template <class Block>
+DUET_INLINE __m256 add_sums(const TokenSums& sums, __m256 d, __m256 dmin, float x_d, __m256 y) {
+  const __m256 dx = _mm256_set1_ps(x_d);
+  y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum_lanes(sums.dot)), _mm256_mul_ps(d, dx), y);
+  if constexpr (kHasMinimum<Block>) {
+    __m256i mins[4];
+    for (size_t i = 0; i < 4; ++i) mins[i] = _mm256_set_m128i(sums.mins[i + 4], sums.mins[i]);
+    y = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(sum_quads(mins)), _mm256_mul_ps(dmin, dx), y);
+  }
+  return y;
+}
+
+// The first eight rows times T tokens.
+template <class Block, size_t T>
 void decode_rows(const MatmulArgs& a) noexcept {
-  const auto* x = reinterpret_cast<const BlockAct256*>(a.x);
   const RowsOf8 rows(a);
   Ahead ahead(a, 8);
-  __m256 y = {};
+  __m256 y[T] = {};
   for (size_t b = 0; b < a.cols / 256; ++b) {
-    DecodeSums sums;
+    const BlockAct256* x[T];
+    for (size_t t = 0; t < T; ++t) x[t] = reinterpret_cast<const BlockAct256*>(a.x + t * a.x_stride) + b;
+    TokenSums sums[T];
+    alignas(16) uint16_t d[8], dmin[8] = {};  // half precision, as stored
 #pragma GCC unroll 1
     for (size_t r = 0; r < 8; ++r) {
-      const std::byte* w = rows.at[r] + b * sizeof(Block);
+      const auto& block = reinterpret_cast<const Block*>(rows.at[r])[b];
       ahead.fetch(sizeof(Block));
-      decode_block(*reinterpret_cast<const Block*>(w), x[b], r, sums);
+      decode_block<Block, T>(block, x, r, sums);
+      d[r] = block.d;
+      if constexpr (kHasMinimum<Block>) dmin[r] = block.dmin;
     }
-    const __m256 x_d = _mm256_broadcast_ss(&x[b].d);
-    const __m256 scale = _mm256_mul_ps(_mm256_cvtph_ps(load128(sums.d)), x_d);
-    y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum_lanes(sums.dot)), scale, y);
-    if constexpr (kHasMinimum<Block>) {
-      __m256i mins[4];
-      for (size_t i = 0; i < 4; ++i) mins[i] = _mm256_set_m128i(sums.mins[i + 4], sums.mins[i]);
-      const __m256 min_scale = _mm256_mul_ps(_mm256_cvtph_ps(load128(sums.dmin)), x_d);
-      y = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(sum_quads(mins)), min_scale, y);
-    }
+    const __m256 scale = _mm256_cvtph_ps(load128(d)), min_scale = _mm256_cvtph_ps(load128(dmin));
+#pragma GCC unroll 4
+    for (size_t t = 0; t < T; ++t) y[t] = add_sums<Block>(sums[t], scale, min_scale, x[t]->d, y[t]);
   }
-  rows.store(y);
+  for (size_t t = 0; t < T; ++t) rows.store(y[t], t);
 }
 
 // ---- several tokens -----------------------------------------------------------------------------
@@ -354,8 +376,13 @@ struct KPanel {
 
 template <class Block>
 void matmul_k(const MatmulArgs& a) noexcept {
-  if (a.n_tokens == 1) return for_eight_rows(a, decode_rows<Block>);
-  matmul_panels<KPanel<Block>>(a);
+  // From 4 tokens on unpacking a panel pays.
+  switch (a.n_tokens) {
+    case 1: return for_eight_rows(a, decode_rows<Block, 1>);
+    case 2: return for_eight_rows(a, decode_rows<Block, 2>);
+    case 3: return for_eight_rows(a, decode_rows<Block, 3>);
+    default: return matmul_panels<KPanel<Block>>(a);
+  }
 }
 
 void set_k_256(KernelTable& table) {

@@ -161,7 +161,7 @@ struct Ahead {
   }
 };
 
-// ---- one token: eight rows at a time ------------------------------------------------------------
+// ---- a few tokens: eight rows at a time ------------------------------------------------------------
 // The first eight rows of a problem; past the last one that row again, not stored.
 struct RowsOf8 {
   const MatmulArgs& a;
@@ -170,10 +170,10 @@ struct RowsOf8 {
   explicit DUET_INLINE RowsOf8(const MatmulArgs& args) : a(args) {
     for (size_t r = 0; r < 8; ++r) at[r] = a.w + (r < a.n_rows ? r : a.n_rows - 1) * a.w_stride;
   }
-  DUET_INLINE void store(__m256 y) const {
+  DUET_INLINE void store(__m256 y, size_t token = 0) const {
     alignas(32) float v[8];
     _mm256_store_ps(v, y);
-    __builtin_memcpy(a.y, v, (a.n_rows < 8 ? a.n_rows : 8) * sizeof(float));
+    __builtin_memcpy(a.y + token * a.y_stride, v, (a.n_rows < 8 ? a.n_rows : 8) * sizeof(float));
   }
 };
 

@@ -79,7 +79,8 @@ struct Q8_0 {
     return _mm512_xor_si512(v, _mm512_set1_epi8(-128));
   }
   static DUET_INLINE void quads(const std::byte* const* rows, size_t at, Quad (&q)[2]) {
-    for (size_t i = 0; i < 2; ++i) q[i] = load_quad(rows, at + offsetof(Block, qs) + 16 * i).map(above);
+    load_quads(rows, at + offsetof(Block, qs), q);
+    for (Quad& quad : q) quad = quad.map(above);
   }
   template <class Store>
   static DUET_INLINE void columns(const std::byte* const* rows, size_t at, Store store) {
@@ -194,7 +195,7 @@ struct Panel32 {
   }
 
   // ---- decode: a block of 16 rows at a time ------------------------------------------------------
-  static constexpr size_t kTokens = 8, kRows = 16, kGroupsAhead = 1;
+  static constexpr size_t kTokens = 6, kRows = 16, kGroupsAhead = 1;
 
   template <size_t T>
   static void decode(const std::byte* const* rows, const std::byte* act, size_t x_stride, size_t cols, Ahead ahead,

@@ -24,13 +24,19 @@ DUET_INLINE __m512i chunk(const Block* const* b, size_t offset) {
   const auto at = [&](size_t r) { return reinterpret_cast<const std::byte*>(b[r]) + offset; };
   return four_lanes(at(0), at(1), at(2), at(3));
 }
+template <class Block>
+DUET_INLINE void chunks(const Block* const* b, size_t offset, __m512i& v, __m512i& w) {
+  const auto at = [&](size_t r) { return reinterpret_cast<const std::byte*>(b[r]) + offset; };
+  four_lanes(at(0), at(1), at(2), at(3), v, w);
+}
 DUET_INLINE __m512i or_bits(__m512i v, __m512i bits, int left, int mask) {
   return or_bits(v, moved_left(bits, left), mask);
 }
 // Lower nibbles, then upper ones, of 32 bytes.
 template <class Block>
 DUET_INLINE void nibbles(const Block* const* b, size_t offset, __m512i (&q)[4]) {
-  const __m512i v = chunk(b, offset), w = chunk(b, offset + 16);
+  __m512i v, w;
+  chunks(b, offset, v, w);
   q[0] = masked(v, 15), q[1] = masked(w, 15), q[2] = high_nibbles(v), q[3] = high_nibbles(w);
 }
 
@@ -47,7 +53,8 @@ struct QuadFormat<BlockQ5_K> {
   static constexpr int column(int i, int k) { return 64 * i + 16 * k; }
   static DUET_INLINE void quants(const BlockQ5_K* const* b, int i, __m512i (&q)[4]) {
     nibbles(b, offsetof(BlockQ5_K, qs) + 32 * static_cast<size_t>(i), q);
-    const __m512i v = chunk(b, offsetof(BlockQ5_K, qh)), w = chunk(b, offsetof(BlockQ5_K, qh) + 16);
+    __m512i v, w;
+    chunks(b, offsetof(BlockQ5_K, qh), v, w);
     q[0] = or_bits(q[0], v, 4 - 2 * i, 16), q[1] = or_bits(q[1], w, 4 - 2 * i, 16);
     q[2] = or_bits(q[2], v, 3 - 2 * i, 16), q[3] = or_bits(q[3], w, 3 - 2 * i, 16);
   }
@@ -58,8 +65,8 @@ struct QuadFormat<BlockQ6_K> {
   static constexpr int column(int i, int k) { return 128 * (i / 2) + 32 * (i % 2) + 64 * (k / 2) + 16 * (k % 2); }
   static DUET_INLINE void quants(const BlockQ6_K* const* b, int i, __m512i (&q)[4]) {
     nibbles(b, offsetof(BlockQ6_K, ql) + 32 * static_cast<size_t>(i), q);
-    const size_t high = offsetof(BlockQ6_K, qh) + 32 * static_cast<size_t>(i / 2);
-    const __m512i v = chunk(b, high), w = chunk(b, high + 16);
+    __m512i v, w;
+    chunks(b, offsetof(BlockQ6_K, qh) + 32 * static_cast<size_t>(i / 2), v, w);
     const int at = 2 * (i % 2);  // of the bits
     q[0] = or_bits(q[0], v, 4 - at, 0x30), q[1] = or_bits(q[1], w, 4 - at, 0x30);
     q[2] = or_bits(q[2], v, -at, 0x30), q[3] = or_bits(q[3], w, -at, 0x30);
@@ -95,8 +102,8 @@ struct QuadFormat<BlockIQ4_XS> {
   static constexpr int column(int i, int k) { return 64 * i + 16 * k; }
   static DUET_INLINE void quants(const BlockIQ4_XS* const* b, int i, __m512i (&q)[4]) {
     const __m512i table = _mm512_broadcast_i32x4(_mm_xor_si128(load128(kIq4Levels), _mm_set1_epi8(-128)));
-    const size_t at = offsetof(BlockIQ4_XS, qs) + 32 * static_cast<size_t>(i);
-    const __m512i v = chunk(b, at), w = chunk(b, at + 16);
+    __m512i v, w;
+    chunks(b, offsetof(BlockIQ4_XS, qs) + 32 * static_cast<size_t>(i), v, w);
     q[0] = masked(v, 15), q[1] = high_nibbles(v), q[2] = masked(w, 15), q[3] = high_nibbles(w);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) q[k] = _mm512_shuffle_epi8(table, q[k]);

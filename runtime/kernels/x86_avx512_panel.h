@@ -35,6 +35,13 @@ DUET_INLINE __m512i four_lanes(const void* a, const void* b, const void* c, cons
   const __m256i cd = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(c)), load128(d), 1);
   return _mm512_inserti64x4(_mm512_castsi256_si512(ab), cd, 1);
 }
+// The same with 32 bytes: their lower halves, then their upper ones.
+DUET_INLINE void four_lanes(const void* a, const void* b, const void* c, const void* d, __m512i& low, __m512i& high) {
+  const __m512i ab = _mm512_inserti64x4(_mm512_castsi256_si512(load256(a)), load256(b), 1);
+  const __m512i cd = _mm512_inserti64x4(_mm512_castsi256_si512(load256(c)), load256(d), 1);
+  low = _mm512_shuffle_i32x4(ab, cd, 0x88);
+  high = _mm512_shuffle_i32x4(ab, cd, 0xdd);
+}
 DUET_INLINE __m512i masked(__m512i v, int mask) {
   return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask)));
 }
@@ -80,6 +87,12 @@ DUET_INLINE Quad load_quad(const std::byte* const* row, size_t offset) {
   return {{at(0), at(1), at(2), at(3)}};
 }
 
+DUET_INLINE void load_quads(const std::byte* const* row, size_t offset, Quad (&q)[2]) {
+#pragma GCC unroll 4
+  for (size_t i = 0; i < 4; ++i)
+    four_lanes(row[i] + offset, row[4 + i] + offset, row[8 + i] + offset, row[12 + i] + offset, q[0].v[i], q[1].v[i]);
+}
+
 // v[j] lane i <- v[i] lane j, for 16 x 16 lanes of 32 bits.
 DUET_INLINE void transpose16(__m512i (&v)[16]) {
   __m512i t[16];
@@ -120,9 +133,13 @@ DUET_INLINE void store_words(Panel& panel, size_t half, size_t column, const Qua
 
 // to[16 * half + r] = the half-precision float at `offset` behind pointer r.
 DUET_INLINE void store_halves(float* to, size_t half, const std::byte* const* row, size_t offset) {
-  alignas(32) uint16_t bits[16];
-  for (size_t r = 0; r < 16; ++r) __builtin_memcpy(&bits[r], row[r] + offset, 2);
-  _mm512_store_ps(to + 16 * half, _mm512_cvtph_ps(load256(bits)));
+  const auto four = [&](size_t i) {
+    uint16_t h[4];
+    for (size_t r = 0; r < 4; ++r) __builtin_memcpy(&h[r], row[i + r] + offset, 2);
+    const uint64_t low = h[0] | static_cast<uint32_t>(h[1]) << 16, high = h[2] | static_cast<uint32_t>(h[3]) << 16;
+    return static_cast<int64_t>(low | high << 32);
+  };
+  _mm512_store_ps(to + 16 * half, _mm512_cvtph_ps(_mm256_setr_epi64x(four(0), four(4), four(8), four(12))));
 }
 
 // Rows of a panel; those beyond the last repeat it and are not stored.
@@ -155,37 +172,34 @@ DUET_INLINE void store_sums(const MatmulArgs& a, const PanelSums& sums, size_t r
   }
 }
 
-// Fetches the blocks that are unpacked next, and into the L2 cache as many bytes of the rows that follow
-// the panel, in address order (rows side by side are too many streams for the hardware): those of a few
-// rows with each tile, as all at once they would hold up the loads of activations.
-class NextBlocks {
+// While a step of a panel is computed, as many bytes of the rows that follow the panel are fetched into the
+// L2 cache, in address order: rows side by side are too many streams for the hardware. A few with each
+// tile, as all at once they would hold up the loads of activations.
+class NextRows {
  public:
-  DUET_INLINE NextBlocks(const PanelRowsAt& rows, size_t offset, const std::byte* later, size_t n_bytes)
-      : rows_(rows), offset_(offset), n_bytes_(n_bytes), later_(later) {}
-  DUET_INLINE void fetch(size_t n_rows) {
-    const size_t end = row_ + n_rows < kPanelRows ? row_ + n_rows : kPanelRows;
-    for (; row_ < end; ++row_) {
-      const auto* p = reinterpret_cast<const char*>(rows_.row[row_] + offset_);
-      for (size_t i = 0; i < n_bytes_ + 64; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
-      const auto* later = reinterpret_cast<const char*>(later_ + row_ * n_bytes_);
-      for (size_t i = 0; i < n_bytes_; i += 64) _mm_prefetch(later + i, _MM_HINT_T1);
-    }
+  DUET_INLINE NextRows(const std::byte* p, size_t n_bytes)
+      : next_(reinterpret_cast<const char*>(p)), end_(next_ + n_bytes) {}
+  DUET_INLINE void fetch(size_t n_bytes) {
+    const char* to = next_ + n_bytes < end_ ? next_ + n_bytes : end_;
+    for (; next_ < to; next_ += 64) _mm_prefetch(next_, _MM_HINT_T1);
   }
 
  private:
-  const PanelRowsAt& rows_;
-  size_t offset_, n_bytes_, row_ = 0;
-  const std::byte* later_;
+  const char *next_, *end_;
 };
+
+// Of all rows in 256 columns.
+template <class Kernel>
+constexpr size_t kStepBytesOf = kPanelRows * Kernel::kWeightBytes;
 
 // Tokens are dealt out evenly to tiles of up to 6: from 4 tokens on, none is smaller than 3, which
 // would leave the units waiting for their own sums.
 template <class Kernel>
 DUET_INLINE void panel_tiles(const Panel& panel, const std::byte* x, size_t x_stride,
-                             size_t n_tokens, size_t n_cols, NextBlocks& next, PanelSums& sums) {
+                             size_t n_tokens, size_t n_cols, NextRows next, PanelSums& sums) {
   const size_t n_tiles = (n_tokens + 5) / 6;
   for (size_t tile = 0, t = 0; tile < n_tiles; ++tile) {
-    next.fetch((kPanelRows + n_tiles - 1) / n_tiles);
+    next.fetch(kStepBytesOf<Kernel> / n_tiles + 64);
     const size_t n = (n_tokens + tile) / n_tiles;
     const std::byte* at = x + t * x_stride;
     if (n == 6) Kernel::template tile<6>(panel, at, x_stride, n_cols, sums.at[t]);
@@ -205,12 +219,11 @@ void matmul_panels(const MatmulArgs& a) noexcept {
   PanelSums sums;
   const size_t n_steps = (a.cols + kPanelCols - 1) / kPanelCols;
   const size_t n_blocks = (a.n_tokens + kPanelTokens - 1) / kPanelTokens;
-  PanelRowsAt next = panel_rows(a, 0);
   for (size_t i = 0; i < kPanelRows * a.w_stride; i += 64)
     _mm_prefetch(reinterpret_cast<const char*>(a.w) + i, _MM_HINT_T1);
   for (size_t row = 0; row < a.n_rows; row += kPanelRows) {
-    const PanelRowsAt rows = next;
-    next = panel_rows(a, row + kPanelRows);
+    const PanelRowsAt rows = panel_rows(a, row);
+    const std::byte* later = a.w + (row + kPanelRows) * a.w_stride;
     for (size_t block = 0, token = 0; block < n_blocks; ++block) {
       const size_t n = (a.n_tokens + block) / n_blocks;
       __builtin_memset(sums.at, 0, n * sizeof sums.at[0]);
@@ -218,12 +231,8 @@ void matmul_panels(const MatmulArgs& a) noexcept {
         const size_t left = a.cols - step * kPanelCols;
         const size_t n_cols = left < kPanelCols ? left : kPanelCols;
         Kernel::unpack(rows, step, n_cols, panel);
-        const bool last = step + 1 == n_steps;
-        NextBlocks blocks(last ? next : rows, last ? 0 : (step + 1) * Kernel::kWeightBytes,
-                          a.w + (row + kPanelRows) * a.w_stride + step * kPanelRows * Kernel::kWeightBytes,
-                          Kernel::kWeightBytes);
         const std::byte* x = a.x + token * a.x_stride + step * Kernel::kStepBytes;
-        panel_tiles<Kernel>(panel, x, a.x_stride, n, n_cols, blocks, sums);
+        panel_tiles<Kernel>(panel, x, a.x_stride, n, n_cols, NextRows(later + step * kStepBytesOf<Kernel>, kStepBytesOf<Kernel>), sums);
       }
       store_sums(a, sums, row, token, n);
       token += n;
