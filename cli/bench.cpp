@@ -285,7 +285,6 @@ const Limits& limits_of(const BenchReport& report, int n_threads) {
 
 // Refused before anything is measured; nothing is loaded. Whether experts will be streamed.
 bool check_model(const ModelOptions& options, int n_threads) {
-  require_model_file(options.path);
   const GgufFile file = GgufFile::open(options.path);
   const HParams hparams = read_hparams(file, [](const std::string&) {});
   Model::bind(file, hparams);
@@ -301,6 +300,7 @@ void run_bench(BenchOptions options) {
     fail(ErrorKind::usage, "bench: -p 0 and -n 0 leave nothing to measure");
   if (!options.trace.empty() && (!has_model || options.threads.size() > 1))
     fail(ErrorKind::usage, "bench: --trace-experts records one model run with one number of threads");
+  if (has_model) options.model.path = model_file(options.model.path).string();
   options.model.n_ctx = context(options);
   const KernelTable& kernels = select_kernels(options.model.isa);
   BenchReport report;
