@@ -5,7 +5,7 @@ install(TARGETS duet RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 install(TARGETS duet_base duet_quant duet_formats duet_converters duet_kernels duet_runtime
   EXPORT duetTargets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
 foreach(header base/block_reader.h base/error.h base/bytes.h base/json.h base/mapped_file.h base/topology.h quant/format.h formats/tensor.h formats/gguf.h
-        formats/schema.h base/json_fwd.h runtime/engine.h runtime/tokenizer.h runtime/vocabulary.h runtime/chat_template.h
+        formats/schema.h base/json_fwd.h runtime/engine.h runtime/observer.h runtime/tokenizer.h runtime/vocabulary.h runtime/chat_template.h
         runtime/sampler.h runtime/memory_plan.h base/host.h converters/convert.h)
   get_filename_component(dir ${header} DIRECTORY)
   install(FILES ${header} DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/duet/${dir})
