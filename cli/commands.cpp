@@ -14,10 +14,14 @@ void add_commands(CLI::App& app) {
   add_doctor(app);
   add_convert(app);
   add_quantize(app);
+  add_repack(app);
+  add_merge(app);
   add_make_synthetic(app);
   add_bench(app);
   add_perplexity(app);
   add_imatrix(app);
+  add_compare(app);
+  add_verify(app);
   add_logits(app);
   add_tokenize(app);
   add_detokenize(app);

@@ -38,6 +38,10 @@ void add_template(CLI::App& app);
 void add_logits(CLI::App& app);
 void add_perplexity(CLI::App& app);
 void add_imatrix(CLI::App& app);
+void add_compare(CLI::App& app);
+void add_verify(CLI::App& app);
+void add_repack(CLI::App& app);
+void add_merge(CLI::App& app);
 void add_bench(CLI::App& app);
 
 // Adds them all, in the order in which help lists them (cli/commands.cpp).

@@ -20,7 +20,7 @@ namespace {
 struct ConvertArgs {
   std::string source, output, type, name, imatrix, token_embedding_type, output_tensor_type;
   std::vector<std::string> tensor_types;
-  std::string calibrate;
+  std::string calibrate, split_max_size;
   size_t calibrate_tokens = 0;
   bool vocab_only = false, dry_run = false, force = false, json = false;
   int n_threads = 0;
@@ -47,6 +47,7 @@ ConvertOptions library_options(const ConvertArgs& args) {
   options.n_threads = args.n_threads;
   options.name = args.name;
   options.imatrix = args.imatrix;
+  options.split_max_bytes = split_bytes(args.split_max_size);
   options.token_embedding_type = args.token_embedding_type;
   options.output_tensor_type = args.output_tensor_type;
   options.tensor_types = args.tensor_types;
@@ -114,6 +115,8 @@ void run_conversion(const ConvertArgs& args, const char* label, PlanFn plan, Wri
   ProgressBar bar(label, ProgressBar::Unit::bytes);
   options.progress = progress_on(bar);
   if (args.calibrate.empty()) return write(args.source, args.output, options);
+  if (options.split_max_bytes > 0)
+    fail(ErrorKind::usage, "--calibrate writes one file: cut it by duet repack --split-max-size afterwards");
   write_calibrated(args.source, args.output, options,
                    {.text = read_text(args.calibrate), .max_tokens = args.calibrate_tokens});
 }
@@ -142,6 +145,7 @@ void add_shared_options(CLI::App& command, ConvertArgs& args) {
   command.add_option("--imatrix", args.imatrix,
                      "Importance matrix that weights errors: made by duet imatrix or llama-imatrix")
       ->type_name("FILE");
+  add_split_option(command, args.split_max_size);
   add_threads_option(command, args.n_threads);
   command.add_flag("--dry-run", args.dry_run,
                    "Only print what would be written: each tensor's type and size");

@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "base/units.h"
 #include "cli/console.h"
 
 namespace duet::cli {
@@ -60,6 +61,19 @@ std::string read_all(int fd, const std::string& name) {
 }
 
 }  // namespace
+
+void add_split_option(CLI::App& command, std::string& size) {
+  command.add_option("--split-max-size", size,
+                     "Write files of at most about so many bytes (4G, 900MB), OUT-00001-of-0000N.gguf, if more are needed")
+      ->type_name("SIZE");
+}
+
+uint64_t split_bytes(const std::string& size) {
+  if (size.empty()) return 0;
+  const uint64_t n = parse_size(size);
+  if (n == 0) fail(ErrorKind::usage, "--split-max-size: files of 0 bytes hold nothing");
+  return n;
+}
 
 void add_threads_option(CLI::App& command, int& n_threads) {
   command

@@ -16,6 +16,10 @@ namespace duet::cli {
 // --threads. 0, when it is not given, means HostCores::usable().
 void add_threads_option(CLI::App& command, int& n_threads);
 
+// --split-max-size, and what it says in bytes (0: nothing). Error(usage).
+void add_split_option(CLI::App& command, std::string& size);
+uint64_t split_bytes(const std::string& size);
+
 // --pin and --numa.
 void add_placement_options(CLI::App& command, PinMode& pin, NumaMode& numa);
 

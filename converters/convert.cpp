@@ -12,6 +12,7 @@
 #include "converters/importance.h"
 #include "converters/quantize.h"
 #include "converters/recipe.h"
+#include "converters/repack.h"
 #include "converters/source.h"
 #include "formats/safetensors.h"
 
@@ -213,7 +214,7 @@ ConvertPlan plan_convert(const fs::path& folder, const ConvertOptions& options) 
 void convert(const fs::path& folder, const fs::path& output, const ConvertOptions& options) {
   check_overwrite(output, options.overwrite);
   const ConversionSource model = open_folder(folder, options);
-  write_gguf(output, model.metadata, model.jobs, options);
+  write_parts(output, model.metadata, model.jobs, options);
 }
 
 }  // namespace duet

@@ -32,6 +32,7 @@ struct ConvertOptions {
   std::vector<std::string> tensor_types = {};
   bool vocab_only = false;
   bool overwrite = false;  // an existing output is an error otherwise
+  uint64_t split_max_bytes = 0;  // more make several files (converters/repack.h); 0: always one
   int n_threads = 0;       // 0: HostCores::usable()
   std::string name;        // general.name; "": from the folder
   std::string imatrix;     // importance matrix (formats/imatrix.h) that weights squared errors; "": none

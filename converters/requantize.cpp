@@ -8,6 +8,7 @@
 #include "converters/importance.h"
 #include "converters/quantize.h"
 #include "converters/recipe.h"
+#include "converters/repack.h"
 #include "converters/source.h"
 
 namespace duet {
@@ -115,7 +116,7 @@ ConvertPlan plan_quantize(const fs::path& input, const ConvertOptions& options) 
 void quantize(const fs::path& input, const fs::path& output, const ConvertOptions& options) {
   check_overwrite(output, options.overwrite);
   const ConversionSource source = open_gguf(input, options);
-  write_gguf(output, source.metadata, source.jobs, options);
+  write_parts(output, source.metadata, source.jobs, options);
 }
 
 }  // namespace duet

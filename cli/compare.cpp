@@ -1,0 +1,152 @@
+// compare: two models tensor by tensor, and the divergence of their predictions.
+#include "converters/compare.h"
+
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <optional>
+
+#include "base/error.h"
+#include "base/json.h"
+#include "base/units.h"
+#include "cli/commands.h"
+#include "cli/console.h"
+#include "cli/divergence_report.h"
+#include "cli/model_options.h"
+#include "cli/options.h"
+#include "formats/logits_reference.h"
+#include "runtime/divergence.h"
+#include "runtime/perplexity.h"
+
+namespace duet::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct CompareCommand {
+  std::string a, b, file;
+  ModelOptions model;  // how both are run
+  size_t max_chunks = 0;
+  bool json = false;
+};
+
+// Removed at the end.
+class TemporaryFile {
+ public:
+  TemporaryFile() : path_(fs::temp_directory_path() / concat("duet-compare-", ::getpid(), ".ref")) {}
+  TemporaryFile(const TemporaryFile&) = delete;
+  TemporaryFile& operator=(const TemporaryFile&) = delete;
+  ~TemporaryFile() {
+    std::error_code ignored;
+    fs::remove(path_, ignored);
+  }
+  const fs::path& path() const { return path_; }
+
+ private:
+  fs::path path_;
+};
+
+PerplexityOptions library_options(const CompareCommand& command, ProgressBar& bar) {
+  return {.n_ctx = command.model.n_ctx, .n_batch = command.model.n_batch, .max_chunks = command.max_chunks, .kv_type = command.model.kv_type,
+          .cancel = &interrupted(), .rows = {},
+          .progress = [&bar](const PerplexityResult& so_far, size_t n_chunks) { bar.update(so_far.n_chunks, n_chunks); }};
+}
+
+// One model in memory at a time: the predictions of the first pass through a file.
+void save_predictions(const CompareCommand& command, const std::string& text, const fs::path& path) {
+  ModelOptions model = command.model;
+  model.path = command.a;
+  const Engine engine = open_engine(model);
+  const uint32_t n_ctx = model.n_ctx;
+  std::vector<Token> ids = perplexity_chunks(engine, text, n_ctx, command.max_chunks);
+  const LogitsReferenceHeader header{command.a, engine.info().hparams.n_vocab, n_ctx, static_cast<uint32_t>(ids.size() / n_ctx), std::move(ids)};
+  LogitsReferenceWriter writer(path, header);
+  ProgressBar bar("first model", ProgressBar::Unit::chunks);
+  PerplexityOptions options = library_options(command, bar);
+  options.rows = [&](std::span<const float> logits, std::span<const Token> targets) { writer.add(logits, targets, engine.info().n_threads); };
+  perplexity(engine, header.tokens, std::nullopt, options);
+  writer.finish();
+}
+
+DivergenceResult measure_divergence(const CompareCommand& command) {
+  const std::string text = read_text(command.file);
+  const TemporaryFile file;
+  save_predictions(command, text, file.path());
+  ModelOptions model = command.model;
+  model.path = command.b;
+  LogitsReferenceReader reference = LogitsReferenceReader::open(file.path());
+  const Engine engine = open_engine(model);
+  ProgressBar bar("second model", ProgressBar::Unit::chunks);
+  return divergence(engine, reference, library_options(command, bar));
+}
+
+Json to_json(const ModelDifference& difference) {
+  Json tensors = Json::array();
+  for (const TensorDifference& t : difference.tensors)
+    tensors.push_back({{"name", t.name}, {"types", {t.type_a, t.type_b}}, {"bytes", {t.bytes_a, t.bytes_b}}, {"rmse", t.rmse},
+                       {"relative", t.relative()}, {"max_error", t.max_error}, {"worst_row", t.worst_row}});
+  return {{"tensors", tensors}, {"only_first", difference.only_a}, {"only_second", difference.only_b},
+          {"bytes", {difference.bytes_a, difference.bytes_b}}};
+}
+
+void print_text(const ModelDifference& difference) {
+  std::array<char, 256> line{};
+  const auto put = [&](int n) { print(std::string_view(line.data(), std::min(line.size() - 1, static_cast<size_t>(n)))); };
+  put(std::snprintf(line.data(), line.size(), "%-36s %-11s %-11s %11s %11s %11s %10s\n", "tensor", "first", "second", "size", "size", "RMSE", "relative"));
+  for (const TensorDifference& t : difference.tensors)
+    put(std::snprintf(line.data(), line.size(), "%-36s %-11s %-11s %11s %11s %11.4e %10.6f\n", t.name.c_str(), t.type_a.c_str(), t.type_b.c_str(),
+                      format_size(t.bytes_a).c_str(), format_size(t.bytes_b).c_str(), t.rmse, t.relative()));
+  for (const std::string& name : difference.only_a) print(concat(name, ": only in the first\n"));
+  for (const std::string& name : difference.only_b) print(concat(name, ": only in the second\n"));
+  size_t n_same = 0;
+  for (const TensorDifference& t : difference.tensors) n_same += t.rmse == 0;
+  print(concat(difference.tensors.size(), " tensors, ", n_same, " with equal values; ", format_size(difference.bytes_a), " and ",
+               format_size(difference.bytes_b), "\n"));
+}
+
+// A folder, a file, or the name of a model that is here.
+std::string resolved(const std::string& model) { return fs::is_directory(model) ? model : model_file(model).string(); }
+
+void run_compare(CompareCommand command) {
+  command.a = resolved(command.a);
+  command.b = resolved(command.b);
+  std::optional<ProgressBar> bar(std::in_place, "compare", ProgressBar::Unit::bytes);
+  const ModelDifference difference = compare_models(command.a, command.b, {.n_threads = command.model.n_threads, .notice = notices(),
+      .progress = [&](const ConvertProgress& p) { bar->update(p.done_bytes, p.total_bytes, p.tensor); }, .cancel = &interrupted()});
+  bar.reset();
+  if (!command.json) print_text(difference);
+  std::optional<DivergenceResult> predictions;
+  if (!command.file.empty()) predictions = measure_divergence(command);
+  if (!command.json) return predictions ? print(divergence_text(*predictions)) : void();
+  Json out = to_json(difference);
+  if (predictions) out["divergence"] = divergence_json(*predictions);
+  print_json(out);
+}
+
+}  // namespace
+
+void add_compare(CLI::App& app) {
+  CLI::App& command = *app.add_subcommand("compare", "Two models tensor by tensor: types, sizes, errors; with a text, how far their predictions are apart");
+  auto options = std::make_shared<CompareCommand>();
+  options->model.n_ctx = 512;
+  options->model.kv_type = KvType::f32;
+  command.add_option("FIRST", options->a, "GGUF file or Hugging Face folder: what errors are measured from")->required();
+  command.add_option("SECOND", options->b, "GGUF file or Hugging Face folder")->required();
+  command.add_option("-f,--file", options->file, "Text on which SECOND's predictions are compared with FIRST's; both GGUF files; - is standard input");
+  command.add_option("-c,--ctx", options->model.n_ctx, "Positions of a chunk of the text")->check(CLI::Range(4u, 1u << 24).description(""))->capture_default_str()->type_name("N");
+  command.add_option("--chunks", options->max_chunks, "Only the first N chunks [default: all]")
+      ->check(CLI::Range(size_t{1}, size_t{1} << 40).description(""))
+      ->type_name("N");
+  add_memory_option(command, options->model.memory);
+  add_threads_option(command, options->model.n_threads);
+  command.add_flag("--json", options->json, "One JSON document: {tensors, only_first, only_second, bytes, divergence}");
+  add_environment(command);
+  command.callback([options] { run_compare(*options); });
+}
+
+}  // namespace duet::cli
