@@ -37,7 +37,12 @@ uint64_t read_sum(const void* data, size_t n_bytes) noexcept {
   for (size_t i = 0; i < n_bytes / 64; i += 8)
     for (size_t j = 0; j < 8; ++j) sums[j] = _mm512_add_epi64(sums[j], _mm512_load_si512(p + i + j));
   for (size_t j = 1; j < 8; ++j) sums[0] = _mm512_add_epi64(sums[0], sums[j]);
-  return static_cast<uint64_t>(_mm512_reduce_add_epi64(sums[0]));
+  // Not by _mm512_reduce_add_epi64, which adds signed numbers: wrapping around is meant here.
+  alignas(64) uint64_t lanes[8];
+  _mm512_store_si512(lanes, sums[0]);
+  uint64_t sum = 0;
+  for (const uint64_t lane : lanes) sum += lane;
+  return sum;
 }
 
 }  // namespace
