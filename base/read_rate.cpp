@@ -1,6 +1,5 @@
 #include "base/read_rate.h"
 
-
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>

@@ -15,6 +15,7 @@
 #include "base/error.h"
 #include "base/stopwatch.h"
 #include "base/units.h"
+#include "bench/bench_main.h"
 #include "runtime/memory_plan.h"
 
 namespace duet {
@@ -38,7 +39,7 @@ double median(std::vector<double> values) {
 double number(std::string_view text) {
   double value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc{} || end != text.data() + text.size() || value < 0 || value > 1e6) fail(ErrorKind::usage, "not a number: ", text);
+  if (error != std::errc{} || end != text.data() + text.size() || !(value >= 0 && value <= 1e6)) fail(ErrorKind::usage, "not a number: ", text);
   return value;
 }
 
@@ -46,9 +47,12 @@ std::vector<Setting> settings_of(std::string_view list) {
   std::vector<Setting> out;
   while (!list.empty()) {
     const size_t comma = std::min(list.find(','), list.size());
-    out.push_back({.n_layers = static_cast<uint32_t>(number(list.substr(0, comma))), .seconds = {}, .sum = {}});
+    const auto n_layers = static_cast<uint32_t>(number(list.substr(0, comma)));
+    if (n_layers > kLookaheadLayers) fail(ErrorKind::usage, n_layers, " layers: at most ", kLookaheadLayers, " are looked ahead");
+    out.push_back({.n_layers = n_layers, .seconds = {}, .sum = {}});
     list.remove_prefix(std::min(comma + 1, list.size()));
   }
+  if (out.empty()) fail(ErrorKind::usage, "no numbers of layers");
   return out;
 }
 
@@ -118,14 +122,5 @@ void run(int argc, char** argv) {
 }  // namespace duet
 
 int main(int argc, char** argv) {
-  if (argc < 3 || argc > 6) {
-    std::fprintf(stderr, "usage: bench_lookahead MODEL RAM [SECONDS [LAYERS,... [TOKENS]]]\n");
-    return 2;
-  }
-  try {
-    duet::run(argc, argv);
-  } catch (const duet::Error& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
-    return 1;
-  }
+  return duet::bench_main(argc, argv, 2, 5, "bench_lookahead MODEL RAM [SECONDS [LAYERS,... [TOKENS]]]", duet::run);
 }

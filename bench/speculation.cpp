@@ -14,7 +14,8 @@
 #include <cstdlib>
 #include <random>
 
-#include "base/error.h"
+#include "base/stopwatch.h"
+#include "bench/bench_main.h"
 #include "runtime/speculation.h"
 
 namespace duet {
@@ -40,7 +41,7 @@ struct Measured {
 double timed_step(Session& session, std::span<const Token> tokens) {
   const auto start = std::chrono::steady_clock::now();
   session.append_all_logits(tokens, [](size_t, size_t, std::span<const float>) {});
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return seconds_since(start);
 }
 
 constexpr size_t kPeriod = 12, kRepeated = 72;
@@ -66,7 +67,7 @@ void follow_text(const Engine& engine, Session& session, double share_changed) {
     const auto take = [&](std::span<const float>) { return ++at < text.size() ? std::optional(text[at]) : std::nullopt; };
     const auto start = std::chrono::steady_clock::now();
     while (at + 1 < text.size()) speculator.step(session, text[at], text.size() - 1 - at, take);
-    seconds[speculates] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    seconds[speculates] = seconds_since(start);
     if (!speculates) continue;
     const SpeculationStats& stats = speculator.stats();
     std::printf("repeated text, %2.0f %% changed: %.2f x plain; %llu tokens in %llu steps, %llu proposed, %llu accepted; costs", 100 * share_changed,
@@ -113,14 +114,5 @@ void run(int argc, char** argv) {
 }  // namespace duet
 
 int main(int argc, char** argv) {
-  if (argc < 2 || argc > 4) {
-    std::fprintf(stderr, "usage: bench_speculation MODEL [THREADS [SLOTS]]\n");
-    return 2;
-  }
-  try {
-    duet::run(argc, argv);
-  } catch (const duet::Error& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
-    return 1;
-  }
+  return duet::bench_main(argc, argv, 1, 3, "bench_speculation MODEL [THREADS [SLOTS]]", duet::run);
 }

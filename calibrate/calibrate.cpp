@@ -20,6 +20,8 @@ constexpr uint64_t kStreamBytes = uint64_t{1} << 30;
 std::vector<Token> sequences(const Tokenizer& tokenizer, const CalibrationOptions& calibration,
                              size_t n_embd) {
   const size_t n_ctx = calibration.n_ctx;
+  if (calibration.max_tokens > 0 && calibration.max_tokens < n_ctx)
+    fail(ErrorKind::usage, "calibration: at most ", calibration.max_tokens, " tokens are allowed, one sequence needs ", n_ctx);
   const Segment segment{calibration.text};
   std::vector<Token> ids = tokenizer.encode({&segment, 1}, tokenizer.add_bos());
   const size_t fitting = kStreamBytes / (2 * n_embd * sizeof(float));

@@ -11,10 +11,11 @@
 // the norms stay as they are.
 //
 // Memory: four rows of n_embd floats per token (two of them as wide as all heads), one layer of
-// encoded weights, the source matrices of one expert as floats, and for one matrix at a time three
-// squares of doubles and two of floats of n_cols, in full up to kFullColumns, else in blocks of as
-// many columns: errors then make up for each other within a block (14336 columns in full would be
-// 6 GB).
+// encoded weights, the source matrices of one expert as floats, three rows of n_ff floats for each
+// of 4096 tokens, and for one matrix at a time: itself and its change as floats, three squares of
+// doubles and four of floats of n_cols, and, where it writes to the residual stream, two of n_embd
+// x n_cols doubles. Squares are full up to kFullColumns, else in blocks of as many columns: errors
+// then make up for each other within a block. Some 4 GB for a down projection of 4096 x 14336.
 #pragma once
 
 #include <filesystem>

@@ -77,8 +77,7 @@ CalibratedEncoder::CalibratedEncoder(const ConversionSource& source, std::span<c
       eval_(hparams_, rope_factors_, thread_count(options.n_threads), n_ctx) {
   DUET_ASSERT(!ids.empty() && ids.size() % n_ctx == 0);
   plan_order();
-  for (const TensorJob& job : source.jobs)
-    for (const RowRun& run : job.runs) progress_.total_bytes += run.source.data.size();
+  for (const TensorJob& job : source.jobs) progress_.total_bytes += source_bytes(job);
   progress_.n_tensors = source.jobs.size();
 }
 
@@ -319,8 +318,7 @@ void CalibratedEncoder::run_source_experts(LayerState& s) const {
   }
 }
 
-// ---- head, encoding, writing
-// ----------------------------------------------------------------------
+// ---- head, encoding, writing ------------------------------------------------------------------
 
 void CalibratedEncoder::encode_head() {
   if (!model_.has(TensorKind::output, -1)) return;
@@ -390,7 +388,7 @@ void CalibratedEncoder::finish_tensor(size_t job, std::span<const std::byte> byt
   check_cancel();
   sink_(bytes);
   const TensorJob& done = source_.jobs[job];
-  for (const RowRun& run : done.runs) progress_.done_bytes += run.source.data.size();
+  progress_.done_bytes += source_bytes(done);
   model_.drop(done);
   show(done.name);
   ++progress_.tensor_index;

@@ -41,29 +41,6 @@ const TensorJob& SourceModel::job(TensorKind kind, int layer) const {
   return source_.jobs[job_index(kind, layer)];
 }
 
-namespace {
-
-// Where a row of the output tensor comes from.
-struct SourceRow {
-  const RowRun* run;
-  uint64_t row;  // of the source tensor
-
-  const std::byte* data() const {
-    return run->source.data.data() + row * row_bytes(*run->source.format, run->source.cols());
-  }
-};
-SourceRow find_row(const TensorJob& job, uint64_t row) {
-  for (const RowRun& run : job.runs) {
-    const uint64_t n = run.source.rows();
-    if (row < n)
-      return {&run, run.permute_heads != 0 ? rope_source_row(row, n, run.permute_heads) : row};
-    row -= n;
-  }
-  fail(ErrorKind::internal, "tensor '", job.name, "' has no row ", row, " more");
-}
-
-}  // namespace
-
 std::vector<float> SourceModel::floats(const TensorJob& job, uint64_t first_row, uint64_t n_rows) {
   const uint64_t cols = job.shape.back();
   std::vector<float> out(n_rows * cols);

@@ -1,12 +1,11 @@
 // compare: two models tensor by tensor, and the divergence of their predictions.
 #include "converters/compare.h"
 
-#include <unistd.h>
-
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -35,20 +34,24 @@ struct CompareCommand {
   bool json = false;
 };
 
-// Removed at the end.
+// In a folder of its own; removed at the end.
 class TemporaryFile {
  public:
-  TemporaryFile() : path_(fs::temp_directory_path() / concat("duet-compare-", ::getpid(), ".ref")) {}
+  TemporaryFile() {
+    std::string folder = (fs::temp_directory_path() / "duet-compare-XXXXXX").string();
+    if (::mkdtemp(folder.data()) == nullptr) fail(ErrorKind::io, folder, ": cannot make a temporary folder; set TMPDIR");
+    folder_ = folder;
+  }
   TemporaryFile(const TemporaryFile&) = delete;
   TemporaryFile& operator=(const TemporaryFile&) = delete;
   ~TemporaryFile() {
     std::error_code ignored;
-    fs::remove(path_, ignored);
+    fs::remove_all(folder_, ignored);
   }
-  const fs::path& path() const { return path_; }
+  fs::path path() const { return folder_ / "predictions.ref"; }
 
  private:
-  fs::path path_;
+  fs::path folder_;
 };
 
 PerplexityOptions library_options(const CompareCommand& command, ProgressBar& bar) {
@@ -62,15 +65,8 @@ void save_predictions(const CompareCommand& command, const std::string& text, co
   ModelOptions model = command.model;
   model.path = command.a;
   const Engine engine = open_engine(model);
-  const uint32_t n_ctx = model.n_ctx;
-  std::vector<Token> ids = perplexity_chunks(engine, text, n_ctx, command.max_chunks);
-  const LogitsReferenceHeader header{command.a, engine.info().hparams.n_vocab, n_ctx, static_cast<uint32_t>(ids.size() / n_ctx), std::move(ids)};
-  LogitsReferenceWriter writer(path, header);
   ProgressBar bar("first model", ProgressBar::Unit::chunks);
-  PerplexityOptions options = library_options(command, bar);
-  options.rows = [&](std::span<const float> logits, std::span<const Token> targets) { writer.add(logits, targets, engine.info().n_threads); };
-  perplexity(engine, header.tokens, std::nullopt, options);
-  writer.finish();
+  save_reference(engine, text, command.a, path, library_options(command, bar));
 }
 
 DivergenceResult measure_divergence(const CompareCommand& command) {

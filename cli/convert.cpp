@@ -105,6 +105,8 @@ using WriteFn = void (*)(const std::filesystem::path&, const std::filesystem::pa
 void run_conversion(const ConvertArgs& args, const char* label, PlanFn plan, WriteFn write,
                     CalibratedFn write_calibrated) {
   ConvertOptions options = library_options(args);
+  if (args.calibrate.empty() && args.calibrate_tokens > 0)
+    fail(ErrorKind::usage, "--calibrate-tokens limits the text of --calibrate: add --calibrate FILE");
   if (args.dry_run) {
     const ConvertPlan result = plan(args.source, options);
     return args.json ? print_plan_json(result) : print_plan(result);

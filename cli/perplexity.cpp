@@ -14,6 +14,7 @@
 #include "cli/divergence_report.h"
 #include "cli/model_options.h"
 #include "cli/options.h"
+#include "converters/quantize.h"
 #include "formats/logits_reference.h"
 #include "runtime/divergence.h"
 
@@ -24,7 +25,7 @@ struct PerplexityCommand {
   ModelOptions model;
   std::string file, save_logits, kld;
   size_t max_chunks = 0;
-  bool json = false;
+  bool json = false, force = false;
 };
 
 PerplexityOptions library_options(const PerplexityCommand& command, ProgressBar& bar) {
@@ -52,19 +53,13 @@ void print_result(const PerplexityCommand& command, const PerplexityResult& r) {
 }
 
 void measure(const PerplexityCommand& command) {
+  if (!command.save_logits.empty()) check_overwrite(command.save_logits, command.force);
   const std::string text = read_text(command.file);
   const Engine engine = open_engine(command.model);
   ProgressBar bar("perplexity", ProgressBar::Unit::chunks);
-  PerplexityOptions options = library_options(command, bar);
+  const PerplexityOptions options = library_options(command, bar);
   if (command.save_logits.empty()) return print_result(command, perplexity(engine, text, options));
-  const uint32_t n_ctx = options.n_ctx;
-  std::vector<Token> ids = perplexity_chunks(engine, text, n_ctx, options.max_chunks);
-  LogitsReferenceHeader header{engine.info().hparams.name, engine.info().hparams.n_vocab, n_ctx, static_cast<uint32_t>(ids.size() / n_ctx), std::move(ids)};
-  LogitsReferenceWriter writer(command.save_logits, header);
-  options.rows = [&](std::span<const float> logits, std::span<const Token> targets) { writer.add(logits, targets, engine.info().n_threads); };
-  const PerplexityResult result = perplexity(engine, header.tokens, std::nullopt, options);
-  writer.finish();
-  print_result(command, result);
+  print_result(command, save_reference(engine, text, engine.info().hparams.name, command.save_logits, options));
 }
 
 // The text, when it is given, must be the reference's.
@@ -113,6 +108,7 @@ void add_perplexity(CLI::App& app) {
       ->check(CLI::Range(size_t{1}, size_t{1} << 40).description(""))
       ->type_name("N");
   command.add_option("--save-logits", options->save_logits, "Write the predictions to this file, a reference for --kld")->type_name("REF");
+  command.add_flag("--force", options->force, "Replace an existing file of --save-logits");
   command.add_option("--kld", options->kld, "Kullback-Leibler divergence from the predictions of this reference, on its text and chunks")
       ->type_name("REF");
   command.add_flag("--json", options->json,

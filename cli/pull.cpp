@@ -127,8 +127,11 @@ void run_pull(const PullOptions& options) {
     print(model.path.string() + "\n");
   };
   if (const auto here = already_here(ref, models)) return use(*here);
-  if (options.offline || access.offline)
+  if (options.offline || access.offline) {
+    if (ref.url.empty() && ref.quant.empty())  // whichever quantization was pulled
+      if (const auto here = hub::find_model(models, ref.repo)) return use(*here);
     fail(ErrorKind::io, options.model, ": is not on this machine, and nothing is fetched (", options.offline ? "--offline" : "HF_HUB_OFFLINE", ")");
+  }
   std::vector<Piece> pieces;
   if (ref.url.empty()) {
     const std::vector<hub::Choice> choices = hub::choices_of(hub::hub_files(access, ref.repo, http_options()));

@@ -16,7 +16,6 @@ namespace {
 struct RepackCommand {
   std::string input, output, split_max_size;
   bool force = false;
-  int n_threads = 0;
 };
 
 using WriteFn = void (*)(const std::filesystem::path&, const std::filesystem::path&, const ConvertOptions&);
@@ -26,7 +25,6 @@ void run_repack(const RepackCommand& command, const char* label, WriteFn write) 
   ProgressBar bar(label, ProgressBar::Unit::bytes);
   ConvertOptions options;
   options.overwrite = command.force;
-  options.n_threads = command.n_threads;
   options.notice = notices();
   options.cancel = &interrupted();
   options.split_max_bytes = split_bytes(command.split_max_size);

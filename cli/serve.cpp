@@ -56,6 +56,8 @@ std::optional<ChatTemplate> chat_template_of(const ServeOptions& options, const 
 }
 
 void check_exposure(const ServeOptions& options) {
+  for (const std::string& key : options.access.keys)
+    if (key.empty()) fail(ErrorKind::usage, "--api-key is empty, which everyone could bring; give a key, or --no-api-key to allow everyone");
   if (server::is_loopback(options.access.host) || !options.access.keys.empty() || options.unsafe_no_key) return;
   fail(ErrorKind::usage, "--host ", options.access.host, " lets others on the network use this server: give --api-key KEY, or --no-api-key to allow everyone");
 }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <mutex>
 
 #include "base/error.h"
 #include "base/parallel.h"
@@ -34,25 +33,10 @@ std::string types_of(const TensorJob& job) {
   return out;
 }
 
-uint64_t bytes_of(const TensorJob& job) {
-  uint64_t n = 0;
-  for (const RowRun& run : job.runs) n += run.source.data.size();
-  return n;
-}
-
 // Row `row` of the tensor as the converter would write it.
 void decode_row(const TensorJob& job, uint64_t row, float* out) {
-  for (const RowRun& run : job.runs) {
-    const uint64_t n = run.source.rows();
-    if (row >= n) {
-      row -= n;
-      continue;
-    }
-    if (run.permute_heads != 0) row = rope_source_row(row, n, run.permute_heads);
-    const Format& format = *run.source.format;
-    const uint64_t cols = run.source.cols();
-    return format.decode_row(run.source.data.data() + row * row_bytes(format, cols), out, cols);
-  }
+  const SourceRow from = find_row(job, row);
+  from.run->source.format->decode_row(from.data(), out, from.run->source.cols());
 }
 
 struct Sums {
@@ -69,7 +53,7 @@ Sums sum_row(const TensorJob& a, const TensorJob& b, uint64_t row, std::vector<f
     const double d = double{y[i]} - double{x[i]};
     out.errors += d * d;
     out.squares += double{x[i]} * double{x[i]};
-    if (!(std::fabs(d) <= out.max_error)) out.max_error = std::fabs(d);  // a NaN counts as the worst
+    out.max_error = std::max(out.max_error, std::isnan(d) ? HUGE_VAL : std::fabs(d));
   }
   return out;
 }
@@ -78,7 +62,7 @@ Sums sum_row(const TensorJob& a, const TensorJob& b, uint64_t row, std::vector<f
 TensorDifference compare_tensor(const TensorJob& a, const TensorJob& b, int n_threads) {
   if (a.shape != b.shape) fail(ErrorKind::format, "tensor '", a.name, "' has another shape in the second model; they are not of one kind");
   const uint64_t cols = a.shape.back();
-  TensorDifference out{a.name, types_of(a), types_of(b), cols, bytes_of(a), bytes_of(b)};
+  TensorDifference out{a.name, types_of(a), types_of(b), cols, source_bytes(a), source_bytes(b)};
   for (size_t i = 0; i + 1 < a.shape.size(); ++i) out.n_elems *= a.shape[i];
   const uint64_t n_rows = out.n_elems / cols, step = std::max<uint64_t>(1, (uint64_t{1} << 16) / cols);
   std::vector<Sums> rows(n_rows);
@@ -112,10 +96,10 @@ ModelDifference compare_models(const fs::path& a, const fs::path& b, const Compa
   ModelDifference out;
   ConvertProgress progress;
   progress.n_tensors = from.jobs.size();
-  for (const TensorJob& job : from.jobs) progress.total_bytes += bytes_of(job);
+  for (const TensorJob& job : from.jobs) progress.total_bytes += source_bytes(job);
   out.bytes_a = progress.total_bytes;
   for (const TensorJob& job : to.jobs) {
-    out.bytes_b += bytes_of(job);
+    out.bytes_b += source_bytes(job);
     if (find_job(from, job.name) == nullptr) out.only_b.push_back(job.name);
   }
   for (const TensorJob& job : from.jobs) {
@@ -128,7 +112,7 @@ ModelDifference compare_models(const fs::path& a, const fs::path& b, const Compa
       out.only_a.push_back(job.name);
     }
     drop(job);
-    progress.done_bytes += bytes_of(job);
+    progress.done_bytes += source_bytes(job);
     if (options.progress) options.progress(progress);
     ++progress.tensor_index;
   }

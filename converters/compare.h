@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -21,7 +22,11 @@ struct TensorDifference {
   double max_error = 0;  // |b - a|, in row worst_row
   uint64_t worst_row = 0;
 
-  double relative() const { return rms > 0 ? rmse / rms : rmse > 0 ? 1 : 0; }
+  // Infinite where either has values that are not finite.
+  double relative() const {
+    if (!std::isfinite(rmse)) return HUGE_VAL;
+    return rms > 0 ? rmse / rms : rmse > 0 ? 1 : 0;
+  }
 };
 
 struct ModelDifference {

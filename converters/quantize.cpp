@@ -167,6 +167,22 @@ uint64_t rope_source_row(uint64_t row, uint64_t n_rows, uint32_t n_heads) {
   return head * head_dim + (i % 2) * half + i / 2;
 }
 
+SourceRow find_row(const TensorJob& job, uint64_t row) {
+  for (const RowRun& run : job.runs) {
+    const uint64_t n = run.source.rows();
+    if (row < n)
+      return {&run, run.permute_heads != 0 ? rope_source_row(row, n, run.permute_heads) : row};
+    row -= n;
+  }
+  fail(ErrorKind::internal, "tensor '", job.name, "' has no row ", row, " more");
+}
+
+uint64_t source_bytes(const TensorJob& job) {
+  uint64_t n = 0;
+  for (const RowRun& run : job.runs) n += run.source.data.size();
+  return n;
+}
+
 TensorView row_slice(const TensorView& view, uint64_t first, uint64_t n) {
   const size_t bytes = row_bytes(*view.format, view.cols());
   return {view.name, view.format, {n, view.cols()}, view.data.subspan(first * bytes, n * bytes)};
@@ -181,7 +197,7 @@ ConvertPlan plan_of(const std::vector<TensorJob>& jobs, const std::string& recip
     uint64_t n = 1;
     for (const uint64_t d : job.shape) n *= d;
     tensor.n_bytes = n / job.shape.back() * row_bytes(*job.format, job.shape.back());
-    for (const RowRun& run : job.runs) plan.source_bytes += run.source.data.size();
+    plan.source_bytes += source_bytes(job);
     plan.output_bytes += tensor.n_bytes;
     n_elems += static_cast<double>(n);
     plan.tensors.push_back(std::move(tensor));

@@ -35,6 +35,18 @@ struct TensorJob {
   std::vector<float> importance = {};
 };
 
+// Where a row of the output tensor comes from.
+struct SourceRow {
+  const RowRun* run;
+  uint64_t row;  // of run->source
+
+  const std::byte* data() const {
+    return run->source.data.data() + row * row_bytes(*run->source.format, run->source.cols());
+  }
+};
+SourceRow find_row(const TensorJob& job, uint64_t row);
+uint64_t source_bytes(const TensorJob& job);  // of all runs
+
 // Row of the source from which output row `row` comes. [n_heads * head_dim] rows.
 uint64_t rope_source_row(uint64_t row, uint64_t n_rows, uint32_t n_heads);
 

@@ -231,7 +231,8 @@ const Format& TypeRules::format(const Recipe& recipe, const HParams& hparams, co
 
 void TypeRules::check_used() const {
   for (const Rule& rule : rules_)
-    if (!rule.used) fail(ErrorKind::usage, "tensor rule '", rule.text, "' fits no tensor of this model");
+    if (!rule.used)
+      fail(ErrorKind::usage, "tensor rule '", rule.text, "' fits no tensor of this model that the rules before it leave; give narrower rules first");
 }
 
 }  // namespace duet

@@ -85,8 +85,7 @@ struct Written {
 
 uint64_t source_bytes(const std::vector<TensorJob>& jobs) {
   uint64_t n = 0;
-  for (const TensorJob& job : jobs)
-    for (const RowRun& run : job.runs) n += run.source.data.size();
+  for (const TensorJob& job : jobs) n += source_bytes(job);
   return n;
 }
 

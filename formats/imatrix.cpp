@@ -1,6 +1,7 @@
 #include "formats/imatrix.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -179,8 +180,11 @@ std::optional<TensorImportance> find_importance(const Imatrix& imatrix, const Te
   for (size_t m = 0; m < n_matrices; ++m) {
     const bool known = all.counts[m] > 0;
     if (!known) out.without_data.push_back(m);
-    for (size_t c = 0; c < cols; ++c)
-      out.weights[m * cols + c] = static_cast<float>(known ? all.sums[m * cols + c] / all.counts[m] : mean[c] / n_rows);
+    for (size_t c = 0; c < cols; ++c) {
+      const double weight = known ? all.sums[m * cols + c] / all.counts[m] : mean[c] / n_rows;
+      if (weight > double{FLT_MAX}) bad(source, "importance of '", spec.gguf_name, "' has a mean that is too large; the file is damaged");
+      out.weights[m * cols + c] = static_cast<float>(weight);
+    }
   }
   return out;
 }

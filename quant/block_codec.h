@@ -140,6 +140,13 @@ inline void unpack_k4_scales(const uint8_t in[12], uint8_t scales[8], uint8_t mi
   }
 }
 
+inline void unpack_k4_scales(const uint8_t in[12], BlockParts& parts) {
+  uint8_t scales[8], mins[8];
+  unpack_k4_scales(in, scales, mins);
+  std::copy_n(scales, 8, parts.scale);
+  std::copy_n(mins, 8, parts.offset);
+}
+
 inline void pack_k4_scales(const BlockParts& parts, uint8_t out[12]) {
   const int16_t *scales = parts.scale, *mins = parts.offset;
   for (size_t j = 0; j < 4; ++j) {

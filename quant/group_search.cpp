@@ -49,7 +49,7 @@ void nearest(const BlockGrid& grid, Vec v, Vec& q, Vec& level) {
 // Up to four scales at once, one per lane.
 template <size_t N>
 struct Lanes {
-  Vec s, o, inv, acc[N], q[N], e[N], cost;
+  Vec s, o, inv, acc[N], q[N], cost;
 
   Lanes(const GroupProblem& p, const GroupScale* scales, size_t n) : cost(splat(0)) {
     for (size_t lane = 0; lane < kLanes; ++lane) {
@@ -66,10 +66,10 @@ struct Lanes {
       const float* row = p.factor + i * p.stride;
       Vec level;
       nearest(grid, (splat(p.x[i]) + acc[i] * (1 / row[i]) - o) * inv, q[i], level);
-      e[i] = splat(p.x[i]) - (s * level + o);
-      const Vec left = acc[i] + e[i] * row[i];
+      const Vec e = splat(p.x[i]) - (s * level + o);
+      const Vec left = acc[i] + e * row[i];
       cost += left * left;
-      for (size_t k = i + 1; k < N; ++k) acc[k] += e[i] * row[k];
+      for (size_t k = i + 1; k < N; ++k) acc[k] += e * row[k];
     }
   }
 };
@@ -83,10 +83,7 @@ void try_four(const BlockGrid& grid, const GroupProblem& p, const GroupScale* sc
     if (!(lanes.cost[lane] < best.cost)) continue;
     best.cost = lanes.cost[lane];
     best.scale = scales[lane];
-    for (size_t i = 0; i < N; ++i) {
-      best.q[i] = static_cast<uint8_t>(static_cast<int>(lanes.q[i][lane]));
-      best.error[i] = lanes.e[i][lane];
-    }
+    for (size_t i = 0; i < N; ++i) best.q[i] = static_cast<uint8_t>(static_cast<int>(lanes.q[i][lane]));
   }
 }
 

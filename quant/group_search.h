@@ -42,7 +42,6 @@ struct GroupChoice {
   float cost = FLT_MAX;
   GroupScale scale{};
   uint8_t q[kMaxGroup];
-  float error[kMaxGroup];
 };
 // The q whose level is nearest to v, which is finite.
 int nearest_level(const BlockGrid& grid, float v);

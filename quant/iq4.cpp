@@ -25,13 +25,15 @@ void decode_nl(const BlockIQ4_NL& b, float* y) noexcept { decode_levels(f16_to_f
 
 // Group g of 32 has the 6-bit scale made of nibble g of scales_l and bits 2g, 2g + 1 of scales_h,
 // less 32.
+int scale_of(const BlockIQ4_XS& b, size_t g) {
+  const int low = (b.scales_l[g / 2] >> (g % 2 * 4)) & 15, high = (b.scales_h >> (2 * g)) & 3;
+  return (low | (high << 4)) - 32;
+}
+
 void decode_xs(const BlockIQ4_XS& b, float* y) noexcept {
   const float d = f16_to_f32(b.d);
   for (size_t group = 0; group < 8; ++group) {
-    const int low = (b.scales_l[group / 2] >> (group % 2 * 4)) & 15;
-    const int high = (b.scales_h >> (2 * group)) & 3;
-    decode_levels(d * static_cast<float>((low | (high << 4)) - 32), b.qs + 16 * group,
-                  y + 32 * group);
+    decode_levels(d * static_cast<float>(scale_of(b, group)), b.qs + 16 * group, y + 32 * group);
   }
 }
 
@@ -141,17 +143,22 @@ float fit_group(const Group& g) {
 
 uint16_t finite_half(float v) { return f32_to_f16(std::clamp(v, -65504.0f, 65504.0f)); }
 
-void store_levels(const Group& g, float scale, uint8_t* qs) {
-  uint8_t q[kGroupElems];
-  const float own = g.largest > 0 ? scale / g.largest : 0, inverse = inverse_of(own);
+void nearest_levels(const Group& g, float scale, uint8_t* q) {
+  const float inverse = inverse_of(g.largest > 0 ? scale / g.largest : 0);
   for (size_t i = 0; i < kGroupElems; ++i) q[i] = static_cast<uint8_t>(nearest(g.x[i], inverse));
-  pack_nibbles(q, qs);
+}
+
+void pack_nl(const BlockParts& parts, BlockIQ4_NL& b) noexcept {
+  b.d = parts.unit;
+  pack_nibbles(parts.q, b.qs);
 }
 
 void encode_nl(const float* x, const float* importance, BlockIQ4_NL& b) noexcept {
   const Group g = load_group(x, importance);
-  b.d = finite_half(fit_group(g) * g.largest);
-  store_levels(g, f16_to_f32(b.d), b.qs);
+  BlockParts parts;
+  parts.unit = finite_half(fit_group(g) * g.largest);
+  nearest_levels(g, f16_to_f32(parts.unit), parts.q);
+  pack_nl(parts, b);
 }
 
 // Eight groups with the unit that their integer scales multiply. Weights of groups stay comparable: the
@@ -248,31 +255,6 @@ SuperGroup load_super(const float* x, const float* importance) {
   return s;
 }
 
-void encode_xs(const float* x, const float* importance, BlockIQ4_XS& b) noexcept {
-  const SuperGroup s = load_super(x, importance);
-  const Scales fit = fit_super(s);
-  b.d = finite_half(fit.unit);
-  b.scales_h = 0;
-  std::fill_n(b.scales_l, 4, uint8_t{0});
-  for (size_t g = 0; g < 8; ++g) {
-    const auto v = static_cast<unsigned>(fit.scale[g] + 32);
-    b.scales_l[g / 2] = static_cast<uint8_t>(b.scales_l[g / 2] | (v & 15) << (g % 2 * 4));
-    b.scales_h = static_cast<uint16_t>(b.scales_h | (v >> 4) << (2 * g));
-    store_levels(s.groups[g], fit.unit * static_cast<float>(fit.scale[g]), b.qs + 16 * g);
-  }
-}
-
-void pack_nl(const BlockParts& parts, BlockIQ4_NL& b) noexcept {
-  b.d = parts.unit;
-  pack_nibbles(parts.q, b.qs);
-}
-
-void unpack_nl(const BlockIQ4_NL& b, BlockParts& parts) noexcept {
-  parts.unit = b.d;
-  parts.scale[0] = 1;
-  unpack_nibbles(b.qs, parts.q);
-}
-
 void pack_xs(const BlockParts& parts, BlockIQ4_XS& b) noexcept {
   b.d = parts.unit;
   b.scales_h = 0;
@@ -285,11 +267,28 @@ void pack_xs(const BlockParts& parts, BlockIQ4_XS& b) noexcept {
   }
 }
 
+void encode_xs(const float* x, const float* importance, BlockIQ4_XS& b) noexcept {
+  const SuperGroup s = load_super(x, importance);
+  const Scales fit = fit_super(s);
+  BlockParts parts;
+  parts.unit = finite_half(fit.unit);
+  for (size_t g = 0; g < 8; ++g) {
+    parts.scale[g] = static_cast<int16_t>(fit.scale[g]);
+    nearest_levels(s.groups[g], fit.unit * static_cast<float>(fit.scale[g]), parts.q + kGroupElems * g);
+  }
+  pack_xs(parts, b);
+}
+
+void unpack_nl(const BlockIQ4_NL& b, BlockParts& parts) noexcept {
+  parts.unit = b.d;
+  parts.scale[0] = 1;
+  unpack_nibbles(b.qs, parts.q);
+}
+
 void unpack_xs(const BlockIQ4_XS& b, BlockParts& parts) noexcept {
   parts.unit = b.d;
   for (size_t g = 0; g < 8; ++g) {
-    const int low = (b.scales_l[g / 2] >> (g % 2 * 4)) & 15, high = (b.scales_h >> (2 * g)) & 3;
-    parts.scale[g] = static_cast<int16_t>((low | (high << 4)) - 32);
+    parts.scale[g] = static_cast<int16_t>(scale_of(b, g));
     unpack_nibbles(b.qs + 16 * g, parts.q + kGroupElems * g);
   }
 }

@@ -34,12 +34,7 @@ void pack(const BlockParts& parts, BlockQ4_K& b) noexcept {
 void unpack(const BlockQ4_K& b, BlockParts& parts) noexcept {
   parts.unit = b.d;
   parts.offset_unit = b.dmin;
-  uint8_t scales[8], mins[8];
-  unpack_k4_scales(b.scales, scales, mins);
-  for (size_t g = 0; g < 8; ++g) {
-    parts.scale[g] = scales[g];
-    parts.offset[g] = mins[g];
-  }
+  unpack_k4_scales(b.scales, parts);
   for (size_t i = 0; i < 128; ++i) {
     uint8_t* q = parts.q + 64 * (i / 32) + i % 32;
     q[0] = b.qs[i] & 15;

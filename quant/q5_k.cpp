@@ -41,12 +41,7 @@ void pack(const BlockParts& parts, BlockQ5_K& b) noexcept {
 void unpack(const BlockQ5_K& b, BlockParts& parts) noexcept {
   parts.unit = b.d;
   parts.offset_unit = b.dmin;
-  uint8_t scales[8], mins[8];
-  unpack_k4_scales(b.scales, scales, mins);
-  for (size_t g = 0; g < 8; ++g) {
-    parts.scale[g] = scales[g];
-    parts.offset[g] = mins[g];
-  }
+  unpack_k4_scales(b.scales, parts);
   for (size_t i = 0; i < 128; ++i) {
     const size_t p = i / 32, l = i % 32;
     uint8_t* q = parts.q + 64 * p + l;

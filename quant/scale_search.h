@@ -20,7 +20,7 @@ namespace duet {
 // x ~= d * scale[g] * q - dmin * min[g], for 256 elements in 256 / group_elems groups g.
 struct AffineSuperFit {
   uint16_t d, dmin;  // IEEE half
-  uint8_t scale[16], min[16];
+  uint8_t scale[16] = {}, min[16] = {};  // of fewer groups: the first ones
   uint8_t q[256];
 };
 struct AffineSuperSpec {

@@ -48,8 +48,8 @@ class Sequence {
   std::unique_ptr<State> state_;
 };
 
-// The scratch of the forward pass, allocated on creation. One thread at a time; must outlive none of
-// its sequences.
+// The scratch of the forward pass, allocated on creation. One thread at a time. Sequences and their batch may
+// die in any order.
 class Batch {
  public:
   struct Part {

@@ -57,6 +57,7 @@ void DivergenceMeter::add(std::span<const float> logits, std::span<const Token> 
       rows[i] = compare(logits.subspan(i * n_vocab, n_vocab), targets[i], reference.probs.data() + i * n_vocab, reference.top[i]);
   });
   for (size_t i = 0; i < n; ++i) {
+    if (!std::isfinite(rows[i].nll)) fail(ErrorKind::format, "the model's logits are not finite: the model or the file is damaged");
     kld_.push_back(static_cast<float>(rows[i].kld));
     nll_.push_back(static_cast<float>(rows[i].nll));
     reference_nll_.push_back(reference.nll[i]);
@@ -111,6 +112,18 @@ DivergenceResult divergence(const Engine& engine, LogitsReferenceReader& referen
   out.n_chunks = scored.n_chunks;
   out.n_ctx = scored.n_ctx;
   return out;
+}
+
+PerplexityResult save_reference(const Engine& engine, std::string_view text, const std::string& model,
+                                const std::filesystem::path& path, PerplexityOptions options) {
+  std::vector<Token> ids = perplexity_chunks(engine, text, options.n_ctx, options.max_chunks);
+  const auto n_chunks = static_cast<uint32_t>(ids.size() / options.n_ctx);
+  const LogitsReferenceHeader header{model, engine.info().hparams.n_vocab, options.n_ctx, n_chunks, std::move(ids)};
+  LogitsReferenceWriter writer(path, header);
+  options.rows = [&](std::span<const float> logits, std::span<const Token> targets) { writer.add(logits, targets, engine.info().n_threads); };
+  const PerplexityResult result = perplexity(engine, header.tokens, std::nullopt, options);
+  writer.finish();
+  return result;
 }
 
 }  // namespace duet

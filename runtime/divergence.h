@@ -5,8 +5,11 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <optional>
 #include <span>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "formats/logits_reference.h"
@@ -34,7 +37,7 @@ struct DivergenceResult {
 // Position by position. Statistics with fewer than 2 positions have no errors.
 class DivergenceMeter {
  public:
-  // logits [n_rows, n_vocab]; targets, reference: of the same rows.
+  // logits [n_rows, n_vocab]; targets, reference: of the same rows. Error(format) when logits are not finite.
   void add(std::span<const float> logits, std::span<const Token> targets, const ReferenceRows& reference, int n_threads);
   DivergenceResult result() const;  // without n_chunks, n_ctx
 
@@ -46,5 +49,9 @@ class DivergenceMeter {
 // Evaluates the reference's tokens with the model. options: n_ctx and max_chunks are the reference's.
 // Error(format) when the vocabulary is of another size.
 DivergenceResult divergence(const Engine& engine, LogitsReferenceReader& reference, PerplexityOptions options);
+
+// Perplexity of a text, its predictions written to `path` as a reference that names `model`.
+PerplexityResult save_reference(const Engine& engine, std::string_view text, const std::string& model,
+                                const std::filesystem::path& path, PerplexityOptions options);
 
 }  // namespace duet

@@ -1,4 +1,4 @@
-// What an Engine and its Sessions share. Internal to engine.cpp and session.cpp.
+// What an Engine and its Sessions share. Internal to engine.cpp, session.cpp and batch.cpp.
 #pragma once
 
 #include <exception>

@@ -19,7 +19,6 @@ constexpr int kReadRuns = 5, kMacRuns = 15;
 constexpr uint64_t kHugePage = uint64_t{2} << 20;
 constexpr uint64_t kMinBytes = uint64_t{64} << 20;  // below, caches would be measured
 
-
 // Calls body(worker) once for each worker in [0, n_threads), all at once.
 template <class Body>
 void on_all_threads(int n_threads, const Body& body) {

@@ -57,7 +57,10 @@ class Connection : public httplib::Stream {
 
   ssize_t read(char* to, size_t n) override {
     if (!has_buffered() && !fill()) return -1;
-    if (bytes_left_ == 0) return -1;
+    if (bytes_left_ == 0) {
+      overrun_ = true;
+      return -1;
+    }
     n = std::min({n, end_ - at_, bytes_left_});
     std::memcpy(to, buffer_.data() + at_, n);
     at_ += n;
@@ -73,6 +76,7 @@ class Connection : public httplib::Stream {
   void get_remote_ip_and_port(std::string& ip, int& port) const override { address(::getpeername, ip, port); }
   void get_local_ip_and_port(std::string& ip, int& port) const override { address(::getsockname, ip, port); }
   socket_t socket() const override { return fd_; }
+  bool overrun() const { return overrun_; }  // what follows is the rest of a body, not a request
 
  private:
   void begin_phase(size_t n_bytes, std::chrono::seconds time) {
@@ -107,6 +111,7 @@ class Connection : public httplib::Stream {
   const HttpLimits& limits_;
   std::array<char, 16384> buffer_;
   size_t at_ = 0, end_ = 0, bytes_left_ = 0;
+  bool overrun_ = false;
   Clock::time_point deadline_{};
 };
 
@@ -207,6 +212,13 @@ class HttpServer::Impl : public httplib::Server {
     return std::strtoull(length.c_str(), nullptr, 10) > limits_.max_body_bytes ? 413 : 0;
   }
 
+  // httplib reads no body of other methods: it would be taken for the next request.
+  static bool leaves_body(const httplib::Request& req) {
+    if (req.method == "POST" || req.method == "PUT" || req.method == "PATCH" || req.method == "DELETE") return false;
+    const std::string length = req.get_header_value("Content-Length");
+    return req.has_header("Transfer-Encoding") || (!length.empty() && length != "0");
+  }
+
   HandlerResponse refuse_early(const httplib::Request& req, httplib::Response& res) const {
     const int status = early_status(req);
     if (status == 0) return HandlerResponse::Unhandled;
@@ -219,11 +231,11 @@ class HttpServer::Impl : public httplib::Server {
   bool process_and_close_socket(socket_t fd) override {
     Connection connection(fd, limits_);
     bool closed = false, refused = false;  // refused: its body has not been read
-    for (size_t n = 1; !closed && !refused && !stopping_ && next_request(connection, fd); ++n) {
+    for (size_t n = 1; !closed && !refused && !connection.overrun() && !stopping_ && next_request(connection, fd); ++n) {
       connection.begin_request();
       const auto prepare = [&](httplib::Request& req) {
         connection.begin_body();
-        refused = early_status(req) != 0;
+        refused = early_status(req) != 0 || leaves_body(req);
         req.progress = [&connection](uint64_t, uint64_t) { return !connection.closed(); };  // read by answer()
         req.ranges.clear();
         req.headers.erase("Content-Type");     // forms are JSON to `curl -d`
@@ -276,7 +288,9 @@ class HttpServer::Impl : public httplib::Server {
 HttpServer::HttpServer(const HttpLimits& limits, HttpHandler handler) : impl_(std::make_unique<Impl>(limits, std::move(handler))) {}
 HttpServer::~HttpServer() = default;
 int HttpServer::bind(const std::string& host, int port) { return impl_->bind_address(host, port); }
-void HttpServer::run() { impl_->listen_after_bind(); }
+void HttpServer::run() {
+  if (!impl_->listen_after_bind()) fail(ErrorKind::io, "the system gives no more connections (sockets or memory are used up); start the server again");
+}
 void HttpServer::stop() { impl_->end(); }
 
 }  // namespace duet::server

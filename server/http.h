@@ -57,7 +57,7 @@ class HttpServer {
 
   // Binds and listens; port 0 picks one. Returns the port. Error(io) when the address cannot be had.
   int bind(const std::string& host, int port);
-  void run();   // serves until stop(); returns when all connections have ended
+  void run();   // serves until stop(); returns when all connections have ended. Error(io): it can accept no more
   // From any thread: no new connections or requests. Has no effect before run() has begun to listen: to be
   // repeated until it has returned.
   void stop();

@@ -11,6 +11,7 @@ namespace duet::server::llama {
 namespace {
 
 constexpr size_t kMaxTokens = size_t{1} << 22;
+constexpr size_t kMaxChoices = 256;
 
 std::string piece_of(const ServedModel& model, Token id) { return model.tokenizer.piece(id, true); }
 
@@ -33,12 +34,9 @@ class CompletionRenderer : public Renderer {
 
   std::string content_type() const override { return "text/event-stream"; }
   std::string whole(const std::vector<Choice>& choices) override {
-    if (choices.size() == 1) return dump(last(choices[0], choices[0].text, choices[0].tokens));
+    if (choices.size() == 1) return dump(last(0, choices[0], choices[0].text, choices[0].tokens));
     Json out = Json::array();
-    for (size_t i = 0; i < choices.size(); ++i) {
-      out.push_back(last(choices[i], choices[i].text, choices[i].tokens));
-      out.back()["index"] = i;
-    }
+    for (size_t i = 0; i < choices.size(); ++i) out.push_back(last(i, choices[i], choices[i].text, choices[i].tokens));
     return dump(out);
   }
   std::string piece(size_t index, const Choice& choice, const Update& update) override {
@@ -49,7 +47,7 @@ class CompletionRenderer : public Renderer {
       if (n_top_ >= 0) event["completion_probabilities"] = probabilities(update.tokens);
       out = sse(dump(event));
     }
-    if (update.finish) out += sse(dump(last(choice, "", {})));
+    if (update.finish) out += sse(dump(last(index, choice, "", {})));
     return out;
   }
   std::string end(const std::vector<Choice>&) override { return {}; }
@@ -57,9 +55,9 @@ class CompletionRenderer : public Renderer {
   std::string ping() override { return ": still working\n\n"; }
 
  private:
-  Json last(const Choice& c, const std::string& text, const std::vector<TokenRecord>& tokens) const {
+  Json last(size_t index, const Choice& c, const std::string& text, const std::vector<TokenRecord>& tokens) const {
     const bool word = !c.finish.stop_string.empty(), limit = c.finish.reason == FinishReason::length;
-    Json out{{"index", 0}, {"content", text}, {"tokens", ids(tokens)}, {"id_slot", 0}, {"stop", true}, {"model", model_.id},
+    Json out{{"index", index}, {"content", text}, {"tokens", ids(tokens)}, {"id_slot", index}, {"stop", true}, {"model", model_.id},
              {"tokens_predicted", c.finish.n_generated}, {"tokens_evaluated", c.n_prompt}, {"tokens_cached", c.n_prompt + c.finish.n_generated},
              {"truncated", false}, {"stop_type", word ? "word" : limit ? "limit" : "eos"}, {"stopping_word", c.finish.stop_string},
              {"stopped_eos", !word && !limit}, {"stopped_word", word}, {"stopped_limit", limit},
@@ -115,6 +113,7 @@ TextRequest parse_completion(const Json& body, const ServedModel& model) {
   const auto n_probs = static_cast<int>(f.integer("n_probs", 0, 0, 100));
   r.params.n_top = n_probs > 0 ? n_probs : -1;
   r.n = static_cast<size_t>(f.integer("n", 1, 1, 64));
+  if (r.prompts.size() * r.n > kMaxChoices) bad_request("n", r.prompts.size() * r.n, " choices in all; at most ", kMaxChoices, " are made at once");
   r.stream = f.boolean("stream", false);
   for (const char* name : {"grammar", "json_schema", "image_data", "lora", "input_prefix", "input_suffix"}) f.refuse(name, "");
   for (const char* name : {"mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range", "n_keep", "min_keep", "t_max_predict_ms"})
@@ -188,7 +187,7 @@ Json slots(const ServedModel& model, const Scheduler& scheduler) {
   return out;
 }
 
-std::string metrics_text(const Metrics& m, const Scheduler& scheduler, const Engine& engine) {
+std::string metrics_text(const Metrics& m, const Scheduler& scheduler) {
   const Scheduler::Status status = scheduler.status();
   const auto n = [](const std::atomic<uint64_t>& v) { return static_cast<double>(v.load(std::memory_order_relaxed)); };
   std::string out = counter("duet_requests_total", "counter", "Generations taken.", n(m.requests));
@@ -208,7 +207,7 @@ std::string metrics_text(const Metrics& m, const Scheduler& scheduler, const Eng
   out += counter("duet_kv_cache_bytes", "gauge", "Memory of keys and values.", static_cast<double>(status.sequence_bytes));
   out += m.first_token.text("duet_time_to_first_token_seconds", "From arrival to the first token.");
   out += m.next_token.text("duet_time_between_tokens_seconds", "From a token to the next.");
-  if (const auto stream = engine.stream_stats()) {
+  if (const auto& stream = status.stream) {
     out += counter("duet_expert_cache_hits_total", "counter", "Experts needed that were in memory.", static_cast<double>(stream->hits));
     out += counter("duet_expert_cache_misses_total", "counter", "Experts needed that were not.", static_cast<double>(stream->misses));
     out += counter("duet_expert_cache_bytes_read_total", "counter", "Bytes of experts read.", static_cast<double>(stream->reads.bytes));

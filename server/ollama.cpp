@@ -53,9 +53,9 @@ void parse_options(const Fields& f, const ServedModel& model, TextRequest& r) {
   r.params.stop = stop_strings(options);
   const int64_t n = options.integer("num_predict", -1, -2, std::numeric_limits<int32_t>::max());
   r.params.max_tokens = n < 0 ? SIZE_MAX : static_cast<size_t>(n);
-  for (const char* name : {"mirostat", "tfs_z"})
-    if (options.number(name, 0, -1e9, 1e9) != 0 && options.number(name, 1, -1e9, 1e9) != 1) options.refuse(name, "");
-  if (options.number("typical_p", 1, -1e9, 1e9) != 1) options.refuse("typical_p", "");
+  if (options.number("mirostat", 0, -1e9, 1e9) != 0) options.refuse("mirostat", "");
+  for (const char* name : {"tfs_z", "typical_p"})
+    if (options.number(name, 1, -1e9, 1e9) != 1) options.refuse(name, "");
   if (const Json* format = f.find("format"); format != nullptr && !(format->is_string() && format->get<std::string>().empty()))
     bad_request("format", "'format' is not supported: this server does not constrain its output");
   if (const Json* think = f.find("think"); think != nullptr && !(think->is_boolean() && !think->get<bool>()))
@@ -80,14 +80,13 @@ Json load_reply(const Fields& f, const ServedModel& model, bool chat) {
 
 class LineRenderer : public Renderer {
  public:
-  LineRenderer(bool chat, const ServedModel& model) : chat_(chat), model_(model) {}
+  LineRenderer(bool chat, bool logprobs, const ServedModel& model) : chat_(chat), logprobs_(logprobs), model_(model) {}
 
   std::string content_type() const override { return "application/x-ndjson"; }
   std::string whole(const std::vector<Choice>& choices) override { return dump(last(choices[0], choices[0].text, choices[0].tokens)); }
   std::string piece(size_t, const Choice& choice, const Update& update) override {
-    const bool has_logprobs = !update.tokens.empty() && !update.tokens[0].top.empty();
     std::string out;
-    if (!update.text.empty() || has_logprobs) out = line(object(update.text, update.tokens, false));
+    if (!update.text.empty() || (logprobs_ && !update.tokens.empty())) out = line(object(update.text, update.tokens, false));
     if (update.finish) out += line(last(choice, "", {}));
     return out;
   }
@@ -102,9 +101,9 @@ class LineRenderer : public Renderer {
     if (chat_) out["message"] = {{"role", "assistant"}, {"content", text}};
     else out["response"] = text;
     out["done"] = done;
+    if (!logprobs_) return out;
     Json logprobs = Json::array();
     for (const TokenRecord& token : tokens) {
-      if (token.logprob == 0 && token.top.empty()) continue;  // not asked for
       Json one = entry(token.id, token.logprob);
       one["top_logprobs"] = Json::array();
       for (const auto& [id, logprob] : token.top) one["top_logprobs"].push_back(entry(id, logprob));
@@ -128,7 +127,7 @@ class LineRenderer : public Renderer {
     return out;
   }
 
-  bool chat_;
+  bool chat_, logprobs_;
   const ServedModel& model_;
 };
 
@@ -204,7 +203,7 @@ Parsed parse_generate(const Json& body, const ServedModel& model) {
   return out;
 }
 
-std::unique_ptr<Renderer> make_renderer(bool chat, const ServedModel& model) { return std::make_unique<LineRenderer>(chat, model); }
+std::unique_ptr<Renderer> make_renderer(bool chat, bool logprobs, const ServedModel& model) { return std::make_unique<LineRenderer>(chat, logprobs, model); }
 
 Json tags(const ServedModel& model) { return {{"models", Json::array({entry(model)})}}; }
 

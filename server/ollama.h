@@ -19,7 +19,7 @@ struct Parsed {
 
 Parsed parse_chat(const Json& body, const ServedModel& model);      // POST /api/chat
 Parsed parse_generate(const Json& body, const ServedModel& model);  // POST /api/generate
-std::unique_ptr<Renderer> make_renderer(bool chat, const ServedModel& model);
+std::unique_ptr<Renderer> make_renderer(bool chat, bool logprobs, const ServedModel& model);
 
 Json tags(const ServedModel& model);                      // GET /api/tags
 Json running(const ServedModel& model);                   // GET /api/ps

@@ -21,8 +21,7 @@ size_t max_tokens(const Fields& f, const char* first, const char* second, size_t
 }
 
 // What both kinds of request share.
-Parsed parse_common(const Json& body, const Fields& f, const ServedModel& model) {
-  static_cast<void>(body);
+Parsed parse_common(const Fields& f, const ServedModel& model) {
   Parsed out;
   TextRequest& r = out.request;
   model.check_name(f.string("model"));
@@ -297,7 +296,7 @@ class CompletionRenderer : public RendererBase {
 
 Parsed parse_chat(const Json& body, const ServedModel& model) {
   const Fields f(body);
-  Parsed out = parse_common(body, f, model);
+  Parsed out = parse_common(f, model);
   TextRequest& r = out.request;
   out.format.chat = true;
   parse_response_format(f);
@@ -315,7 +314,7 @@ Parsed parse_chat(const Json& body, const ServedModel& model) {
 
 Parsed parse_completion(const Json& body, const ServedModel& model) {
   const Fields f(body);
-  Parsed out = parse_common(body, f, model);
+  Parsed out = parse_common(f, model);
   TextRequest& r = out.request;
   parse_response_format(f);
   f.refuse("suffix", "");
@@ -354,7 +353,7 @@ Json model_list(const ServedModel& model) { return {{"object", "list"}, {"data",
 std::string error_body(int status, const std::string& message, const std::string& param) {
   const char* type = status == 401 ? "authentication_error" : status == 403 ? "permission_error" : status == 404 ? "not_found_error"
                      : status < 500 ? "invalid_request_error" : status == 503 ? "overloaded_error" : "server_error";
-  return dump({{"error", {{"message", message}, {"type", type}, {"param", param.empty() ? Json() : Json(param)}, {"code", status == 404 ? Json("model_not_found") : Json()}}}});
+  return dump({{"error", {{"message", message}, {"type", type}, {"param", param.empty() ? Json() : Json(param)}, {"code", status == 404 && param == "model" ? Json("model_not_found") : Json()}}}});
 }
 
 }  // namespace duet::server::openai

@@ -38,14 +38,14 @@ Token bias_id(const std::string& key, size_t n_vocab) {
 }
 
 PromptInput text_input(const Json& text, const Tokenizer& tokenizer) {
-  PromptInput input{text.get<std::string>(), {}, true};
+  PromptInput input{text.get<std::string>(), {}};
   const Segment segment{input.text, false};
   input.ids = tokenizer.encode({&segment, 1}, tokenizer.add_bos());
   return input;
 }
 
 PromptInput id_input(const Json& ids, const char* field, const Tokenizer& tokenizer) {
-  PromptInput input{{}, {}, false};
+  PromptInput input{};
   for (const Json& id : ids) {
     if (!id.is_number_integer()) bad_request(field, "'", field, "': lists of token ids must hold integers only");
     input.ids.push_back(checked_token(id.get<int64_t>(), field, tokenizer.n_vocab()));

@@ -27,7 +27,7 @@ class Fields {
   // A string or an array of strings, no more than `most`.
   std::vector<std::string> strings(const char* name, size_t most) const;
   // Fields that would change the result and that nothing here implements: 400 when present with another
-  // value than null, false, an empty array or object, or `harmless`.
+  // value than null, false, an empty array or object. `why` ends the message; "": nothing to add.
   void refuse(const char* name, const char* why) const;
 
  private:
@@ -46,12 +46,11 @@ std::vector<std::string> stop_strings(const Fields& fields);
 // An object {"id": bias} or llama-server's array [[id or text, bias or false], ...].
 std::vector<std::pair<Token, float>> logit_bias(const Fields& fields, const Tokenizer& tokenizer);
 
-// Prompts as /v1/completions, /completion and embeddings take them: a text, texts, ids, lists of ids;
-// `mixed`: also lists of ids and texts. ApiError 400 for ids outside the vocabulary.
+// Prompts as /v1/completions, /completion and embeddings take them: a text, ids, or a list of at most `most` texts
+// and lists of ids. ApiError 400 for ids outside the vocabulary.
 struct PromptInput {
   std::string text;         // as echoed; of ids: their text
   std::vector<Token> ids;   // with BOS where the vocabulary wants it, for texts
-  bool from_text = true;
 };
 std::vector<PromptInput> prompt_inputs(const Json& prompt, const char* field, const Tokenizer& tokenizer, size_t most);
 

@@ -87,13 +87,19 @@ Token Running::choose(std::span<const float> logits) {
 }
 
 void Running::add(Token token, TokenRecord record) {
-  std::string shown = stops_.push(text_.push(token));
+  shown_ = stops_.push(text_.push(token));
+  record_ = std::move(record);
   if (!stops_.matched().empty()) finished_ = FinishReason::stop;
   else if (n_generated_ >= job_->params.max_tokens || n_evaluated() >= n_ctx_) finished_ = FinishReason::length;
+}
+
+void Running::tell() {
+  if (!record_) return;
   job_->publish([&](Update& update) {
-    update.text += shown;
-    update.tokens.push_back(std::move(record));
+    update.text += shown_;
+    update.tokens.push_back(std::move(*record_));
   });
+  record_.reset();
 }
 
 void Running::end(FinishReason reason, const std::string& error, Metrics& metrics) {

@@ -33,6 +33,7 @@ class Running {
 
   void prompt_progress();                          // tells the owner how much of the prompt is done
   void take(std::span<const float> logits);        // the next token; different jobs at the same time
+  void tell();                                     // tells the owner what take() has found
   void take_hidden(std::span<const float> hidden); // of the next token of a prompt that is embedded
   void end(FinishReason reason, const std::string& error, Metrics& metrics);  // last of all
   std::optional<double> token_seconds() const { return token_s_; }  // of the last take(), from the one before
@@ -55,6 +56,8 @@ class Running {
   size_t n_generated_ = 0;
   std::optional<FinishReason> finished_;
   std::optional<double> token_s_;
+  std::string shown_;                  // of the token that the owner has not been told of
+  std::optional<TokenRecord> record_;
   Clock::time_point queued_, started_, first_, latest_;
 };
 

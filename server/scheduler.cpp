@@ -85,6 +85,7 @@ Scheduler::Status Scheduler::status() const {
 }
 
 void Scheduler::loop() {
+  publish_status();
   while (wait_for_work()) {
     drop_withdrawn();
     admit();
@@ -265,8 +266,12 @@ void Scheduler::deliver_rows(std::span<const Wanted> wanted) {
   });
   for (size_t i = 0; i < wanted.size(); ++i) {
     Running& running = *wanted[i].running;
-    if (follows_in_prompt(wanted[i])) running.job().publish([&](Update& update) { update.prompt.push_back(std::move(records[i])); });
-    else if (running.token_seconds()) metrics_.next_token.add(*running.token_seconds());
+    if (follows_in_prompt(wanted[i])) {
+      running.job().publish([&](Update& update) { update.prompt.push_back(std::move(records[i])); });
+      continue;  // its job may be over, but rows of it follow
+    }
+    running.tell();  // after the prompt's records
+    if (running.token_seconds()) metrics_.next_token.add(*running.token_seconds());
     else metrics_.first_token.add(running.first_token_seconds());
     if (running.finished()) end(running, running.reason());
   }
@@ -299,7 +304,9 @@ void Scheduler::end_all(FinishReason reason, const std::string& error) {
 }
 
 void Scheduler::publish_status() {
+  std::optional<StreamStats> stream = engine_.stream_stats();
   const std::lock_guard lock(mutex_);
+  status_.stream = std::move(stream);
   status_.running.clear();
   for (const auto& running : running_) status_.running.push_back({running->job().prompt.size(), running->n_evaluated(), running->n_generated()});
   status_.n_cached_sequences = pool_.size() - running_.size();

@@ -51,6 +51,7 @@ class Scheduler {
   struct Status {
     std::vector<Slot> running;
     size_t n_waiting = 0, n_cached_sequences = 0, sequence_bytes = 0;
+    std::optional<StreamStats> stream = {};  // after the last batch
   };
   Status status() const;
 

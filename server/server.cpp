@@ -158,7 +158,7 @@ void Server::State::add_llama_routes() {
   get("/props", [this] { return json_reply(llama::props(model, scheduler)); });
   get("/slots", [this] { return json_reply(llama::slots(model, scheduler)); });
   get("/metrics", [this]() -> HttpReply {
-    return {.content_type = "text/plain; version=0.0.4; charset=utf-8", .body = llama::metrics_text(metrics, scheduler, engine)};
+    return {.content_type = "text/plain; version=0.0.4; charset=utf-8", .body = llama::metrics_text(metrics, scheduler)};
   });
 }
 
@@ -168,7 +168,8 @@ HttpReply Server::State::openai_reply(const openai::Parsed& parsed, const HttpRe
 
 HttpReply Server::State::ollama_reply(ollama::Parsed parsed, const HttpRequest& request) {
   if (!parsed.request) return json_reply(parsed.reply);
-  return generate(std::move(*parsed.request), ollama::make_renderer(parsed.chat, model), request);
+  auto renderer = ollama::make_renderer(parsed.chat, parsed.request->params.n_top >= 0, model);
+  return generate(std::move(*parsed.request), std::move(renderer), request);
 }
 
 HttpReply Server::State::error_reply(const HttpRequest& request, int status, const std::string& message, const std::string& param) const {
@@ -234,10 +235,18 @@ int Server::bind() {
 }
 
 void Server::run() {
-  state_->http->run();
-  const std::lock_guard lock(state_->mutex);
-  state_->ended = true;
-  state_->ended_changed.notify_all();
+  std::exception_ptr error;
+  try {
+    state_->http->run();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->ended = true;
+    state_->ended_changed.notify_all();
+  }
+  if (error) std::rethrow_exception(error);
 }
 
 void Server::stop(std::chrono::milliseconds grace) {

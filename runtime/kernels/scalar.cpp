@@ -182,22 +182,14 @@ void unpack(const BlockIQ4_XS& b, Unpacked256& out) {
 }
 
 template <class Block>
-void unpack_wide(const Block& b, Unpacked256& out) {
+  requires requires(const Block& b, WideBlock& wide) { unpack(b, wide); }
+void unpack(const Block& b, Unpacked256& out) {
   WideBlock wide;
   unpack(b, wide);
   out.d = wide.d;
   for (size_t g = 0; g < 16; ++g) out.scale[g] = wide.scale[g];
   std::memcpy(out.q, wide.q, sizeof out.q);
 }
-void unpack(const BlockIQ1_S& b, Unpacked256& out) { unpack_wide(b, out); }
-void unpack(const BlockIQ1_M& b, Unpacked256& out) { unpack_wide(b, out); }
-void unpack(const BlockIQ2_XXS& b, Unpacked256& out) { unpack_wide(b, out); }
-void unpack(const BlockIQ2_XS& b, Unpacked256& out) { unpack_wide(b, out); }
-void unpack(const BlockIQ2_S& b, Unpacked256& out) { unpack_wide(b, out); }
-void unpack(const BlockIQ3_XXS& b, Unpacked256& out) { unpack_wide(b, out); }
-void unpack(const BlockIQ3_S& b, Unpacked256& out) { unpack_wide(b, out); }
-void unpack(const BlockTQ1_0& b, Unpacked256& out) { unpack_wide(b, out); }
-void unpack(const BlockTQ2_0& b, Unpacked256& out) { unpack_wide(b, out); }
 
 template <class Block>
 constexpr bool kHasMinimum256 = requires(Block b) {

@@ -151,6 +151,7 @@ TEST_CASE("serve: SIGTERM under load ends streams cleanly") {
 
 TEST_CASE("serve refuses what is unsafe or impossible") {
   CHECK(refusal(run_duet({"serve", kModel, "--host", "0.0.0.0"}), 2, "--api-key") == "");
+  CHECK(refusal(run_duet({"serve", kModel, "--host", "0.0.0.0", "--api-key", ""}), 2, "--api-key is empty") == "");
   CHECK(refusal(run_duet({"serve", kModel, "--host", "192.0.2.1", "--api-key", "k", "--port", "0"}), 3, "cannot listen on 192.0.2.1") == "");
   CHECK(refusal(run_duet({"serve", "/nowhere.gguf"}), 3, "nowhere.gguf") == "");
   const ServerProcess server(arguments());

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Load on `duet serve`: streaming clients for some time, each text compared with the same request alone.
 
-serve_load.py MODEL [--clients 64] [--seconds 600] [--tokens 64] [--url http://127.0.0.1:8080]
+serve_load.py MODEL [--clients 64] [--seconds 600] [--tokens 64] [--sweep] [--serve-args "--parallel 8"]
 Prints tok/s, time to first token (p50, p99), errors, texts that differ, memory of the server after warm-up
 and at the end. Exit code 1 on any error or difference. With --sweep: tok/s at 1, 8 and 32 clients.
 """

@@ -81,7 +81,6 @@ void WebServer::accept_all() {
     if (::poll(&input, 1, 20) <= 0) continue;
     const int fd = ::accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC);
     if (fd < 0) continue;
-    const std::lock_guard lock(mutex_);
     connections_.emplace_back([this, fd] {
       serve(fd);
       ::close(fd);

@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <functional>
 #include <map>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <utility>
@@ -46,7 +45,6 @@ class WebServer {
   int listener_ = -1, port_ = 0;
   std::atomic<bool> stopping_{false};
   std::atomic<size_t> n_requests_{0}, n_bytes_{0};
-  std::mutex mutex_;
   std::vector<std::thread> connections_;
   std::thread acceptor_;
 };

@@ -18,6 +18,26 @@
 extern char** environ;
 
 namespace duet::test {
+std::vector<std::string> child_environment(const Environment& added_ones) {
+  std::vector<std::string> out;
+  const auto is_added = [&](std::string_view entry) {
+    for (const auto& added : added_ones)
+      if (entry.starts_with(added.first + "=")) return true;
+    return false;
+  };
+  for (char** entry = environ; *entry != nullptr; ++entry)
+    if (std::strncmp(*entry, "DUET_", 5) != 0 && !is_added(*entry)) out.emplace_back(*entry);
+  for (const auto& [name, value] : added_ones) out.push_back(name + "=" + value);
+  return out;
+}
+
+std::vector<char*> pointers(std::vector<std::string>& texts) {
+  std::vector<char*> out;
+  for (std::string& text : texts) out.push_back(text.data());
+  out.push_back(nullptr);
+  return out;
+}
+
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -42,26 +62,6 @@ struct Pipe {
   }
 };
 
-std::vector<std::string> child_environment(const ProcessOptions& options) {
-  std::vector<std::string> out;
-  const auto is_added = [&](std::string_view entry) {
-    for (const auto& added : options.environment)
-      if (entry.starts_with(added.first + "=")) return true;
-    return false;
-  };
-  for (char** entry = environ; *entry != nullptr; ++entry)
-    if (std::strncmp(*entry, "DUET_", 5) != 0 && !is_added(*entry)) out.emplace_back(*entry);
-  for (const auto& [name, value] : options.environment) out.push_back(name + "=" + value);
-  return out;
-}
-
-std::vector<char*> pointers(std::vector<std::string>& texts) {
-  std::vector<char*> out;
-  for (std::string& text : texts) out.push_back(text.data());
-  out.push_back(nullptr);
-  return out;
-}
-
 struct Child {
   const ProcessOptions& options;
   Pipe in, out, err;
@@ -83,7 +83,7 @@ struct Child {
   }
 
   void start(std::vector<std::string> command) {
-    std::vector<std::string> environment = child_environment(options);
+    std::vector<std::string> environment = child_environment(options.environment);
     const std::vector<char*> argv = pointers(command), envp = pointers(environment);
     pid = ::fork();
     if (pid < 0) throw std::runtime_error("fork failed");

@@ -10,10 +10,15 @@
 
 namespace duet::test {
 
+using Environment = std::vector<std::pair<std::string, std::string>>;
+// The caller's without DUET_*, with these added or put in place of its own.
+std::vector<std::string> child_environment(const Environment& added);
+// For exec; null-terminated. `texts` must live on.
+std::vector<char*> pointers(std::vector<std::string>& texts);
+
 struct ProcessOptions {
   std::optional<std::string> input = {};  // through a pipe; without it standard input is /dev/null
-  std::vector<std::pair<std::string, std::string>> environment =
-      {};                                               // added; DUET_* of the caller is dropped
+  Environment environment = {};                         // added; DUET_* of the caller is dropped
   std::string folder = {};                              // working folder; "": the caller's
   std::string stdout_path = {};                         // a file or device instead of a pipe
   std::optional<uint64_t> file_size_limit = {};         // RLIMIT_FSIZE

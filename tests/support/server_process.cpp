@@ -14,6 +14,8 @@
 #include <stdexcept>
 #include <thread>
 
+#include "tests/support/process.h"
+
 namespace duet::test {
 namespace {
 
@@ -44,29 +46,36 @@ ServerProcess::ServerProcess(std::vector<std::string> arguments) {
   arguments.insert(arguments.end(), {"--port", "0"});
   std::array<int, 2> ends{};
   if (::pipe2(ends.data(), O_CLOEXEC) != 0) throw std::runtime_error("pipe failed");
-  std::vector<char*> argv;
-  for (std::string& argument : arguments) argv.push_back(argument.data());
-  argv.push_back(nullptr);
+  std::vector<std::string> variables = child_environment({});
+  const std::vector<char*> argv = pointers(arguments), envp = pointers(variables);
   pid_ = ::fork();
   if (pid_ == 0) {
     ::dup2(ends[1], 1);
-    ::execv(argv[0], argv.data());
+    ::execve(argv[0], argv.data(), envp.data());
     ::_exit(127);
   }
   ::close(ends[1]);
   out_ = ends[0];
   const std::string text = read_until(out_, "Ollama clients", 60);
   const size_t at = text.find("http://127.0.0.1:");
-  if (at == std::string::npos) throw std::runtime_error("duet serve did not start: " + text);
+  if (at == std::string::npos) {
+    kill();
+    ::close(out_);
+    throw std::runtime_error("duet serve did not start: " + text);
+  }
   port_ = std::atoi(text.c_str() + at + 17);
 }
 
 ServerProcess::~ServerProcess() {
-  if (pid_ > 0) {
-    ::kill(pid_, SIGKILL);
-    ::waitpid(pid_, nullptr, 0);
-  }
+  kill();
   ::close(out_);
+}
+
+void ServerProcess::kill() {
+  if (pid_ <= 0) return;
+  ::kill(pid_, SIGKILL);
+  ::waitpid(pid_, nullptr, 0);
+  pid_ = -1;
 }
 
 void ServerProcess::signal(int number) const { ::kill(pid_, number); }
@@ -80,6 +89,7 @@ int ServerProcess::wait() {
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
   }
+  kill();
   return -1;
 }
 

@@ -22,6 +22,8 @@ class ServerProcess {
   int wait();  // exit code; of a death by signal N: 128 + N; after 60 s: killed, -1
 
  private:
+  void kill();
+
   pid_t pid_ = -1;
   int out_ = -1, port_ = 0;
 };

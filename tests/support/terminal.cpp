@@ -12,6 +12,9 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "base/stopwatch.h"
+#include "tests/support/process.h"
+
 namespace duet::test {
 namespace {
 
@@ -24,21 +27,17 @@ winsize size_of(int columns) {
   return size;
 }
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
 }  // namespace
 
 Terminal::Terminal(std::vector<std::string> command, std::vector<std::pair<std::string, std::string>> environment, int columns) {
   winsize size = size_of(columns);
-  std::vector<char*> argv;
-  for (std::string& argument : command) argv.push_back(argument.data());
-  argv.push_back(nullptr);
+  environment.insert(environment.begin(), {"TERM", "xterm"});
+  std::vector<std::string> variables = child_environment(environment);
+  const std::vector<char*> argv = pointers(command), envp = pointers(variables);
   pid_ = ::forkpty(&fd_, nullptr, nullptr, &size);
   if (pid_ < 0) throw std::runtime_error("forkpty failed");
   if (pid_ > 0) return;
-  ::setenv("TERM", "xterm", 1);
-  for (const auto& [name, value] : environment) ::setenv(name.c_str(), value.c_str(), 1);
-  ::execv(argv[0], argv.data());
+  ::execve(argv[0], argv.data(), envp.data());
   ::_exit(127);
 }
 
@@ -97,6 +96,7 @@ int Terminal::wait_exit(double timeout_s) {
     read_some(20);
   }
   pid_ = -1;
+  read_for(1);  // what it wrote last; ends at once when the terminal is closed
   return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 

@@ -126,6 +126,13 @@ TEST_CASE("completions: echo with log probabilities in the legacy shape") {
     CHECK(logprobs["token_logprobs"][i].get<double>() <= best);
     if (i >= n - 2) CHECK(logprobs["token_logprobs"][i].get<double>() == best);  // greedy
   }
+  for (const int n_new : {0, 1}) {
+    const Json few = f.ok("/v1/completions", concat(R"({"prompt":"the hat","echo":true,"logprobs":1,"temperature":0,"ignore_eos":true,"max_tokens":)", n_new, "}"));
+    CHECK(few["choices"][0]["logprobs"]["tokens"].size() == few["usage"]["total_tokens"]);
+  }
+  const auto parts = events(f.streamed("/v1/completions", R"({"prompt":"the hat","max_tokens":2,"echo":true,"logprobs":1,"temperature":0,"ignore_eos":true,"stream":true})"));
+  const Json& echoed = parts[0]["choices"][0]["logprobs"]["token_logprobs"];
+  for (size_t i = 1; i < echoed.size(); ++i) CHECK(!echoed[i].is_null());
 }
 
 TEST_CASE("completions: texts, ids and lists of ids; n; stop; bias") {
