@@ -128,6 +128,7 @@ void run_generate(RunOptions options) {
   flush_stdout();
   print_statistics(result);
   if (stream) print_streaming(*stream);
+  print_faults(engine, result);
   if (generate.speculation.max_draft > 0) print_speculation(generator->speculator());
   if (result.stop == Stop::interrupted) throw Quit{kExitInterrupted};
 }

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "base/json.h"
+#include "base/pressure.h"
 #include "base/units.h"
 #include "runtime/memory_plan.h"
 
@@ -58,6 +59,13 @@ void print_streaming(const StreamUse& s) {
                100 * s.hit_rate, s.disk_bytes / 1e9, s.disk_bytes_per_s / 1e9, s.backend.c_str(), 100 * s.wait_share);
 }
 
+void print_faults(const Engine& engine, const Generation& g) {
+  if (g.major_faults <= ThrashDetector::kFaultsPerToken * g.n_decoded) return;
+  std::fprintf(stderr, "[%.0f major faults a token: %s]\n", static_cast<double>(g.major_faults) / static_cast<double>(g.n_decoded),
+               engine.plan().streamed ? "memory is short; give a smaller --ram"
+                                      : "weights came from disk, as they do the first time; if it stays so, give a --ram below what is free");
+}
+
 void print_statistics(const Generation& g) {
   std::fprintf(
       stderr,
@@ -86,6 +94,7 @@ Json to_json(const Generation& g, const std::optional<StreamUse>& s) {
           {"prefill_s", g.prefill_seconds},
           {"prefill_tok_s", per_second(g.n_prompt - g.n_reused, g.prefill_seconds)},
           {"decode_tok_s", per_second(g.n_decoded, g.decode_seconds)},
+          {"major_faults", g.major_faults},
           {"stop", stop_name(g.stop)},
           {"seed", g.seed}};
   if (s)

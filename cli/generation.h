@@ -24,6 +24,7 @@ struct Generation {
   double prefill_seconds = 0, decode_seconds = 0;
   size_t n_decoded = 0;  // tokens that decode_seconds evaluated
   StreamStats before_decode;
+  uint64_t major_faults = 0;  // of the process while they were
   Stop stop = Stop::length;
   uint64_t seed = 0;
 };
@@ -38,6 +39,8 @@ Json to_json(const Speculator& speculator);
 void print_status(const Engine& engine, const Session& session);
 void print_statistics(const Generation& g);
 void print_streaming(const StreamUse& stream);
+// Nothing where there were few.
+void print_faults(const Engine& engine, const Generation& g);
 // The one line after an answer of chat.
 std::string answer_statistics(const Generation& g, const std::optional<StreamUse>& stream, const Session& session);
 void print_speculation(const Speculator& speculator);

@@ -6,6 +6,7 @@
 #include <chrono>
 
 #include "base/error.h"
+#include "base/pressure.h"
 #include "base/stopwatch.h"
 #include "cli/console.h"
 
@@ -115,6 +116,7 @@ bool Generator::length_reached() const {
 
 Stop Generator::decode() {
   out_.before_decode = engine_.stream_stats().value_or(StreamStats{});
+  const uint64_t faults = major_faults();
   const auto start = std::chrono::steady_clock::now();
   if (length_reached()) return Stop::length;
   std::optional<Token> next = take(session_.logits());
@@ -124,6 +126,7 @@ Stop Generator::decode() {
     const size_t limit = options_.n_predict < 0 ? session_.n_ctx() : static_cast<size_t>(options_.n_predict) - out_.ids.size();
     out_.n_decoded += speculator_.step(session_, *next, limit, [&](std::span<const float> logits) { return next = take(logits); });
     out_.decode_seconds = seconds_since(start);
+    out_.major_faults = major_faults() - faults;
     if (has_line_) line_.decoded(out_.n_decoded);
   }
   return out_.stop;

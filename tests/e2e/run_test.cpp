@@ -51,6 +51,7 @@ TEST_CASE("run --json prints one document with the text that streaming prints") 
   CHECK(json["stop"] == "length");
   CHECK(json["prefill_s"].get<double>() > 0);
   CHECK(json["decode_tok_s"].get<double>() > 0);
+  CHECK(json["major_faults"].is_number_unsigned());
   const ProcessResult streamed = run({"-p", "The package manager", "-n", "16", "--temp", "0"});
   CHECK(streamed.out == json["text"].get<std::string>() + "\n");
 }
