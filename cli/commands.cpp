@@ -1,5 +1,7 @@
 #include "cli/commands.h"
 
+#include "cli/flag_table.h"
+
 namespace duet::cli {
 
 void add_commands(CLI::App& app) {
@@ -26,6 +28,8 @@ void add_commands(CLI::App& app) {
   add_tokenize(app);
   add_detokenize(app);
   add_template(app);
+  add_completions(app);
+  add_man(app);
 }
 
 }  // namespace duet::cli

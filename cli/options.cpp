@@ -13,6 +13,7 @@
 
 #include "base/error.h"
 #include "base/units.h"
+#include "cli/config_file.h"
 #include "cli/console.h"
 
 namespace duet::cli {
@@ -20,29 +21,81 @@ namespace {
 
 constexpr uint64_t kMaxTextBytes = uint64_t{1} << 30;
 
-std::string variable_of(const CLI::Option& option) {
+// The long name of a flag that may be set elsewhere than on the command line.
+std::string settable_name(const CLI::Option& option) {
   if (option.get_lnames().empty()) return {};
-  std::string name = option.get_lnames().front();
-  if (name == "help" || name == "version") return {};
-  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) {
-    return c == '-' ? '_' : static_cast<char>(std::toupper(c));
-  });
-  return "DUET_" + name;
+  const std::string& name = option.get_lnames().front();
+  return name == "help" || name == "version" ? std::string() : name;
 }
 
-// Applied before the command line is read, so that a flag given there overrides it.
+// Its variable, where it is set and not empty.
+const char* environment_of(const CLI::Option& option, std::string& variable) {
+  variable = settable_name(option);
+  if (variable.empty()) return nullptr;
+  std::transform(variable.begin(), variable.end(), variable.begin(), [](unsigned char c) { return c == '-' ? '_' : static_cast<char>(std::toupper(c)); });
+  variable = "DUET_" + variable;
+  const char* value = std::getenv(variable.c_str());
+  return value == nullptr || *value == '\0' ? nullptr : value;
+}
+
+// As a flag of the command line would, so that one that follows overrides it.
+void set_option(CLI::Option& option, const std::vector<std::string>& values) {
+  for (const std::string& value : values) option.add_result(value);
+  option.run_callback();
+  option.clear();
+  option.required(false);
+}
+
 void take_from_environment(CLI::Option& option) {
-  const std::string variable = variable_of(option);
-  const char* value = variable.empty() ? nullptr : std::getenv(variable.c_str());
-  if (value == nullptr || *value == '\0') return;
+  std::string variable;
+  const char* value = environment_of(option, variable);
+  if (value == nullptr) return;
   try {
-    option.add_result(std::string(value));
-    option.run_callback();
+    set_option(option, {value});
   } catch (const CLI::Error& e) {
     fail(ErrorKind::usage, "environment variable ", variable, "=", value, ": ", e.what());
   }
-  option.clear();
-  option.required(false);
+}
+
+CLI::Option* flag_of(CLI::App& command, const std::string& name) {
+  for (CLI::Option* option : command.get_options())
+    if (settable_name(*option) == name && name != "config") return option;
+  return nullptr;
+}
+
+// A line that no command knows is a mistake, whichever command runs.
+void check_config(CLI::App& app, const std::vector<ConfigEntry>& entries, const std::string& path) {
+  const auto commands = app.get_subcommands([](CLI::App*) { return true; });
+  for (const ConfigEntry& entry : entries) {
+    bool is_command = entry.section.empty(), known = false;
+    for (CLI::App* command : commands) {
+      if (!entry.section.empty() && command->get_name() != entry.section) continue;
+      is_command = true;
+      known |= flag_of(*command, entry.key) != nullptr;
+    }
+    if (!is_command) fail(ErrorKind::usage, path, ":", entry.line, ": there is no command ", quote(entry.section), " for [", entry.section, "]");
+    if (!known) fail(ErrorKind::usage, path, ":", entry.line, ": ", entry.section.empty() ? "no command has" : concat("duet ", entry.section, " has no"), " flag --", entry.key);
+  }
+}
+
+void take_from_config(CLI::App& command, const std::string& given) {
+  const std::filesystem::path path = given.empty() ? default_config_path() : std::filesystem::path(given);
+  std::error_code ec;
+  if (path.empty() || (given.empty() && !std::filesystem::exists(path, ec))) return;
+  const std::vector<ConfigEntry> entries = read_config(path);
+  check_config(*command.get_parent(), entries, path.string());
+  // Those of the command's own section last: they override the general ones.
+  for (const bool own : {false, true})
+    for (const ConfigEntry& entry : entries) {
+      CLI::Option* option = entry.section == (own ? command.get_name() : "") ? flag_of(command, entry.key) : nullptr;
+      std::string variable;
+      if (option == nullptr || option->count() > 0 || environment_of(*option, variable) != nullptr) continue;
+      try {
+        set_option(*option, entry.values);
+      } catch (const CLI::Error& e) {
+        fail(ErrorKind::usage, path.string(), ":", entry.line, ": ", e.what());
+      }
+    }
 }
 
 // To the end, from anything that can be read: files, pipes, terminals.
@@ -104,10 +157,13 @@ void add_placement_options(CLI::App& command, PinMode& pin, NumaMode& numa) {
 }
 
 void add_environment(CLI::App& command) {
-  command.footer("Every --flag-name can also be set by the environment variable DUET_FLAG_NAME.");
+  auto config = std::make_shared<std::string>();
+  command.add_option("--config", *config, "File of settings [default: ~/.config/duet/config.toml, if there is one]")->type_name("FILE");
+  command.footer("Every --flag-name can also be set by the environment variable DUET_FLAG_NAME,\nor by flag-name = value in the configuration file.");
   command.preparse_callback([&command](size_t) {
     for (CLI::Option* option : command.get_options()) take_from_environment(*option);
   });
+  command.parse_complete_callback([&command, config] { take_from_config(command, *config); });
 }
 
 std::vector<int32_t> parse_ids(const std::string& text) {

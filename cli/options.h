@@ -23,9 +23,10 @@ uint64_t split_bytes(const std::string& size);
 // --pin and --numa.
 void add_placement_options(CLI::App& command, PinMode& pin, NumaMode& numa);
 
-// Lets the variable DUET_<FLAG> (DUET_KV_TYPE for --kv-type) stand for every flag of the command
-// that has a long name, help excepted: flag > environment > default. A value that does not fit is
-// Error(usage) naming the variable. Call after the last option has been added.
+// Lets the variable DUET_<FLAG> (DUET_KV_TYPE for --kv-type), or a line of the configuration file
+// (cli/config_file.h, --config) stand for every flag of the command that has a long name, help excepted:
+// flag > environment > file > default. A value that does not fit is Error(usage) naming the variable or
+// the line. Call after the last option has been added.
 void add_environment(CLI::App& command);
 
 // "1,2,3", "1 2 3" or "[1, 2, 3]". Error(usage).

@@ -1,9 +1,16 @@
 // duet serve: the HTTP server.
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
+#include <array>
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
+#include <ctime>
 #include <exception>
 #include <memory>
-#include <mutex>
+#include <optional>
 #include <thread>
 
 #include "base/error.h"
@@ -24,7 +31,9 @@ struct ServeOptions {
   ModelOptions model;
   server::AccessOptions access;
   int port = 8080;
-  bool unsafe_no_key = false, access_log = false;
+  bool unsafe_no_key = false;
+  server::TlsFiles tls;
+  std::string access_log;  // file, "-" or ""
   uint32_t n_parallel = 0;
   size_t max_queue = 256, max_connections = 512;
   double timeout_s = 0, grace_s = 10;
@@ -62,12 +71,46 @@ void check_exposure(const ServeOptions& options) {
   fail(ErrorKind::usage, "--host ", options.access.host, " lets others on the network use this server: give --api-key KEY, or --no-api-key to allow everyone");
 }
 
-void log_access(const server::ServerOptions::Access& access) {
-  static std::mutex mutex;
-  const std::lock_guard lock(mutex);
-  const Json line{{"id", access.id}, {"method", access.method}, {"path", access.path}, {"remote", access.remote}, {"status", access.status}, {"seconds", access.seconds}};
-  std::fprintf(stderr, "%s\n", to_line(line).c_str());
-}
+// Lines of JSON, each written at once, so that several programs and logrotate's copytruncate may share the file.
+class AccessLog {
+ public:
+  explicit AccessLog(const std::string& path) : fd_(path == "-" ? STDOUT_FILENO : ::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0640)) {
+    if (fd_ < 0) fail(ErrorKind::io, path, ": cannot be written: ", std::strerror(errno));
+  }
+  ~AccessLog() {
+    if (fd_ != STDOUT_FILENO) ::close(fd_);
+  }
+  AccessLog(const AccessLog&) = delete;
+  AccessLog& operator=(const AccessLog&) = delete;
+
+  void write(const server::ServerOptions::Access& access) const {
+    const std::string line = to_line(json_of(access)) + "\n";
+    static_cast<void>(::write(fd_, line.data(), line.size()));  // a full disk must not stop the server
+  }
+
+ private:
+  static Json json_of(const server::ServerOptions::Access& a) {
+    Json line{{"time", utc_now()}, {"id", a.id}, {"remote", a.remote}, {"method", a.method}, {"path", a.path}, {"status", a.status}, {"seconds", a.seconds}};
+    const server::ReplyUsage& u = a.usage;
+    if (u.n_choices == 0) return line;
+    line.update({{"stream", a.stream}, {"complete", u.complete}, {"choices", u.n_choices}, {"prompt_tokens", u.n_prompt}, {"cached_tokens", u.n_cached},
+                 {"generated_tokens", u.n_generated}, {"queue_seconds", u.queue_s}, {"prompt_seconds", u.prompt_s}});
+    return line;
+  }
+
+  static std::string utc_now() {
+    struct timespec now {};
+    struct tm parts {};
+    ::clock_gettime(CLOCK_REALTIME, &now);
+    ::gmtime_r(&now.tv_sec, &parts);
+    std::array<char, 40> text{};
+    const size_t n = std::strftime(text.data(), text.size(), "%Y-%m-%dT%H:%M:%S", &parts);
+    std::snprintf(text.data() + n, text.size() - n, ".%03dZ", static_cast<int>(now.tv_nsec / 1000000));
+    return text.data();
+  }
+
+  int fd_;
+};
 
 void print_addresses(const ServeOptions& options, const Engine& engine, int port, uint32_t n_ctx, uint32_t n_parallel) {
   const ModelInfo& info = engine.info();
@@ -75,9 +118,11 @@ void print_addresses(const ServeOptions& options, const Engine& engine, int port
   std::fprintf(stderr, "[%s | %s | %s | %s, %d thread%s | %u at once, ctx %u each]\n", info.hparams.name.c_str(), info.types.c_str(),
                format_size(info.file_bytes).c_str(), info.isa.c_str(), info.n_threads, info.n_threads == 1 ? "" : "s", n_parallel, n_ctx);
   if (engine.plan().streamed) std::fprintf(stderr, "[%s]\n", describe(engine.plan(), info.hparams).c_str());
-  print(concat("listening on http://", host, ":", port, "\n"));
-  print(concat("  OpenAI clients:  OPENAI_BASE_URL=http://", host, ":", port, "/v1\n"));
-  print(concat("  Ollama clients:  OLLAMA_HOST=http://", host, ":", port, "\n"));
+  const std::string url = concat(options.tls.certificate.empty() ? "http://" : "https://", host, ":", port);
+  print(concat("listening on ", url, "\n"));
+  print(concat("  a browser:       ", url, "/\n"));
+  print(concat("  OpenAI clients:  OPENAI_BASE_URL=", url, "/v1\n"));
+  print(concat("  Ollama clients:  OLLAMA_HOST=", url, "\n"));
   flush_stdout();
 }
 
@@ -99,8 +144,17 @@ void serve(server::Server& server, double grace_s) {
   if (error) std::rethrow_exception(error);
 }
 
+// What is wrong with them, before the model is loaded.
+void check_files(const ServeOptions& options) {
+  if (options.tls.certificate.empty() != options.tls.key.empty()) fail(ErrorKind::usage, "--tls-cert and --tls-key are given together or not at all");
+  if (!options.tls.certificate.empty()) server::TlsContext{options.tls};
+}
+
 void run_serve(ServeOptions options) {
   check_exposure(options);
+  check_files(options);
+  std::optional<AccessLog> log;
+  if (!options.access_log.empty()) log.emplace(options.access_log);
   options.model.path = model_file(options.model.path).string();
   if (options.n_parallel == 0) options.n_parallel = default_parallel(options.model);
   options.model.memory.n_sequences = options.n_parallel;
@@ -115,7 +169,8 @@ void run_serve(ServeOptions options) {
   server_options.aliases = options.aliases;
   server_options.chat = chat_template_of(options, engine);
   server_options.version = DUET_VERSION;
-  if (options.access_log) server_options.log = log_access;
+  server_options.tls = options.tls;
+  if (log) server_options.log = [&log](const server::ServerOptions::Access& access) { log->write(access); };
   server::Server server(engine, std::move(server_options));
   const int port = server.bind();
   print_addresses(options, engine, port, server.n_ctx(), options.n_parallel);
@@ -126,6 +181,8 @@ void add_network_options(CLI::App& command, ServeOptions& o) {
   command.add_option("--host", o.access.host, "Address to listen on; other than loopback needs --api-key or --no-api-key")->capture_default_str()->type_name("ADDRESS");
   command.add_option("-p,--port", o.port, "Port; 0: any free one")->check(CLI::Range(0, 65535).description(""))->capture_default_str()->type_name("N");
   command.add_option("--api-key", o.access.keys, "Key that requests must bring; may be repeated")->type_name("KEY");
+  command.add_option("--tls-cert", o.tls.certificate, "Speak HTTPS with this certificate and those that lead to its root (PEM)")->type_name("FILE");
+  command.add_option("--tls-key", o.tls.key, "The certificate's private key, without a passphrase (PEM)")->type_name("FILE");
   command.add_flag("--no-api-key", o.unsafe_no_key, "Let everyone who reaches --host use the server");
   command.add_option("--allow-host", o.access.allowed_hosts, "Host name that requests may be made to; may be repeated; *: any")->type_name("NAME");
   command.add_option("--cors", o.access.cors_origins, "Origin whose pages may ask (https://example.org); may be repeated; *: any")->type_name("ORIGIN");
@@ -147,7 +204,7 @@ void add_serve(CLI::App& app) {
   command.add_option("--grace", o.grace_s, "Seconds that streams may go on after SIGTERM")->check(CLI::Range(0.0, 3600.0).description(""))->capture_default_str()->type_name("S");
   command.add_option("--template", o.chat_template, "Chat template by name; none: no chat [default: the model's]")->type_name("NAME");
   command.add_option("--alias", o.aliases, "Another name that requests may give the model; may be repeated; *: any")->type_name("NAME");
-  command.add_flag("--access-log", o.access_log, "Write a JSON line to stderr for each request");
+  command.add_option("--access-log", o.access_log, "Append a JSON line for each request to a file; -: to standard output")->type_name("FILE");
   add_environment(command);
   command.callback([options] { run_serve(*options); });
 }

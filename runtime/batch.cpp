@@ -45,6 +45,8 @@ struct Batch::State {
         decoder(engine->model, engine->compute, size.n_ctx, size.n_batch, engine->experts.get()),
         logits(std::min<size_t>(size.n_batch, kMaxLogitRows) * n_vocab) {
     runs.reserve(size.n_batch);
+    if (options.routing && engine->model.hparams().n_expert > 0)
+      decoder.set_probe({.hidden = {}, .routing = [routing = options.routing](int layer, std::span<const int32_t> chosen, std::span<const float>) { routing(layer, chosen); }});
   }
   void check(const Part& part) const;
 

@@ -25,6 +25,7 @@ struct BatchOptions {
   uint32_t n_sequences = 1;  // whose keys and values must fit into memory at the same time
   KvType kv_type = KvType::f16;
   const std::atomic<bool>* cancel = nullptr;  // checked between layers; true -> Error(cancelled)
+  RoutingFn routing = {};    // of all rows; never called for a dense model
 };
 
 // Tokens and their keys and values. Physical memory follows as positions are written.

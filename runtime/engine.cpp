@@ -103,6 +103,10 @@ std::optional<StreamStats> Engine::stream_stats() const {
   return state_->experts->stats();
 }
 
+std::vector<bool> Engine::resident_experts() const {
+  return state_->experts == nullptr ? std::vector<bool>() : state_->experts->resident();
+}
+
 void Engine::set_lookahead(Lookahead lookahead, uint32_t n_layers) const {
   if (state_->experts != nullptr) state_->experts->set_lookahead(lookahead, n_layers);
 }

@@ -156,6 +156,8 @@ class Engine {
   const ModelInfo& info() const;
   const MemoryPlan& plan() const;                    // runtime/memory_plan.h; as made on opening
   std::optional<StreamStats> stream_stats() const;   // nothing when all weights are in memory
+  // [n_layer, n_expert] whether it is in memory, for the thread that evaluates; empty when all weights are.
+  std::vector<bool> resident_experts() const;
   // From the next chunk of tokens on, to compare settings; nothing happens when all weights are in memory.
   void set_lookahead(Lookahead lookahead, uint32_t n_layers) const;
   // A file without (or with an unusable) tokenizer or template opens all the same, for use by token

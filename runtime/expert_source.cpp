@@ -465,6 +465,13 @@ void ExpertSource::set_lookahead(Lookahead lookahead, uint32_t n_layers) {
   lookahead_layers_ = std::min(n_layers, kLookaheadLayers);
 }
 
+std::vector<bool> ExpertSource::resident() const {
+  std::vector<bool> out;
+  for (size_t layer = 0; layer < shapes_.size(); ++layer)
+    for (size_t expert = 0; expert < n_expert_; ++expert) out.push_back(policy_.slot_of(layer, static_cast<int32_t>(expert)) != ExpertPolicy::kStaging);
+  return out;
+}
+
 StreamStats ExpertSource::stats() const {
   std::vector<uint32_t> slots;
   for (size_t layer = 0; layer < shapes_.size(); ++layer) slots.push_back(policy_.slots(layer));

@@ -87,6 +87,7 @@ class ExpertSource {
   void set_lookahead(Lookahead lookahead, uint32_t n_layers);  // between passes
 
   StreamStats stats() const;
+  std::vector<bool> resident() const;  // [n_layer, n_expert] held by a slot; between passes
 
  private:
   struct Range {  // of one part of one expert, in whole pages of the file

@@ -63,7 +63,9 @@ std::optional<Denial> denial(const AccessOptions& options, const HttpRequest& re
     if (host.empty() || host_allowed(options, host)) return std::nullopt;
     return Denial{403, concat("this server does not answer to the host name ", quote(host), "; start it with --allow-host NAME")};
   }
-  if (request.method == "OPTIONS" || request.path == "/health") return std::nullopt;
+  // The page holds nothing secret; it asks for the key.
+  const bool is_page = request.method == "GET" && (request.path == "/" || request.path.starts_with("/page/"));
+  if (request.method == "OPTIONS" || request.path == "/health" || is_page) return std::nullopt;
   const std::string given = key_of(request);
   bool known = false;
   for (const std::string& key : options.keys) known |= same_secret(given, key);

@@ -18,7 +18,7 @@ struct AccessOptions {
 };
 
 // What is wrong with a request, as a reply's status and message; nothing when it may pass.
-//   401  no or a wrong key ("Authorization: Bearer KEY" or "x-api-key: KEY")
+//   401  no or a wrong key, except for the page and /health ("Authorization: Bearer KEY" or "x-api-key: KEY")
 //   403  without keys: a Host that is no address of this machine, a page of another site
 struct Denial {
   int status;

@@ -1,5 +1,7 @@
 #include "server/answer.h"
 
+#include <algorithm>
+
 #include "server/api_error.h"
 
 namespace duet::server {
@@ -14,6 +16,20 @@ class Answer : public ReplyStream {
   Answer(Scheduler& scheduler, TextRequest request, std::unique_ptr<Renderer> renderer, const HttpRequest& http, const AnswerOptions& options)
       : request_(std::move(request)), renderer_(std::move(renderer)), client_gone_(http.client_gone), options_(options), jobs_(make_jobs()), ticket_(scheduler, pointers()) {
     if (!ticket_.queued()) throw ApiError(503, "the server is busy: its queue is full; try again later");
+  }
+
+  ReplyUsage usage() const override {
+    ReplyUsage out;
+    for (const Choice& choice : choices_) {
+      ++out.n_choices;
+      out.n_prompt += choice.n_prompt;
+      out.n_cached += choice.n_cached;
+      out.n_generated += std::max(choice.finish.n_generated, choice.tokens.size());
+      out.queue_s = std::max(out.queue_s, choice.finish.queue_s);
+      out.prompt_s = std::max(out.prompt_s, choice.finish.prompt_s);
+    }
+    out.complete = n_open_ == 0;
+    return out;
   }
 
   // Not a stream.
@@ -58,7 +74,7 @@ class Answer : public ReplyStream {
   template <class OnUpdate, class OnSilence>
   bool pump(const OnUpdate& on_update, const OnSilence& on_silence) {
     const auto start = Clock::now();
-    for (size_t n_open = jobs_.size(); n_open > 0;) {
+    while (n_open_ > 0) {
       const auto index = Job::wait_any(inbox_, jobs_, kLook);
       if (client_gone_()) return false;
       if (options_.timeout.count() > 0 && Clock::now() - start > options_.timeout) throw ApiError(504, "the request took longer than the server allows");
@@ -68,7 +84,7 @@ class Answer : public ReplyStream {
       }
       const Update update = jobs_[*index]->take();
       add(choices_[*index], update);
-      if (update.finish) --n_open;
+      if (update.finish) --n_open_;
       if (!on_update(*index, update)) return false;
     }
     return true;
@@ -110,6 +126,7 @@ class Answer : public ReplyStream {
   Inbox inbox_;
   std::vector<Choice> choices_;
   std::vector<std::unique_ptr<Job>> jobs_;
+  size_t n_open_ = jobs_.size();
   Clock::time_point last_written_ = Clock::now();
   Ticket ticket_;  // last: gives the jobs back before they go
 };
@@ -120,7 +137,11 @@ HttpReply answer(Scheduler& scheduler, TextRequest request, std::unique_ptr<Rend
   const bool stream = request.stream;
   const std::string content_type = renderer->content_type();
   auto made = std::make_unique<Answer>(scheduler, std::move(request), std::move(renderer), http, options);
-  if (!stream) return {.body = made->whole()};
+  if (!stream) {
+    HttpReply reply{.body = made->whole()};
+    reply.usage = made->usage();
+    return reply;
+  }
   return {.content_type = content_type, .headers = {{"Cache-Control", "no-cache"}, {"X-Accel-Buffering", "no"}}, .stream = std::move(made)};
 }
 

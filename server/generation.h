@@ -37,6 +37,11 @@ struct TokenRecord {
   std::vector<std::pair<Token, float>> top = {};  // best first
 };
 
+// Experts that were needed and in memory, and that were not; none where all weights are.
+struct ExpertCounts {
+  uint64_t hits = 0, misses = 0;
+};
+
 enum class FinishReason { stop, length, cancelled, failed };
 
 struct Finish {
@@ -45,6 +50,7 @@ struct Finish {
   std::string error = {};        // when failed
   size_t n_generated = 0;
   double queue_s = 0, prompt_s = 0, decode_s = 0;  // decode: from the first token to the last
+  ExpertCounts experts = {};  // of all batches meanwhile, whose ever
 };
 
 // What has happened since the last look.

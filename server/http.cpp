@@ -13,27 +13,17 @@
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
+#include <optional>
 #include <system_error>
 #include <thread>
 
 #include "base/error.h"
+#include "server/wait.h"
 
 namespace duet::server {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-// Waits for one of `events`; false when the time is up or the socket is broken.
-bool wait_for(int fd, short events, Clock::time_point deadline) {
-  for (;;) {
-    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
-    if (left <= 0) return false;
-    struct pollfd p {fd, events, 0};
-    const int n = ::poll(&p, 1, static_cast<int>(std::min<int64_t>(left, 60000)));
-    if (n > 0) return true;
-    if (n < 0 && errno != EINTR) return false;
-  }
-}
 
 // The other side has closed, or will send nothing more and be gone soon.
 bool is_closed(int fd) {
@@ -44,9 +34,18 @@ bool is_closed(int fd) {
 // What httplib reads a request from: bounds its bytes and the time they may take.
 class Connection : public httplib::Stream {
  public:
-  Connection(int fd, const HttpLimits& limits) : fd_(fd), limits_(limits) {}
+  // tls: null for plain HTTP.
+  Connection(int fd, const HttpLimits& limits, const TlsContext* tls) : fd_(fd), limits_(limits) {
+    if (tls != nullptr) tls_.emplace(*tls, fd);
+  }
 
-  bool has_buffered() const { return at_ < end_; }
+  bool handshake() { return !tls_ || tls_->handshake(Clock::now() + limits_.header_time); }
+  void close() {
+    if (tls_) tls_->close();
+    ::shutdown(fd_, SHUT_RDWR);
+    ::close(fd_);
+  }
+  bool has_buffered() const { return at_ < end_ || (tls_ && tls_->has_buffered()); }
   void begin_request() { begin_phase(limits_.max_header_bytes, limits_.header_time); }
   // A little more than the body may have: chunked framing.
   void begin_body() { begin_phase(limits_.max_body_bytes + limits_.max_body_bytes / 8, limits_.body_time); }
@@ -56,7 +55,7 @@ class Connection : public httplib::Stream {
   bool is_writable() const override { return wait_for(fd_, POLLOUT, Clock::now() + limits_.write_time); }
 
   ssize_t read(char* to, size_t n) override {
-    if (!has_buffered() && !fill()) return -1;
+    if (at_ == end_ && !fill()) return -1;
     if (bytes_left_ == 0) {
       overrun_ = true;
       return -1;
@@ -69,6 +68,7 @@ class Connection : public httplib::Stream {
   }
 
   ssize_t write(const char* from, size_t n) override {
+    if (tls_) return tls_->write(from, n, Clock::now() + limits_.write_time);
     if (!is_writable()) return -1;
     return ::send(fd_, from, n, MSG_NOSIGNAL | MSG_DONTWAIT);
   }
@@ -85,8 +85,9 @@ class Connection : public httplib::Stream {
   }
 
   bool fill() {
-    if (!wait_for(fd_, POLLIN, deadline_)) return false;
-    const ssize_t n = ::recv(fd_, buffer_.data(), buffer_.size(), MSG_DONTWAIT);
+    const ssize_t n = tls_                                    ? tls_->read(buffer_.data(), buffer_.size(), deadline_)
+                      : wait_for(fd_, POLLIN, deadline_) ? ::recv(fd_, buffer_.data(), buffer_.size(), MSG_DONTWAIT)
+                                                              : -1;
     if (n <= 0) return false;
     at_ = 0;
     end_ = static_cast<size_t>(n);
@@ -109,6 +110,7 @@ class Connection : public httplib::Stream {
 
   int fd_;
   const HttpLimits& limits_;
+  std::optional<TlsSocket> tls_;
   std::array<char, 16384> buffer_;
   size_t at_ = 0, end_ = 0, bytes_left_ = 0;
   bool overrun_ = false;
@@ -163,7 +165,8 @@ std::string HttpRequest::header(std::string_view name) const {
 
 class HttpServer::Impl : public httplib::Server {
  public:
-  Impl(const HttpLimits& limits, HttpHandler handler) : limits_(limits), handler_(std::move(handler)) {
+  Impl(const HttpLimits& limits, HttpHandler handler, const TlsFiles& tls) : limits_(limits), handler_(std::move(handler)) {
+    if (!tls.certificate.empty()) tls_.emplace(tls);
     const auto serve = [this](const httplib::Request& req, httplib::Response& res) { answer(req, res); };
     Get(".*", serve);
     Post(".*", serve);
@@ -229,8 +232,8 @@ class HttpServer::Impl : public httplib::Server {
 
   // Requests of one connection, one after the other.
   bool process_and_close_socket(socket_t fd) override {
-    Connection connection(fd, limits_);
-    bool closed = false, refused = false;  // refused: its body has not been read
+    Connection connection(fd, limits_, tls_ ? &*tls_ : nullptr);
+    bool closed = !connection.handshake(), refused = false;  // refused: its body has not been read
     for (size_t n = 1; !closed && !refused && !connection.overrun() && !stopping_ && next_request(connection, fd); ++n) {
       connection.begin_request();
       const auto prepare = [&](httplib::Request& req) {
@@ -243,8 +246,7 @@ class HttpServer::Impl : public httplib::Server {
       };
       if (!process_request(connection, n == kRequestsPerConnection, closed, prepare)) break;
     }
-    ::shutdown(fd, SHUT_RDWR);
-    ::close(fd);
+    connection.close();
     return true;
   }
 
@@ -282,10 +284,11 @@ class HttpServer::Impl : public httplib::Server {
 
   HttpLimits limits_;
   HttpHandler handler_;
+  std::optional<TlsContext> tls_;
   std::atomic<bool> stopping_{false};
 };
 
-HttpServer::HttpServer(const HttpLimits& limits, HttpHandler handler) : impl_(std::make_unique<Impl>(limits, std::move(handler))) {}
+HttpServer::HttpServer(const HttpLimits& limits, HttpHandler handler, const TlsFiles& tls) : impl_(std::make_unique<Impl>(limits, std::move(handler), tls)) {}
 HttpServer::~HttpServer() = default;
 int HttpServer::bind(const std::string& host, int port) { return impl_->bind_address(host, port); }
 void HttpServer::run() {

@@ -1,4 +1,4 @@
-// HTTP/1.1 over cpp-httplib, the only file that knows it. A thread per connection; what a connection may
+// HTTP/1.1, or HTTPS, over cpp-httplib, the only file that knows it. A thread per connection; what a connection may
 // send, and for how long, is bounded before any of it is looked at.
 #pragma once
 
@@ -10,6 +10,8 @@
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include "server/tls.h"
 
 namespace duet::server {
 
@@ -32,12 +34,21 @@ struct HttpRequest {
   std::string header(std::string_view name) const;  // any case; "" when absent
 };
 
+// What a reply took that a model has written, for the log.
+struct ReplyUsage {
+  size_t n_choices = 0;  // 0: none was generated
+  size_t n_prompt = 0, n_cached = 0, n_generated = 0;
+  double queue_s = 0, prompt_s = 0;  // the longest of its choices
+  bool complete = true;              // the client stayed to the end
+};
+
 // A reply that is written while it is made.
 class ReplyStream {
  public:
   using Write = std::function<bool(std::string_view)>;  // false: the client is gone
   virtual ~ReplyStream() = default;
   virtual void run(const Write& write) = 0;  // on the connection's thread
+  virtual ReplyUsage usage() const { return {}; }  // afterwards
 };
 
 struct HttpReply {
@@ -45,6 +56,7 @@ struct HttpReply {
   std::string content_type = "application/json", body = {};
   std::vector<std::pair<std::string, std::string>> headers = {};
   std::unique_ptr<ReplyStream> stream = {};  // instead of body: chunks
+  ReplyUsage usage = {};                     // of one that is no stream
 };
 
 // Called by many threads at once. What it throws becomes status 500 with no details.
@@ -52,7 +64,8 @@ using HttpHandler = std::function<HttpReply(const HttpRequest&)>;
 
 class HttpServer {
  public:
-  HttpServer(const HttpLimits& limits, HttpHandler handler);
+  // Error: io, format where the files of TLS are not what they should be.
+  HttpServer(const HttpLimits& limits, HttpHandler handler, const TlsFiles& tls = {});
   ~HttpServer();
 
   // Binds and listens; port 0 picks one. Returns the port. Error(io) when the address cannot be had.

@@ -1,11 +1,14 @@
 #include "server/llama.h"
 
+#include <sys/resource.h>
+
 #include <limits>
 
 #include "base/json.h"
 #include "runtime/memory_plan.h"
 #include "server/api_error.h"
 #include "server/text.h"
+#include "server/timings.h"
 
 namespace duet::server::llama {
 namespace {
@@ -14,19 +17,6 @@ constexpr size_t kMaxTokens = size_t{1} << 22;
 constexpr size_t kMaxChoices = 256;
 
 std::string piece_of(const ServedModel& model, Token id) { return model.tokenizer.piece(id, true); }
-
-Json timings(const Choice& c) {
-  const Finish& f = c.finish;
-  const size_t n_prompt = c.n_prompt - c.n_cached, n_decoded = f.n_generated > 0 ? f.n_generated - 1 : 0;
-  const auto rate = [](size_t n, double s) { return s > 0 ? static_cast<double>(n) / s : 0.0; };
-  return {{"cache_n", c.n_cached},
-          {"prompt_n", n_prompt},
-          {"prompt_ms", f.prompt_s * 1e3},
-          {"prompt_per_second", rate(n_prompt, f.prompt_s)},
-          {"predicted_n", f.n_generated},
-          {"predicted_ms", f.decode_s * 1e3},
-          {"predicted_per_second", rate(n_decoded, f.decode_s)}};
-}
 
 class CompletionRenderer : public Renderer {
  public:
@@ -165,7 +155,9 @@ Json tokenizer_info(const ServedModel& model) {
 }
 
 Json props(const ServedModel& model, const Scheduler& scheduler) {
-  return {{"default_generation_settings", {{"n_ctx", model.n_ctx}}},
+  const SamplerParams sampling;
+  const Json params{{"temperature", sampling.temperature}, {"top_k", sampling.top_k}, {"top_p", sampling.top_p}, {"min_p", sampling.min_p}, {"repeat_penalty", sampling.repeat_penalty}};
+  return {{"default_generation_settings", {{"n_ctx", model.n_ctx}, {"params", params}}},
           {"total_slots", scheduler.options().n_parallel},
           {"model_alias", model.id},
           {"model_path", model.file_name},
@@ -187,7 +179,7 @@ Json slots(const ServedModel& model, const Scheduler& scheduler) {
   return out;
 }
 
-std::string metrics_text(const Metrics& m, const Scheduler& scheduler) {
+std::string metrics_text(const Metrics& m, const Scheduler& scheduler, std::optional<double> joules) {
   const Scheduler::Status status = scheduler.status();
   const auto n = [](const std::atomic<uint64_t>& v) { return static_cast<double>(v.load(std::memory_order_relaxed)); };
   std::string out = counter("duet_requests_total", "counter", "Generations taken.", n(m.requests));
@@ -212,11 +204,19 @@ std::string metrics_text(const Metrics& m, const Scheduler& scheduler) {
     out += counter("duet_expert_cache_misses_total", "counter", "Experts needed that were not.", static_cast<double>(stream->misses));
     out += counter("duet_expert_cache_bytes_read_total", "counter", "Bytes of experts read.", static_cast<double>(stream->reads.bytes));
   }
+  if (joules) out += counter("duet_energy_joules_total", "counter", "Energy of the processor packages since the server began.", *joules);
+  struct rusage usage {};
+  if (::getrusage(RUSAGE_SELF, &usage) == 0) out += counter("duet_major_page_faults_total", "counter", "Pages of the process that were read from disk.", static_cast<double>(usage.ru_majflt));
   // The names that dashboards for llama-server know.
   out += counter("llamacpp:prompt_tokens_total", "counter", "Prompt tokens evaluated.", n(m.prompt_tokens));
   out += counter("llamacpp:prompt_seconds_total", "counter", "Prompt time.", n(m.prompt_us) / 1e6);
   out += counter("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", n(m.generated_tokens));
   out += counter("llamacpp:tokens_predicted_seconds_total", "counter", "Generation time.", n(m.decode_us) / 1e6);
+  const auto rate = [](double count, double us) { return us > 0 ? count / us * 1e6 : 0; };
+  out += counter("llamacpp:prompt_tokens_seconds", "gauge", "Prompt tokens a second, on average.", rate(n(m.prompt_tokens), n(m.prompt_us)));
+  out += counter("llamacpp:predicted_tokens_seconds", "gauge", "Generated tokens a second of a generation, on average.", rate(n(m.generated_tokens), n(m.decode_us)));
+  out += counter("llamacpp:n_decode_total", "counter", "Batches evaluated.", n(m.steps));
+  out += counter("llamacpp:n_busy_slots_per_decode", "gauge", "Tokens in a batch, on average.", n(m.steps) > 0 ? n(m.step_rows) / n(m.steps) : 0);
   out += counter("llamacpp:requests_processing", "gauge", "Generations being processed.", static_cast<double>(status.running.size()));
   out += counter("llamacpp:requests_deferred", "gauge", "Generations in the queue.", static_cast<double>(status.n_waiting));
   return out;

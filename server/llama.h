@@ -19,6 +19,6 @@ Json apply_template(const Json& body, const ServedModel& model);  // {messages} 
 Json tokenizer_info(const ServedModel& model);
 Json props(const ServedModel& model, const Scheduler& scheduler);
 Json slots(const ServedModel& model, const Scheduler& scheduler);
-std::string metrics_text(const Metrics& metrics, const Scheduler& scheduler);
+std::string metrics_text(const Metrics& metrics, const Scheduler& scheduler, std::optional<double> joules);
 
 }  // namespace duet::server::llama

@@ -7,6 +7,7 @@
 #include "base/json.h"
 #include "server/api_error.h"
 #include "server/text.h"
+#include "server/timings.h"
 
 namespace duet::server::openai {
 namespace {
@@ -38,6 +39,7 @@ Parsed parse_common(const Fields& f, const ServedModel& model) {
     if (!r.stream) bad_request("stream_options", "'stream_options' is for streams only");
     out.format.include_usage = Fields(*options, "stream_options.").boolean("include_usage", false);
   }
+  out.format.progress = f.boolean("return_progress", false);
   for (const char* name : {"grammar", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "typical_p", "mirostat", "dry_multiplier",
                            "xtc_probability", "min_tokens", "top_a", "tfs_z", "use_beam_search", "length_penalty", "allowed_token_ids", "bad_words"})
     f.refuse(name, "");
@@ -142,6 +144,7 @@ class ChatRenderer : public RendererBase {
                                 {"logprobs", logprobs(choices[i].tokens)},
                                 {"finish_reason", reason(choices[i].finish)}});
     out["usage"] = usage(choices);
+    if (choices.size() == 1) out["timings"] = timings(choices[0]);
     return dump(out);
   }
 
@@ -153,17 +156,24 @@ class ChatRenderer : public RendererBase {
 
   std::string piece(size_t index, const Choice& choice, const Update& update) override {
     std::string out;
+    if (format_.progress && choice.tokens.empty() && !update.finish) out = progress(index, choice);
     if (!update.text.empty() || (format_.logprobs && !update.tokens.empty()))
-      out = chunk(index, {{"content", update.text}}, logprobs(update.tokens), Json());
-    if (update.finish) out += chunk(index, Json::object(), Json(), reason(choice.finish));
+      out += chunk(index, {{"content", update.text}}, logprobs(update.tokens), Json());
+    if (update.finish) out += chunk(index, Json::object(), Json(), reason(choice.finish), {{"timings", timings(choice)}});
     return out;
   }
 
  private:
   const char* object_chunk() const override { return "chat.completion.chunk"; }
 
-  std::string chunk(size_t index, Json delta, Json logprobs_of, Json finish_reason) const {
+  std::string progress(size_t index, const Choice& choice) const {
+    const Json done{{"total", choice.n_prompt}, {"cache", choice.n_cached}, {"processed", choice.n_prompt_done}};
+    return chunk(index, Json::object(), Json(), Json(), {{"prompt_progress", done}});
+  }
+
+  std::string chunk(size_t index, Json delta, Json logprobs_of, Json finish_reason, const Json& more = Json::object()) const {
     Json out = head(object_chunk());
+    out.update(more);
     out["choices"] = Json::array({{{"index", index}, {"delta", std::move(delta)}, {"logprobs", std::move(logprobs_of)}, {"finish_reason", std::move(finish_reason)}}});
     if (format_.include_usage) out["usage"] = nullptr;
     return sse(dump(out));

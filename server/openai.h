@@ -14,6 +14,7 @@ namespace duet::server::openai {
 struct Format {
   bool chat = false, include_usage = false, echo = false;
   bool logprobs = false;
+  bool progress = false;  // of the prompt, as llama-server's "return_progress"
 };
 struct Parsed {
   TextRequest request;

@@ -20,7 +20,7 @@ double seconds(Running::Clock::duration d) { return std::chrono::duration<double
 
 }  // namespace
 
-Running::Running(Job& job, SequencePool::Entry& entry, const Tokenizer& tokenizer, size_t n_ctx, Clock::time_point queued_since)
+Running::Running(Job& job, SequencePool::Entry& entry, const Tokenizer& tokenizer, size_t n_ctx, Clock::time_point queued_since, ExpertCounts experts_before)
     : job_(&job),
       entry_(&entry),
       n_ctx_(n_ctx),
@@ -29,6 +29,7 @@ Running::Running(Job& job, SequencePool::Entry& entry, const Tokenizer& tokenize
       tokenizer_(&tokenizer),
       text_(tokenizer, job.params.is_answer),
       stops_(job.params.stop),
+      experts_before_(experts_before),
       queued_(queued_since),
       started_(Clock::now()),
       first_(started_),
@@ -102,7 +103,7 @@ void Running::tell() {
   record_.reset();
 }
 
-void Running::end(FinishReason reason, const std::string& error, Metrics& metrics) {
+void Running::end(FinishReason reason, const std::string& error, Metrics& metrics, ExpertCounts experts_now) {
   metrics.generated_tokens += n_generated_;
   metrics.decode_us += static_cast<uint64_t>(seconds(latest_ - first_) * 1e6);
   if (n_generated_ > 0) metrics.prompt_us += static_cast<uint64_t>(seconds(first_ - started_) * 1e6);
@@ -113,7 +114,8 @@ void Running::end(FinishReason reason, const std::string& error, Metrics& metric
     update.text += rest;
     if (finished_ && !hidden_sum_.empty()) update.embedding = of_length_one(hidden_sum_);
     update.finish = Finish{stopped ? FinishReason::stop : reason, stops_.matched(), error, n_generated_,
-                           seconds(started_ - queued_), seconds(first_ - started_), seconds(latest_ - first_)};
+                           seconds(started_ - queued_), seconds(first_ - started_), seconds(latest_ - first_),
+                           {experts_now.hits - experts_before_.hits, experts_now.misses - experts_before_.misses}};
   });
 }
 

@@ -16,7 +16,7 @@ namespace duet::server {
 class Running {
  public:
   using Clock = std::chrono::steady_clock;
-  Running(Job& job, SequencePool::Entry& entry, const Tokenizer& tokenizer, size_t n_ctx, Clock::time_point queued_since);
+  Running(Job& job, SequencePool::Entry& entry, const Tokenizer& tokenizer, size_t n_ctx, Clock::time_point queued_since, ExpertCounts experts_before);
 
   Job& job() const { return *job_; }
   SequencePool::Entry& entry() const { return *entry_; }
@@ -35,7 +35,7 @@ class Running {
   void take(std::span<const float> logits);        // the next token; different jobs at the same time
   void tell();                                     // tells the owner what take() has found
   void take_hidden(std::span<const float> hidden); // of the next token of a prompt that is embedded
-  void end(FinishReason reason, const std::string& error, Metrics& metrics);  // last of all
+  void end(FinishReason reason, const std::string& error, Metrics& metrics, ExpertCounts experts_now);  // last of all
   std::optional<double> token_seconds() const { return token_s_; }  // of the last take(), from the one before
   double first_token_seconds() const { return std::chrono::duration<double>(first_ - queued_).count(); }
 
@@ -58,6 +58,7 @@ class Running {
   std::optional<double> token_s_;
   std::string shown_;                  // of the token that the owner has not been told of
   std::optional<TokenRecord> record_;
+  ExpertCounts experts_before_;
   Clock::time_point queued_, started_, first_, latest_;
 };
 

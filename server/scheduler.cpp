@@ -34,7 +34,9 @@ SchedulerOptions checked(SchedulerOptions options, const Batch& batch) {
 Scheduler::Scheduler(const Engine& engine, const SchedulerOptions& options, Metrics& metrics)
     : engine_(engine),
       metrics_(metrics),
-      batch_(engine, {.n_ctx = options.n_ctx, .n_batch = options.n_batch, .n_sequences = options.n_parallel, .kv_type = options.kv_type, .cancel = &stop_}),
+      router_(engine.info().hparams),
+      batch_(engine, {.n_ctx = options.n_ctx, .n_batch = options.n_batch, .n_sequences = options.n_parallel, .kv_type = options.kv_type, .cancel = &stop_,
+                      .routing = [this](int layer, std::span<const int32_t> experts) { router_.chosen(static_cast<size_t>(layer), experts); }}),
       options_(checked(options, batch_)),
       pool_(batch_, options_.n_parallel * batch_.sequence_bytes()),
       thread_([this] { loop(); }) {}
@@ -144,7 +146,7 @@ bool Scheduler::shares_running_prompt(const Job& job) const {
 void Scheduler::start(Job& job, Clock::time_point since) {
   try {
     SequencePool::Entry& entry = pool_.acquire(job.prompt, !job.params.needs_whole_prompt());
-    running_.push_back(std::make_unique<Running>(job, entry, engine_.tokenizer(), batch_.n_ctx(), since));
+    running_.push_back(std::make_unique<Running>(job, entry, engine_.tokenizer(), batch_.n_ctx(), since, expert_counts()));
     metrics_.cached_tokens += running_.back()->n_evaluated();
     running_.back()->prompt_progress();
   } catch (const std::exception& e) {
@@ -161,6 +163,7 @@ void Scheduler::step() {
   plan_step();
   try {
     batch_.evaluate(parts_);
+    if (router_.watched()) router_.evaluated(n_rows_, engine_.resident_experts());
     deliver();
   } catch (const Error& e) {
     if (e.kind() == ErrorKind::cancelled) return;  // stop_
@@ -280,7 +283,7 @@ void Scheduler::deliver_rows(std::span<const Wanted> wanted) {
 void Scheduler::end(Running& running, FinishReason reason, const std::string& error) {
   if (reason == FinishReason::cancelled) ++metrics_.cancelled;
   if (reason == FinishReason::failed) ++metrics_.failed;
-  running.end(reason, error, metrics_);
+  running.end(reason, error, metrics_, expert_counts());
   pool_.release(running.entry());
   const std::lock_guard lock(mutex_);
   std::erase(held_, &running.job());
@@ -303,8 +306,13 @@ void Scheduler::end_all(FinishReason reason, const std::string& error) {
   waiting_.clear();
 }
 
+ExpertCounts Scheduler::expert_counts() const {
+  const auto stream = engine_.stream_stats();
+  return stream ? ExpertCounts{stream->hits, stream->misses} : ExpertCounts{};
+}
+
 void Scheduler::publish_status() {
-  std::optional<StreamStats> stream = engine_.stream_stats();
+  auto stream = engine_.stream_stats();
   const std::lock_guard lock(mutex_);
   status_.stream = std::move(stream);
   status_.running.clear();

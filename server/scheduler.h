@@ -17,6 +17,7 @@
 #include "runtime/batch.h"
 #include "server/generation.h"
 #include "server/metrics.h"
+#include "server/router_watch.h"
 #include "server/running.h"
 #include "server/sequence_pool.h"
 
@@ -51,9 +52,10 @@ class Scheduler {
   struct Status {
     std::vector<Slot> running;
     size_t n_waiting = 0, n_cached_sequences = 0, sequence_bytes = 0;
-    std::optional<StreamStats> stream = {};  // after the last batch
+    std::optional<StreamStats> stream = {};  // after the last batch; nothing where all experts are in memory
   };
   Status status() const;
+  RouterWatch& router() { return router_; }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -84,10 +86,12 @@ class Scheduler {
   void end(Running& running, FinishReason reason, const std::string& error = {});
   void end_all(FinishReason reason, const std::string& error);
   void publish_status();
+  ExpertCounts expert_counts() const;
 
   const Engine& engine_;
   Metrics& metrics_;
   std::atomic<bool> stop_{false};
+  RouterWatch router_;
   Batch batch_;
   const SchedulerOptions options_;
   SequencePool pool_;

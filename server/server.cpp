@@ -2,17 +2,20 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cctype>
 #include <condition_variable>
 #include <filesystem>
 #include <mutex>
 #include <random>
 
 #include "base/json.h"
+#include "base/rapl.h"
 #include "server/api_error.h"
 #include "server/embeddings.h"
 #include "server/llama.h"
 #include "server/ollama.h"
 #include "server/openai.h"
+#include "server/page.h"
 #include "server/text.h"
 
 namespace duet::server {
@@ -26,6 +29,25 @@ std::string new_request_id() {
     for (uint32_t bits = device(), n = 0; n < 8; ++n, bits >>= 4) id += kHex[bits & 15];
   return id;
 }
+
+// A client's own id, so that logs of several servers can be joined, where it is one.
+std::string request_id(const HttpRequest& request) {
+  const std::string given = request.header("x-request-id");
+  const bool sane = std::all_of(given.begin(), given.end(), [](unsigned char c) { return std::isalnum(c) || c == '-' || c == '_' || c == '.'; });
+  return !given.empty() && given.size() <= 64 && sane ? given : new_request_id();
+}
+
+// Tells the log when the stream has ended, however it did.
+class LoggedStream : public ReplyStream {
+ public:
+  LoggedStream(std::unique_ptr<ReplyStream> stream, std::function<void(const ReplyUsage&)> log) : stream_(std::move(stream)), log_(std::move(log)) {}
+  ~LoggedStream() override { log_(stream_->usage()); }
+  void run(const Write& write) override { stream_->run(write); }
+
+ private:
+  std::unique_ptr<ReplyStream> stream_;
+  std::function<void(const ReplyUsage&)> log_;
+};
 
 ServedModel served_model(const Engine& engine, const ServerOptions& options, uint32_t n_ctx) {
   const std::filesystem::path path(options.file_name);
@@ -90,9 +112,16 @@ struct Server::State {
     return answer(scheduler, std::move(wanted), std::move(renderer), request, options.answer);
   }
 
+  std::optional<double> joules() {  // where they can be read
+    const std::lock_guard lock(energy_mutex);
+    return energy.available() ? std::optional(energy.joules()) : std::nullopt;
+  }
+
   const ServerOptions options;
   const Engine& engine;
   Metrics metrics;
+  std::mutex energy_mutex;
+  EnergyMeter energy;
   Scheduler scheduler;
   ServedModel model;
   std::vector<Entry> routes;
@@ -105,7 +134,14 @@ struct Server::State {
 void Server::State::add_routes() {
   get("/health", [] { return json_reply({{"status", "ok"}}); });
   get("/v1/health", [] { return json_reply({{"status", "ok"}}); });
-  get("/", [] { return text_reply("Ollama is running"); });  // what Ollama's clients look for
+  routes.push_back({"GET", "/", [](const HttpRequest& r) {
+    HttpReply reply = wants_page(r) ? page_reply("/", r) : text_reply("Ollama is running");  // what Ollama's clients look for
+    reply.headers.emplace_back("Vary", "Accept");
+    return reply;
+  }});
+  for (const PageFile& file : page_files())
+    if (file.path != "/") routes.push_back({"GET", std::string(file.path), [path = file.path](const HttpRequest& r) { return page_reply(path, r); }});
+  get("/router", [this] { return json_reply(router_json(scheduler, engine.info().hparams)); });
   add_openai_routes();
   add_embedding_routes();
   add_ollama_routes();
@@ -158,7 +194,7 @@ void Server::State::add_llama_routes() {
   get("/props", [this] { return json_reply(llama::props(model, scheduler)); });
   get("/slots", [this] { return json_reply(llama::slots(model, scheduler)); });
   get("/metrics", [this]() -> HttpReply {
-    return {.content_type = "text/plain; version=0.0.4; charset=utf-8", .body = llama::metrics_text(metrics, scheduler)};
+    return {.content_type = "text/plain; version=0.0.4; charset=utf-8", .body = llama::metrics_text(metrics, scheduler, joules())};
   });
 }
 
@@ -218,19 +254,27 @@ Server::~Server() = default;
 
 HttpReply Server::handle(const HttpRequest& request) {
   const auto start = std::chrono::steady_clock::now();
-  const std::string id = new_request_id();
+  const std::string id = request_id(request);
   HttpReply reply = state_->respond(request);
   reply.headers.emplace_back("x-request-id", id);
   for (auto& header : cors_headers(state_->options.access, request)) reply.headers.push_back(std::move(header));
-  if (state_->options.log)
-    state_->options.log({id, request.method, request.path, request.remote, reply.status, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()});
+  const auto& log = state_->options.log;
+  if (!log) return reply;
+  ServerOptions::Access access{.id = id, .method = request.method, .path = request.path, .remote = request.remote, .status = reply.status, .stream = reply.stream != nullptr};
+  auto tell = [&log, access, start](const ReplyUsage& usage) mutable {
+    access.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    access.usage = usage;
+    log(access);
+  };
+  if (reply.stream) reply.stream = std::make_unique<LoggedStream>(std::move(reply.stream), tell);
+  else tell(reply.usage);
   return reply;
 }
 
 uint32_t Server::n_ctx() const { return state_->scheduler.n_ctx(); }
 
 int Server::bind() {
-  state_->http = std::make_unique<HttpServer>(state_->options.http, [this](const HttpRequest& request) { return handle(request); });
+  state_->http = std::make_unique<HttpServer>(state_->options.http, [this](const HttpRequest& request) { return handle(request); }, state_->options.tls);
   return state_->http->bind(state_->options.access.host, state_->options.port);
 }
 

@@ -25,11 +25,14 @@ struct ServerOptions {
   std::vector<std::string> aliases;  // other names it answers to; "*": any
   std::optional<ChatTemplate> chat;
   std::string version;
-  // Told of each request when its reply is complete or, for a stream, begins. May be null; any thread.
+  TlsFiles tls;                      // empty: plain HTTP
+  // Told of each request when its reply is complete or, a stream, has ended. May be null; any thread.
   struct Access {
     std::string id, method, path, remote;
-    int status;
-    double seconds;
+    int status = 0;
+    double seconds = 0;
+    bool stream = false;
+    ReplyUsage usage = {};
   };
   std::function<void(const Access&)> log;
 };

@@ -12,6 +12,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <stdexcept>
+#include <string_view>
 #include <thread>
 
 #include "tests/support/process.h"
@@ -57,13 +58,14 @@ ServerProcess::ServerProcess(std::vector<std::string> arguments) {
   ::close(ends[1]);
   out_ = ends[0];
   const std::string text = read_until(out_, "Ollama clients", 60);
-  const size_t at = text.find("http://127.0.0.1:");
+  constexpr std::string_view kHost = "://127.0.0.1:";
+  const size_t at = text.find(kHost);
   if (at == std::string::npos) {
     kill();
     ::close(out_);
     throw std::runtime_error("duet serve did not start: " + text);
   }
-  port_ = std::atoi(text.c_str() + at + 17);
+  port_ = std::atoi(text.c_str() + at + kHost.size());
 }
 
 ServerProcess::~ServerProcess() {

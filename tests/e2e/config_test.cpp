@@ -1,0 +1,72 @@
+// The configuration file: flag > environment > file > default.
+#include <doctest/doctest.h>
+
+#include "base/json.h"
+#include "tests/support/process.h"
+#include "tests/support/tiny_model.h"
+
+using namespace duet::test;
+using duet::Json;
+
+namespace {
+
+const std::string kModel = DUET_TEST_DIR "/demo-q4_k_m.gguf";
+
+struct Config {
+  explicit Config(const std::string& text) { write_text(folder / "config.toml", text); }
+  std::string path() const { return (folder / "config.toml").string(); }
+  TempFolder folder;
+};
+
+ProcessResult run(const std::vector<std::string>& extra, const ProcessOptions& options = {}) {
+  std::vector<std::string> arguments{"run", kModel, "-p", "The", "--raw", "--json", "--temp", "0"};
+  arguments.insert(arguments.end(), extra.begin(), extra.end());
+  return run_duet(arguments, options);
+}
+
+size_t n_ids(const ProcessResult& result) {
+  CAPTURE(result.err);
+  REQUIRE(result.exit_code == 0);
+  return duet::parse_json(result.out, "stdout")["ids"].size();
+}
+
+}  // namespace
+
+TEST_CASE("config: a flag beats the environment, which beats the file, which beats the default") {
+  const Config config("[run]\nn-predict = 3\n");
+  CHECK(n_ids(run({"--config", config.path()})) == 3);
+  CHECK(n_ids(run({"--config", config.path()}, {.environment = {{"DUET_N_PREDICT", "2"}}})) == 2);
+  CHECK(n_ids(run({"--config", config.path(), "-n", "1"}, {.environment = {{"DUET_N_PREDICT", "2"}}})) == 1);
+  CHECK(n_ids(run({"-n", "1", "--config", config.path()})) == 1);
+  CHECK(n_ids(run({}, {.environment = {{"DUET_CONFIG", config.path()}}})) == 3);
+}
+
+TEST_CASE("config: the file in the user's folder is found, a command's section beats the general lines") {
+  const TempFolder folder;
+  std::filesystem::create_directories(folder / "duet");
+  write_text(folder / "duet/config.toml", "threads = 1\nn-predict = 9\n[run]\nn-predict = 2\n[chat]\nn-predict = 5\n");
+  const ProcessResult result = run({}, {.environment = {{"XDG_CONFIG_HOME", folder.path().string()}}});
+  CHECK(n_ids(result) == 2);
+  CHECK(result.err.find(" 1 thread |") != std::string::npos);
+  CHECK(n_ids(run({"-n", "1"}, {.environment = {{"XDG_CONFIG_HOME", (folder / "nothing").string()}}})) == 1);
+  CHECK(n_ids(run({"-n", "1", "--config", "/dev/null"}, {.environment = {{"XDG_CONFIG_HOME", folder.path().string()}}})) == 1);
+}
+
+TEST_CASE("config: what is unknown or does not fit is refused with its line") {
+  const auto refused = [](const std::string& text, const std::string& words) {
+    const Config config(text);
+    return refusal(run({"-n", "1", "--config", config.path()}), 2, words);
+  };
+  CHECK(refused("thread = 1\n", "config.toml:1: no command has flag --thread") == "");
+  CHECK(refused("\n[run]\nport = 1\n", "config.toml:3: duet run has no flag --port") == "");
+  CHECK(refused("[serve]\nprt = 1\n", "config.toml:2: duet serve has no flag --prt") == "");
+  CHECK(refused("[server]\nport = 1\n", "config.toml:2: there is no command 'server'") == "");
+  CHECK(refused("[run]\nthreads = \"many\"\n", "config.toml:2: ") == "");
+  CHECK(refused("[run]\nthreads = [1, 2]\n", "config.toml:2: ") == "");
+  CHECK(refused("kv-type = \"f8\"\n", "config.toml:1: ") == "");
+  CHECK(refused("[run]\nconfig = \"other\"\n", "config.toml:2: ") == "");
+  CHECK(refused("kv-type = f16\n", "config.toml:1: f16 needs quotes") == "");
+  CHECK(refusal(run({"--config", "/nowhere/config.toml"}), 3, "/nowhere/config.toml") == "");
+  const Config other("[serve]\nport = \"none of run's business\"\n");
+  CHECK(n_ids(run({"-n", "1", "--config", other.path()})) == 1);
+}
