@@ -31,8 +31,11 @@ void RouterWatch::evaluated(size_t n_tokens, const std::vector<bool>& resident) 
 }
 
 RouterWatch::Picture RouterWatch::look() {
+  const bool was_watched = watched();
   watched_until_ = (std::chrono::steady_clock::now() + kLooked).time_since_epoch().count();
   const std::lock_guard lock(mutex_);
+  if (!was_watched)  // what was recorded is long over
+    for (auto& ring : recent_) std::fill(ring.begin(), ring.end(), -1);
   const size_t n = n_layer_ * n_expert_;
   Picture out{.n_tokens = n_tokens_, .uses = std::vector<uint8_t>(n), .last = std::vector<bool>(n), .read = std::vector<bool>(n), .resident = resident_};
   for (size_t layer = 0; layer < n_layer_; ++layer) {

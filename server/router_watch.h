@@ -1,5 +1,5 @@
-// Which experts the last tokens chose and which are in memory, for those who look (GET /router). Nothing
-// is recorded while nobody does.
+// Which experts the last tokens chose and which are in memory, for those who look (GET /router). What is
+// chosen is not recorded while nobody does.
 #pragma once
 
 #include <atomic>
@@ -22,7 +22,7 @@ class RouterWatch {
 
   // All [n_layer, n_expert].
   struct Picture {
-    uint64_t n_tokens = 0;                 // evaluated while somebody looked
+    uint64_t n_tokens = 0;                 // evaluated since the server began
     std::vector<uint8_t> uses;             // by the last kWindow tokens
     std::vector<bool> last, read;          // chosen by the last one; and had to be read for it
     std::vector<bool> resident;            // in memory; empty: all are

@@ -87,6 +87,7 @@ Scheduler::Status Scheduler::status() const {
 }
 
 void Scheduler::loop() {
+  router_.evaluated(0, engine_.resident_experts());
   publish_status();
   while (wait_for_work()) {
     drop_withdrawn();
@@ -163,7 +164,7 @@ void Scheduler::step() {
   plan_step();
   try {
     batch_.evaluate(parts_);
-    if (router_.watched()) router_.evaluated(n_rows_, engine_.resident_experts());
+    router_.evaluated(n_rows_, engine_.resident_experts());
     deliver();
   } catch (const Error& e) {
     if (e.kind() == ErrorKind::cancelled) return;  // stop_

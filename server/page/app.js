@@ -29,6 +29,7 @@ function draw() {
 function drawControls() {
   const busy = live() !== undefined;
   $('stop').hidden = !busy;
+  $('messages').classList.toggle('busy', busy);
   $('send').hidden = busy;
   $('send').disabled = $('message').value.trim() === '' || !server.chat;
 }
@@ -338,6 +339,7 @@ function listen() {
   $('to-end').addEventListener('click', scrollToEnd);
   $('scroll').addEventListener('scroll', showToEnd, { passive: true });
   document.addEventListener('keydown', onKey);
+  document.addEventListener('click', (e) => e.target.closest('[data-close]')?.closest('dialog').close(''));
   addEventListener('storage', (e) => { if (store.isIndexKey(e.key)) drawList(); });
   addEventListener('pagehide', () => { for (const job of answers.values()) keep(job.conversation); });
   for (const input of document.querySelectorAll('input[name="theme"]')) {
