@@ -5,12 +5,10 @@
 #include <string_view>
 
 #include "base/error.h"
-#include "base/mapped_file.h"
+#include "cli/options.h"
 
 namespace duet::cli {
 namespace {
-
-constexpr size_t kMaxBytes = 1 << 20;
 
 // One line of the file.
 class Line {
@@ -124,7 +122,7 @@ std::vector<ConfigEntry> parse_config(const std::string& text, const std::string
   return out;
 }
 
-std::vector<ConfigEntry> read_config(const std::filesystem::path& path) { return parse_config(read_file(path, kMaxBytes), path.string()); }
+std::vector<ConfigEntry> read_config(const std::filesystem::path& path) { return parse_config(read_text(path.string()), path.string()); }
 
 std::filesystem::path default_config_path() {
   const auto of = [](const char* variable) {

@@ -29,7 +29,7 @@ std::vector<Verb> flag_table(const CLI::App& app);
 
 // Commands that print these; no help lists them.
 void add_completions(CLI::App& app);  // duet completions bash|zsh|fish
-void add_man(CLI::App& app);          // duet man [COMMAND]
+void add_man(CLI::App& app);          // duet man [PAGE]
 
 std::string bash_completion(const std::vector<Verb>& verbs);
 std::string zsh_completion(const std::vector<Verb>& verbs);

@@ -1,4 +1,4 @@
-// duet man: manual pages in roff, from the same table as help.
+// duet man [PAGE]: manual pages in roff, from the same table as help.
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cctype>
@@ -96,18 +96,18 @@ std::string page_of(const Verb& verb) {
 
 void run_man(const std::string& name, const CLI::App& app) {
   const std::vector<Verb> verbs = flag_table(app);
-  if (name.empty()) return print(overview(verbs));
+  if (name == "duet") return print(overview(verbs));
   for (const Verb& verb : verbs)
-    if (verb.name == name) return print(page_of(verb));
-  fail(ErrorKind::usage, "there is no command ", quote(name), "; `duet` lists them");
+    if (!verb.name.empty() && "duet-" + verb.name == name) return print(page_of(verb));
+  fail(ErrorKind::usage, "there is no page ", quote(name), "; pages are called duet and duet-COMMAND");
 }
 
 }  // namespace
 
 void add_man(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("man", "Print a manual page in roff")->group("");
-  auto name = std::make_shared<std::string>();
-  command.add_option("COMMAND", *name, "A command; without it, the program");
+  auto name = std::make_shared<std::string>("duet");
+  command.add_option("PAGE", *name, "duet or duet-COMMAND")->capture_default_str();
   command.callback([name, &app] { run_man(*name, app); });
 }
 

@@ -192,6 +192,7 @@ function list(lines, depth) {
       box.type = 'checkbox';
       box.disabled = true;
       box.checked = task[1] !== ' ';
+      box.setAttribute('aria-label', box.checked ? 'Done' : 'Not done');
       li.append(box);
     }
     for (const child of children) li.append(...(!loose && child.tagName === 'P' ? child.childNodes : [child]));

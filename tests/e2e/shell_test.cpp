@@ -93,7 +93,7 @@ TEST_CASE("bash is offered commands, flags and values") {
 
 TEST_CASE("a command's manual page has all its flags") {
   for (const std::string& verb : commands()) {
-    const std::string page = output({"man", verb});
+    const std::string page = output({"man", "duet-" + verb});
     CHECK(page.starts_with(".TH "));
     for (std::string flag : long_flags(output({verb, "--help"}))) {
       for (size_t at = 0; (at = flag.find('-', at)) != std::string::npos; at += 2) flag.insert(at, "\\");
@@ -105,12 +105,12 @@ TEST_CASE("a command's manual page has all its flags") {
 
 TEST_CASE("manual pages render without complaint") {
   if (!is_there("groff")) DUET_SKIP("no groff to render manual pages");
-  std::vector<std::string> verbs = commands();
-  verbs.emplace_back("");
-  for (const std::string& verb : verbs) {
-    const std::string page = output(verb.empty() ? std::vector<std::string>{"man"} : std::vector<std::string>{"man", verb});
+  std::vector<std::string> pages{"duet"};
+  for (const std::string& verb : commands()) pages.push_back("duet-" + verb);
+  for (const std::string& name : pages) {
+    const std::string page = output({"man", name});
     const ProcessResult shown = run_process({"groff", "-man", "-ww", "-Tutf8", "-P-cbou"}, {.input = page});
-    CHECK_MESSAGE(shown.err == "", verb);
+    CHECK_MESSAGE(shown.err == "", name);
     CHECK(shown.exit_code == 0);
     CHECK(shown.out.find("EXIT STATUS") != std::string::npos);
   }

@@ -58,7 +58,7 @@ def wait_for(condition, seconds=30):
 class Server:
     def __init__(self, model, *extra):
         self.process = subprocess.Popen([DUET, "serve", model, "--port", "0", "--ctx", "2048", *extra], stdout=subprocess.PIPE, text=True,
-                                        env={**os.environ, "DUET_CONFIG": "/dev/null"})
+                                        env={**os.environ, "XDG_CONFIG_HOME": tempfile.gettempdir() + "/none"})
         line = self.process.stdout.readline()
         self.url = re.search(r"http://[\d.:]+", line).group(0)
 
