@@ -167,7 +167,9 @@ def check_chat(page):
     check("an answer comes", len(page.answers()) == 1 and len(page.answers()[0]) > 0, page.answers())
     check("it says how many tokens and how fast", re.search(r"\b24 tokens · [\d.]+ tok/s", page.stats()) and "cut off at the limit" in page.stats(), page.stats())
     check("the box is empty and focused again", page.one("#message").get_attribute("value") == "" and page.js("return document.activeElement.id") == "message")
-    check("screen readers are told", page.answers()[0][:20].split("\n")[0] in page.one("#live").get_attribute("textContent"))
+    stored = page.js("return JSON.parse(localStorage.getItem('duet.conversation.' + sessionStorage.getItem('duet.current'))).messages[1].versions[0].text")
+    spoken = page.one("#live").get_attribute("textContent")
+    check("screen readers are told", spoken == "Answer: " + stored, (spoken, stored))
     first = page.answers()[0]
     page.send("And how do I remove\nit again?")
     check("a second turn, of two lines", page.questions()[1] == "And how do I remove\nit again?" and len(page.answers()) == 2)
