@@ -85,7 +85,8 @@ function showWaiting(state, progress) {
 function answerFoot(message, version, isLast) {
   const actions = el('div', { className: 'actions' }, button('copy', 'Copy the answer', icon('copy')), button('edit', 'Edit the answer', icon('edit')));
   if (isLast) actions.append(button('again', 'Answer again', icon('again'), ''));
-  const out = [actions];
+  const out = version.text ? [actions] : [];
+  if (!version.text && !version.error && isLast) out.push(el('div', { className: 'actions' }, button('again', 'Answer again', icon('again'))));
   if (message.versions.length > 1) out.push(versions(message));
   const words = statsText(version);
   if (words) out.push(el('span', { className: 'stats', textContent: words }));

@@ -36,12 +36,12 @@ bool has_openssl() { return run_process({"/bin/sh", "-c", "command -v openssl"})
 // A key and a certificate of its own for localhost.
 void make_certificate(const TempFolder& folder, const std::string& name) {
   const std::string at = (folder / name).string();
-  REQUIRE(run_process({"openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+  REQUIRE(run_process({"/usr/bin/env", "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=localhost",
                        "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", at + ".key", "-out", at + ".pem"}).exit_code == 0);
 }
 
 ProcessResult ask_securely(int port, const std::string& certificate, const std::string& request, const std::vector<std::string>& extra = {}) {
-  std::vector<std::string> command{"openssl", "s_client", "-quiet", "-connect", "127.0.0.1:" + std::to_string(port), "-CAfile", certificate, "-verify_return_error", "-servername", "localhost"};
+  std::vector<std::string> command{"/usr/bin/env", "openssl", "s_client", "-quiet", "-connect", "127.0.0.1:" + std::to_string(port), "-CAfile", certificate, "-verify_return_error", "-servername", "localhost"};
   command.insert(command.end(), extra.begin(), extra.end());
   return run_process(command, {.input = request, .timeout_s = 60});
 }

@@ -46,7 +46,7 @@ bool is_there(const std::string& program) { return run_process({"/bin/sh", "-c",
 
 // What bash would offer for these words.
 std::string bash_offers(const std::string& script, const std::string& words) {
-  const ProcessResult result = run_process({"bash", "-c", "source '" + script + "'; COMP_WORDS=(" + words + "); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _duet; echo \"${COMPREPLY[*]}\""});
+  const ProcessResult result = run_process({"/usr/bin/env", "bash", "-c", "source '" + script + "'; COMP_WORDS=(" + words + "); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _duet; echo \"${COMPREPLY[*]}\""});
   CAPTURE(result.err);
   CHECK(result.exit_code == 0);
   return result.out;
@@ -73,7 +73,7 @@ TEST_CASE("completions name every command and every flag, and the shells take th
     }
     write_text(path, script);
     if (!is_there(shell)) continue;
-    const ProcessResult parsed = run_process({shell, "-n", path});
+    const ProcessResult parsed = run_process({"/usr/bin/env", shell, "-n", path});
     CHECK_MESSAGE(parsed.exit_code == 0, parsed.err);
     CHECK(parsed.err == "");
   }
@@ -109,7 +109,7 @@ TEST_CASE("manual pages render without complaint") {
   for (const std::string& verb : commands()) pages.push_back("duet-" + verb);
   for (const std::string& name : pages) {
     const std::string page = output({"man", name});
-    const ProcessResult shown = run_process({"groff", "-man", "-ww", "-Tutf8", "-P-cbou"}, {.input = page});
+    const ProcessResult shown = run_process({"/usr/bin/env", "groff", "-man", "-ww", "-Tutf8", "-P-cbou"}, {.input = page});
     CHECK_MESSAGE(shown.err == "", name);
     CHECK(shown.exit_code == 0);
     CHECK(shown.out.find("EXIT STATUS") != std::string::npos);
