@@ -2,9 +2,9 @@
 //
 // vpdpbusd multiplies unsigned quants (with an offset where they are signed) by activations and adds
 // four; how scales come in, and how offsets go out again: x86_avx512_k_panel.h, x86_avx512_k_rows.h
-// (one token), x86_avx512_k_quads.h (a few).
+// (one token), x86_avx512_k_strips.h (a few).
 #include "runtime/kernels/x86_avx512_iq.h"
-#include "runtime/kernels/x86_avx512_k_quads.h"
+#include "runtime/kernels/x86_avx512_k_strips.h"
 #include "runtime/kernels/x86_avx512_k_rows.h"
 
 namespace duet {
@@ -18,13 +18,13 @@ bool cheap_mulld() {
 }  // namespace
 
 void add_avx512_k(KernelTable& table) {
-  table.matmul[static_cast<size_t>(DType::Q2_K)] = matmul512<KRows<BlockQ2_K>, KQuads<BlockQ2_K>>;
-  table.matmul[static_cast<size_t>(DType::Q3_K)] = matmul512<KRows<BlockQ3_K>, KQuads<BlockQ3_K>>;
+  table.matmul[static_cast<size_t>(DType::Q2_K)] = matmul_k<BlockQ2_K>;
+  table.matmul[static_cast<size_t>(DType::Q3_K)] = matmul_k<BlockQ3_K>;
   table.matmul[static_cast<size_t>(DType::Q4_K)] =
-      cheap_mulld() ? matmul512<KRows<BlockQ4_K>, KQuads<BlockQ4_K>> : matmul512<KRows<BlockQ4_K, false>, KQuads<BlockQ4_K>>;
-  table.matmul[static_cast<size_t>(DType::Q5_K)] = matmul512<KRows<BlockQ5_K>, KQuads<BlockQ5_K>>;
-  table.matmul[static_cast<size_t>(DType::Q6_K)] = matmul512<KRows<BlockQ6_K>, KQuads<BlockQ6_K>>;
-  table.matmul[static_cast<size_t>(DType::IQ4_XS)] = matmul512<KRows<BlockIQ4_XS>, KQuads<BlockIQ4_XS>>;
+      cheap_mulld() ? matmul_k<BlockQ4_K> : matmul_k<BlockQ4_K, false>;
+  table.matmul[static_cast<size_t>(DType::Q5_K)] = matmul_k<BlockQ5_K>;
+  table.matmul[static_cast<size_t>(DType::Q6_K)] = matmul_k<BlockQ6_K>;
+  table.matmul[static_cast<size_t>(DType::IQ4_XS)] = matmul_k<BlockIQ4_XS>;
   table.matmul[static_cast<size_t>(DType::IQ1_S)] = matmul512<WideRows<BlockIQ1_S>>;
   table.matmul[static_cast<size_t>(DType::IQ1_M)] = matmul512<WideRows<BlockIQ1_M>>;
   table.matmul[static_cast<size_t>(DType::IQ2_XXS)] = matmul512<WideRows<BlockIQ2_XXS>>;

@@ -1,0 +1,409 @@
+// A few tokens times the 256-element formats with AVX-512 VNNI: sixteen rows, block after block.
+//
+// Lanes are rows, as in panels: sixteen bytes of 16 rows are transposed, so that a register holds some bits
+// of four columns of each, and multiplied at once by the activations of all tokens, broadcast from memory.
+// Nothing is stored between: on Zen 4 a store of 64 bytes takes two cycles, in which nothing is multiplied,
+// while shuffles, masks and shifts run beside multiplications. So up to 8 tokens pass in the time that
+// their multiplications take, and unpacking again for the next 8 costs no more than a panel.
+#pragma once
+
+#include <cstddef>
+#include <type_traits>
+
+#include "runtime/kernels/x86_avx512_k_panel.h"
+#include "runtime/kernels/x86_avx512_k_rows.h"
+
+namespace duet {
+namespace {
+
+// Sixteen rows, `stride` bytes apart: an address is one of four registers plus 0 .. 3 strides.
+struct Rows16 {
+  const std::byte* first;
+  size_t stride;
+  DUET_INLINE const std::byte* operator[](size_t r) const { return first + r / 4 * (4 * stride) + r % 4 * stride; }
+  // Sixteen bytes of each.
+  DUET_INLINE Quad bytes(size_t offset) const {
+    const Rows16& row = *this;
+    const auto at = [&](size_t i) { return four_lanes(row[i] + offset, row[4 + i] + offset, row[8 + i] + offset, row[12 + i] + offset); };
+    return {{at(0), at(1), at(2), at(3)}};
+  }
+  DUET_INLINE Quad columns(size_t offset) const { return bytes(offset).transposed(); }
+  DUET_INLINE __m512 halves(size_t offset) const {
+    return sixteen_halves([&](size_t r) {
+      uint16_t bits;
+      __builtin_memcpy(&bits, (*this)[r] + offset, 2);
+      return bits;
+    });
+  }
+};
+
+// Integer parts of the sums of 16 rows with T tokens.
+template <size_t T>
+struct StripSums {
+  const BlockAct256* x[T];
+  __m512i dot[T] = {};
+
+  // Four columns of quants, from `column` on.
+  DUET_INLINE void multiply(__m512i (&part)[T], __m512i q, size_t column) const {
+#pragma GCC unroll 8
+    for (size_t t = 0; t < T; ++t) part[t] = _mm512_dpbusd_epi32(part[t], q, broadcast4(x[t]->qs + column));
+  }
+  // Sums of a group, times its scale.
+  DUET_INLINE void add(const __m512i (&part)[T], __m512i scale) {
+#pragma GCC unroll 8
+    for (size_t t = 0; t < T; ++t) dot[t] = _mm512_add_epi32(dot[t], _mm512_mullo_epi32(part[t], scale));
+  }
+  // Sums of two groups that fit 16 bits, those of the second 2^shift times as large, times pairs of scales.
+  DUET_INLINE void add_pair(const __m512i (&low)[T], const __m512i (&high)[T], unsigned shift, __m512i scales) {
+#pragma GCC unroll 8
+    for (size_t t = 0; t < T; ++t) dot[t] = _mm512_dpwssd_epi32(dot[t], word_pairs(low[t], high[t], 16 - shift), scales);
+  }
+};
+
+// What the offset of the quants adds to the sum of a group, negated: where sums begin.
+template <size_t T, size_t kGroups>
+struct StripStarts {
+  alignas(64) int32_t at[T][kGroups];
+
+  DUET_INLINE StripStarts(const BlockAct256* const* x, int shift) {
+#pragma GCC unroll 8
+    for (size_t t = 0; t < T; ++t) {
+      if constexpr (kGroups == 16) {
+        const __m512i sums = _mm512_cvtepi16_epi32(load256(x[t]->bsums));
+        _mm512_store_si512(at[t], _mm512_sub_epi32(__m512i{}, _mm512_slli_epi32(sums, static_cast<unsigned>(shift))));
+      } else {
+        const __m256i sums = _mm256_cvtepi16_epi32(load128(x[t]->bsums32));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(at[t]), _mm256_sub_epi32(__m256i{}, _mm256_slli_epi32(sums, shift)));
+      }
+    }
+  }
+  DUET_INLINE void set(__m512i (&part)[T], size_t group) const {
+#pragma GCC unroll 8
+    for (size_t t = 0; t < T; ++t) part[t] = broadcast4(&at[t][group]);
+  }
+};
+
+// d * x.d * dot, and for formats with minimums -dmin * x.d * min, added to sums.
+template <size_t T>
+DUET_INLINE void add_terms(const StripSums<T>& s, __m512 d, __m512 (&sum)[T]) {
+#pragma GCC unroll 8
+  for (size_t t = 0; t < T; ++t)
+    sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s.dot[t]), _mm512_mul_ps(d, _mm512_set1_ps(s.x[t]->d)), sum[t]);
+}
+// pair(p): minimums of groups 2 p and 2 p + 1.
+template <int kPairs, size_t T, class Pair>
+DUET_INLINE void subtract_minimums(const StripSums<T>& s, __m512 dmin, Pair pair, __m512 (&sum)[T]) {
+  __m512i min[T] = {};
+#pragma GCC unroll 8
+  for (int p = 0; p < kPairs; ++p) {
+    const __m512i two = pair(p);
+#pragma GCC unroll 8
+    for (size_t t = 0; t < T; ++t)
+      min[t] = _mm512_dpwssd_epi32(min[t], two, broadcast4((kPairs == 8 ? s.x[t]->bsums : s.x[t]->bsums32) + 2 * p));
+  }
+#pragma GCC unroll 8
+  for (size_t t = 0; t < T; ++t)
+    sum[t] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(min[t]), _mm512_mul_ps(dmin, _mm512_set1_ps(s.x[t]->d)), sum[t]);
+}
+
+// ---- by format ----------------------------------------------------------------------------------
+// add_block(rows, x, fetch, sum): one block of 16 rows; fetch(i): part i of 8.
+template <class Block>
+struct StripFormat;
+
+// Q4_K, Q5_K: d, dmin and scales are the first 16 bytes.
+struct SixBitHead {
+  Quad scales;  // words 0, 1: scales, 2, 3: minimums, four bytes each
+  __m512 d, dmin;
+  explicit DUET_INLINE SixBitHead(const Rows16& rows) {
+    const Quad head = rows.bytes(0);
+    scales = head.map([](__m512i v) { return six_bit_lanes(v); }).transposed();
+    const __m512i both = _mm512_unpacklo_epi64(_mm512_unpacklo_epi32(head.v[0], head.v[1]), _mm512_unpacklo_epi32(head.v[2], head.v[3]));
+    d = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both));
+    dmin = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+  }
+  DUET_INLINE __m512i scale(int g) const {
+    return _mm512_and_si512(_mm512_srli_epi32(scales.v[g / 4], static_cast<unsigned>(8 * (g % 4))), _mm512_set1_epi32(255));
+  }
+  DUET_INLINE __m512i scale_pair(int p) const { return byte_pair(scales.v[p / 2], p % 2); }
+  template <size_t T>
+  DUET_INLINE void finish(const StripSums<T>& s, __m512 (&sum)[T]) const {
+    add_terms(s, d, sum);
+    subtract_minimums<4>(s, dmin, [&](int p) { return byte_pair(scales.v[2 + p / 2], p % 2); }, sum);
+  }
+};
+
+template <>
+struct StripFormat<BlockQ4_K> {
+  template <size_t T, class Fetch>
+  static DUET_INLINE void add_block(const Rows16& rows, StripSums<T>& s, Fetch fetch, __m512 (&sum)[T]) {
+    const SixBitHead head(rows);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const size_t n = static_cast<size_t>(i), column = 64 * (n / 2) + 16 * (n % 2);
+      const Quad w = rows.columns(offsetof(BlockQ4_K, qs) + 16 * n);
+      __m512i low[T] = {}, high[T] = {};
+#pragma GCC unroll 4
+      for (size_t j = 0; j < 4; ++j) {
+        s.multiply(low, masked(w.v[j], 15), column + 4 * j);
+        s.multiply(high, masked(w.v[j], 0xf0), column + 32 + 4 * j);
+      }
+      s.add_pair(low, high, 4, head.scale_pair(i / 2));
+      fetch(n);
+    }
+    head.finish(s, sum);
+  }
+};
+
+template <>
+struct StripFormat<BlockQ5_K> {
+  template <size_t T, class Fetch>
+  static DUET_INLINE void add_block(const Rows16& rows, StripSums<T>& s, Fetch fetch, __m512 (&sum)[T]) {
+    const SixBitHead head(rows);
+    const Quad bits[2] = {rows.columns(offsetof(BlockQ5_K, qh)), rows.columns(offsetof(BlockQ5_K, qh) + 16)};
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) {
+      __m512i low[T] = {}, high[T] = {};
+#pragma GCC unroll 2
+      for (size_t h = 0; h < 2; ++h) {
+        const size_t n = 2 * static_cast<size_t>(p) + h, column = 32 * (n - h) + 16 * h;
+        const Quad w = rows.columns(offsetof(BlockQ5_K, qs) + 16 * n);
+#pragma GCC unroll 4
+        for (size_t j = 0; j < 4; ++j) {
+          s.multiply(low, or_bits(masked(w.v[j], 15), moved_left(bits[h].v[j], 4 - 2 * p), 16), column + 4 * j);
+          s.multiply(high, or_bits(high_nibbles(w.v[j]), moved_left(bits[h].v[j], 3 - 2 * p), 16), column + 32 + 4 * j);
+        }
+        fetch(n);
+      }
+      s.add(low, head.scale(2 * p));
+      s.add(high, head.scale(2 * p + 1));
+    }
+    head.finish(s, sum);
+  }
+};
+
+// Scales of 16 rows, a word of them each.
+template <class Block>
+DUET_INLINE Quad strip_scales(const Rows16& rows) {
+  Quad lanes;
+#pragma GCC unroll 4
+  for (size_t i = 0; i < 4; ++i) {
+    const Block* four[4];
+    for (size_t l = 0; l < 4; ++l) four[l] = reinterpret_cast<const Block*>(rows[4 * l + i]);
+    lanes.v[i] = scale_lanes(four);
+  }
+  return lanes.transposed();
+}
+// Signed scale g of kBits bits.
+template <unsigned kBits>
+DUET_INLINE __m512i signed_scale(const Quad& words, int g) {
+  constexpr int kPerWord = 32 / static_cast<int>(kBits);
+  const auto at = kBits * static_cast<unsigned>(g % kPerWord);
+  return _mm512_srai_epi32(_mm512_slli_epi32(words.v[g / kPerWord], 32 - kBits - at), 32 - kBits);
+}
+
+template <>
+struct StripFormat<BlockQ6_K> {
+  template <size_t T, class Fetch>
+  static DUET_INLINE void add_block(const Rows16& rows, StripSums<T>& s, Fetch fetch, __m512 (&sum)[T]) {
+    const Quad scales = strip_scales<BlockQ6_K>(rows);
+    const StripStarts<T, 16> starts(s.x, kOffsetShift<BlockQ6_K>);
+#pragma GCC unroll 2
+    for (int part = 0; part < 2; ++part) {
+      const auto half = static_cast<size_t>(part);
+      const Quad bits[2] = {rows.columns(offsetof(BlockQ6_K, qh) + 32 * half), rows.columns(offsetof(BlockQ6_K, qh) + 32 * half + 16)};
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {  // groups 8 part + i and four after it
+        const auto n = static_cast<size_t>(i);
+        const Quad w = rows.columns(offsetof(BlockQ6_K, ql) + 64 * half + 16 * n), two = bits[i % 2];
+        const int at = 2 * (i / 2);  // of the two bits
+        add_group(s, starts, 8 * half + n, signed_scale<8>(scales, 8 * part + i), [&](size_t j) {
+          return or_bits(masked(w.v[j], 15), moved_left(two.v[j], 4 - at), 0x30);
+        });
+        add_group(s, starts, 8 * half + 4 + n, signed_scale<8>(scales, 8 * part + 4 + i), [&](size_t j) {
+          return or_bits(high_nibbles(w.v[j]), moved_left(two.v[j], -at), 0x30);
+        });
+        fetch(4 * half + n);
+      }
+    }
+    add_terms(s, rows.halves(offsetof(BlockQ6_K, d)), sum);
+  }
+  // Columns 16 group .. 16 group + 15.
+  template <size_t T, class Quants>
+  static DUET_INLINE void add_group(StripSums<T>& s, const StripStarts<T, 16>& starts, size_t group, __m512i scale, Quants quants) {
+    __m512i part[T];
+    starts.set(part, group);
+#pragma GCC unroll 4
+    for (size_t j = 0; j < 4; ++j) s.multiply(part, quants(j), 16 * group + 4 * j);
+    s.add(part, scale);
+  }
+};
+
+template <>
+struct StripFormat<BlockIQ4_XS> {
+  template <size_t T, class Fetch>
+  static DUET_INLINE void add_block(const Rows16& rows, StripSums<T>& s, Fetch fetch, __m512 (&sum)[T]) {
+    const __m512i table = _mm512_broadcast_i32x4(_mm_xor_si128(load128(kIq4Levels), _mm_set1_epi8(-128)));
+    const Quad scales = strip_scales<BlockIQ4_XS>(rows);
+    const StripStarts<T, 8> starts(s.x, kOffsetShift<BlockIQ4_XS>);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const auto n = static_cast<size_t>(i);
+      const Quad w = rows.columns(offsetof(BlockIQ4_XS, qs) + 16 * n);
+      __m512i part[T];
+      starts.set(part, n);
+#pragma GCC unroll 4
+      for (size_t j = 0; j < 4; ++j) {
+        s.multiply(part, _mm512_shuffle_epi8(table, masked(w.v[j], 15)), 32 * n + 4 * j);
+        s.multiply(part, _mm512_shuffle_epi8(table, high_nibbles(w.v[j])), 32 * n + 16 + 4 * j);
+      }
+      s.add(part, signed_scale<16>(scales, i));
+      fetch(n);
+    }
+    add_terms(s, rows.halves(offsetof(BlockIQ4_XS, d)), sum);
+  }
+};
+
+// Q2_K, Q3_K: bits 2 s, 2 s + 1 of sixteen bytes i belong to group 8 (i / 2) + 2 s + i % 2. Two of the four share a
+// step: the second as bits 2 and 3, four times as large.
+template <>
+struct StripFormat<BlockQ2_K> {
+  template <size_t T, class Fetch>
+  static DUET_INLINE void add_block(const Rows16& rows, StripSums<T>& s, Fetch fetch, __m512 (&sum)[T]) {
+    const Quad scales = strip_scales<BlockQ2_K>(rows);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const auto n = static_cast<size_t>(i);
+      const Quad w = rows.columns(offsetof(BlockQ2_K, qs) + 16 * n);
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k) {
+        const size_t column = 128 * (n / 2) + 16 * (n % 2) + 64 * static_cast<size_t>(k);
+        __m512i low[T] = {}, high[T] = {};
+#pragma GCC unroll 4
+        for (size_t j = 0; j < 4; ++j) {
+          const __m512i v = moved_left(w.v[j], -4 * k);
+          s.multiply(low, masked(v, 3), column + 4 * j);
+          s.multiply(high, masked(v, 12), column + 32 + 4 * j);
+        }
+        const __m512i pair = moved_left(scales.v[2 * (i / 2) + k], -8 * (i % 2));
+        s.add_pair(low, high, 2, _mm512_and_si512(pair, _mm512_set1_epi16(15)));
+        fetch(2 * n + static_cast<size_t>(k));
+      }
+    }
+    add_terms(s, rows.halves(offsetof(BlockQ2_K, d)), sum);
+    subtract_minimums<8>(s, rows.halves(offsetof(BlockQ2_K, dmin)), [&](int p) { return byte_pair(high_nibbles(scales.v[p / 2]), p % 2); }, sum);
+  }
+};
+
+template <>
+struct StripFormat<BlockQ3_K> {
+  template <size_t T, class Fetch>
+  static DUET_INLINE void add_block(const Rows16& rows, StripSums<T>& s, Fetch fetch, __m512 (&sum)[T]) {
+    const Quad scales = strip_scales<BlockQ3_K>(rows);
+    const Quad bits[2] = {rows.columns(offsetof(BlockQ3_K, hmask)), rows.columns(offsetof(BlockQ3_K, hmask) + 16)};
+    const StripStarts<T, 16> starts(s.x, kOffsetShift<BlockQ3_K>), starts4(s.x, kOffsetShift<BlockQ3_K> + 2);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const auto n = static_cast<size_t>(i);
+      const Quad w = rows.columns(offsetof(BlockQ3_K, qs) + 16 * n);
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k) {
+        const size_t column = 128 * (n / 2) + 16 * (n % 2) + 64 * static_cast<size_t>(k);
+        __m512i low[T], high[T];
+        starts.set(low, column / 16);
+        starts4.set(high, column / 16 + 2);
+        const int bit = 4 * (i / 2) + 2 * k;
+#pragma GCC unroll 4
+        for (size_t j = 0; j < 4; ++j) {
+          const __m512i v = moved_left(w.v[j], -4 * k), b = bits[i % 2].v[j];
+          s.multiply(low, or_bits(masked(v, 3), moved_left(b, 2 - bit), 4), column + 4 * j);
+          s.multiply(high, or_bits(masked(v, 12), moved_left(b, 3 - bit), 16), column + 32 + 4 * j);
+        }
+        const __m512i pair = scales.v[2 * (i / 2) + k];
+        s.add_pair(low, high, 2, _mm512_srai_epi16(moved_left(pair, 8 - 8 * (i % 2)), 8));
+        fetch(2 * n + static_cast<size_t>(k));
+      }
+    }
+    add_terms(s, rows.halves(offsetof(BlockQ3_K, d)), sum);
+  }
+};
+
+// ---- the loop -----------------------------------------------------------------------------------
+constexpr size_t kStripRows = 16;
+// Tokens of a pass, as far as their sums fit the registers.
+template <class Block>
+constexpr size_t kPassTokens = 8;
+template <>
+constexpr size_t kPassTokens<BlockQ3_K> = 6;
+template <>
+constexpr size_t kPassTokens<BlockQ5_K> = 7;
+template <>
+constexpr size_t kPassTokens<BlockQ6_K> = 5;
+// Tokens up to which passes are faster than panels (Zen 4).
+template <class Block>
+constexpr size_t kStripTokens = kPassTokens<Block>;
+template <>
+constexpr size_t kStripTokens<BlockQ2_K> = 16;
+template <>
+constexpr size_t kStripTokens<BlockQ4_K> = 16;
+
+// One strip with T tokens from the start of `a`; kFetch: while it runs, as much of what follows is fetched.
+template <class Block, size_t T, bool kFetch>
+void multiply_strip(const MatmulArgs& a, Ahead ahead) {
+  __m512 sum[T] = {};
+  StripSums<T> s;
+#pragma GCC unroll 8
+  for (size_t t = 0; t < T; ++t) s.x[t] = reinterpret_cast<const BlockAct256*>(a.x + t * a.x_stride);
+  Rows16 rows{a.w, a.w_stride};
+  for (size_t b = 0; b < a.cols / 256; ++b) {
+#pragma GCC unroll 8
+    for (size_t t = 0; t < T; ++t) s.dot[t] = __m512i{};
+    StripFormat<Block>::add_block(rows, s, [&](size_t i) {
+      if constexpr (kFetch) ahead.fetch<kStripRows * sizeof(Block), 8>(i);
+    }, sum);
+    ahead.next(kStripRows * sizeof(Block));
+    rows.first += sizeof(Block);
+#pragma GCC unroll 8
+    for (size_t t = 0; t < T; ++t) ++s.x[t];
+  }
+#pragma GCC unroll 8
+  for (size_t t = 0; t < T; ++t) _mm512_storeu_ps(a.y + t * a.y_stride, sum[t]);
+}
+
+template <class Block, bool kFetch, size_t T = kPassTokens<Block>>
+DUET_INLINE void multiply_strip(const MatmulArgs& a, size_t n_tokens, const Ahead& ahead) {
+  if (n_tokens == T) return multiply_strip<Block, T, kFetch>(a, ahead);
+  if constexpr (T > 2) multiply_strip<Block, kFetch, T - 1>(a, n_tokens, ahead);
+}
+
+// At least 2 tokens, dealt out evenly to passes. The rows that fill no strip: one token at a time.
+template <class Block>
+void matmul_strips(const MatmulArgs& a) noexcept {
+  const size_t n_strip_rows = a.n_rows / kStripRows * kStripRows, n_passes = (a.n_tokens + kPassTokens<Block> - 1) / kPassTokens<Block>;
+  Ahead(a.w).fetch_all(kStripRows * a.w_stride);
+  for (size_t row = 0; row < n_strip_rows; row += kStripRows) {
+    const Ahead ahead(a.w + (row + kStripRows) * a.w_stride);
+    for (size_t pass = 0, t = 0; pass < n_passes; ++pass) {
+      const size_t n = (a.n_tokens + pass) / n_passes;
+      const MatmulArgs part = sub_problem(a, row, t);
+      if (pass == 0) multiply_strip<Block, true>(part, n, ahead);
+      else multiply_strip<Block, false>(part, n, ahead);
+      t += n;
+    }
+  }
+  for (size_t t = 0; n_strip_rows < a.n_rows && t < a.n_tokens; ++t) {
+    MatmulArgs rest = sub_problem(a, n_strip_rows, t);
+    rest.n_rows = a.n_rows - n_strip_rows;
+    rest.n_tokens = 1;
+    matmul_rows<KRows<Block>>(rest);
+  }
+}
+
+template <class Block, bool kMulld = true>
+void matmul_k(const MatmulArgs& a) noexcept {
+  if (a.n_tokens == 1) return matmul_rows<KRows<Block>>(a);
+  a.n_tokens <= kStripTokens<Block> ? matmul_strips<Block>(a) : matmul_panels<KRows<Block, kMulld>>(a);
+}
+
+}  // namespace
+}  // namespace duet
