@@ -3,6 +3,7 @@
 
 #include "base/json.h"
 #include "tests/support/process.h"
+#include "tests/support/server_process.h"
 #include "tests/support/tiny_model.h"
 
 using namespace duet::test;
@@ -69,4 +70,14 @@ TEST_CASE("config: what is unknown or does not fit is refused with its line") {
   CHECK(refusal(run({"--config", "/nowhere/config.toml"}), 3, "/nowhere/config.toml") == "");
   const Config other("[serve]\nport = \"none of run's business\"\n");
   CHECK(n_ids(run({"-n", "1", "--config", other.path()})) == 1);
+}
+
+TEST_CASE("config: flags that are repeated and flags without values, for a server") {
+  const Config config("[serve]\napi-key = [\"one\", \"two words\"]\nno-api-key = false\nthreads = 2\nctx = 128\nparallel = 3\n");
+  ServerProcess server({kModel, "--config", config.path()});
+  const auto status = [&](const std::string& key) { return status_of(http(server.port(), "GET", "/slots", "", "Authorization: Bearer " + key + "\r\n")); };
+  CHECK(status("one") == 200);
+  CHECK(status("two words") == 200);
+  CHECK(status("three") == 401);
+  CHECK(duet::parse_json(body_of(http(server.port(), "GET", "/slots", "", "x-api-key: one\r\n")), "slots").size() == 3);
 }
