@@ -1,11 +1,15 @@
 #include "calibrate/calibrate.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <functional>
 
 #include "base/error.h"
 #include "calibrate/encoder.h"
+#include "calibrate/sensitivity.h"
 #include "converters/source.h"
+#include "converters/target.h"
 #include "quant/second_order.h"
 #include "runtime/tokenizer.h"
 
@@ -43,6 +47,8 @@ class VocabularyFile {
       : path_(beside) {
     path_ += ".vocabulary.part";
     options.vocab_only = true;
+    options.target_bytes = 0;
+    options.target_bpw = 0;
     options.overwrite = true;
     options.progress = {};
     options.notice = {};
@@ -94,24 +100,53 @@ std::vector<Token> ids_of(const GgufFile& vocabulary, const ConversionSource& so
   return ids;
 }
 
+std::vector<Token> ids_of_folder(const fs::path& folder, const fs::path& beside, const ConversionSource& source,
+                                 const ConvertOptions& options, const CalibrationOptions& calibration) {
+  const VocabularyFile vocabulary(folder, beside, options);
+  return ids_of(GgufFile::open(vocabulary.path()), source, options, calibration);
+}
+
+void measure_and_choose(ConversionSource& source, std::span<const Token> ids, const ConvertOptions& options,
+                        const CalibrationOptions& calibration) {
+  if (has_target(options))
+    choose_types(options, measure_sensitivity(source, ids, calibration.n_ctx, options), source);
+}
+
 }  // namespace
 
 void convert_calibrated(const fs::path& folder, const fs::path& output,
                         const ConvertOptions& options, const CalibrationOptions& calibration) {
   check_overwrite(output, options.overwrite);
-  const ConversionSource source = open_folder(folder, options);
+  ConversionSource source = open_folder(folder, options);
   check_worthwhile(source);
-  const VocabularyFile vocabulary(folder, output, options);
-  write(source, ids_of(GgufFile::open(vocabulary.path()), source, options, calibration), output,
-        options, calibration);
+  const std::vector<Token> ids = ids_of_folder(folder, output, source, options, calibration);
+  measure_and_choose(source, ids, options, calibration);
+  write(source, ids, output, options, calibration);
 }
 
 void quantize_calibrated(const fs::path& input, const fs::path& output,
                          const ConvertOptions& options, const CalibrationOptions& calibration) {
   check_overwrite(output, options.overwrite);
-  const ConversionSource source = open_gguf(input, options);
+  ConversionSource source = open_gguf(input, options);
   check_worthwhile(source);
-  write(source, ids_of(*source.file, source, options, calibration), output, options, calibration);
+  const std::vector<Token> ids = ids_of(*source.file, source, options, calibration);
+  measure_and_choose(source, ids, options, calibration);
+  write(source, ids, output, options, calibration);
+}
+
+ConvertPlan plan_convert_calibrated(const fs::path& folder, const ConvertOptions& options,
+                                    const CalibrationOptions& calibration) {
+  ConversionSource source = open_folder(folder, options);
+  const fs::path beside = fs::temp_directory_path() / concat("duet-", ::getpid());
+  measure_and_choose(source, ids_of_folder(folder, beside, source, options, calibration), options, calibration);
+  return plan_of(source.jobs, recipe_label(options));
+}
+
+ConvertPlan plan_quantize_calibrated(const fs::path& input, const ConvertOptions& options,
+                                     const CalibrationOptions& calibration) {
+  ConversionSource source = open_gguf(input, options);
+  measure_and_choose(source, ids_of(*source.file, source, options, calibration), options, calibration);
+  return plan_of(source.jobs, recipe_label(options));
 }
 
 }  // namespace duet

@@ -37,6 +37,12 @@ struct CalibrationOptions {
 // sequence. Notices: tokens used; experts that saw few of them.
 void convert_calibrated(const std::filesystem::path& folder, const std::filesystem::path& output,
                         const ConvertOptions& options, const CalibrationOptions& calibration);
+// What they would write, as plan_convert() and plan_quantize(). With a size to hit (converters/target.h) the text decides
+// types: what errors in each tensor cost is measured on it (calibrate/sensitivity.h).
+ConvertPlan plan_convert_calibrated(const std::filesystem::path& folder, const ConvertOptions& options,
+                                    const CalibrationOptions& calibration);
+ConvertPlan plan_quantize_calibrated(const std::filesystem::path& input, const ConvertOptions& options,
+                                     const CalibrationOptions& calibration);
 void quantize_calibrated(const std::filesystem::path& input, const std::filesystem::path& output,
                          const ConvertOptions& options, const CalibrationOptions& calibration);
 

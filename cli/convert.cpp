@@ -2,6 +2,7 @@
 #include "converters/convert.h"
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <memory>
@@ -13,6 +14,7 @@
 #include "cli/commands.h"
 #include "cli/console.h"
 #include "cli/options.h"
+#include "converters/target.h"
 
 namespace duet::cli {
 namespace {
@@ -20,7 +22,8 @@ namespace {
 struct ConvertArgs {
   std::string source, output, type, name, imatrix, token_embedding_type, output_tensor_type;
   std::vector<std::string> tensor_types;
-  std::string calibrate, split_max_size;
+  std::string calibrate, split_max_size, target_size;
+  double target_bpw = 0;
   size_t calibrate_tokens = 0;
   bool vocab_only = false, dry_run = false, force = false, json = false;
   int n_threads = 0;
@@ -41,13 +44,15 @@ auto progress_on(ProgressBar& bar) {
 
 ConvertOptions library_options(const ConvertArgs& args) {
   ConvertOptions options;
-  options.recipe = args.type;
+  options.recipe = args.type.empty() ? "Q4_K_M" : args.type;  // empty: a size is asked for
   options.vocab_only = args.vocab_only;
   options.overwrite = args.force;
   options.n_threads = args.n_threads;
   options.name = args.name;
   options.imatrix = args.imatrix;
   options.split_max_bytes = split_bytes(args.split_max_size);
+  if (!args.target_size.empty()) options.target_bytes = std::max<uint64_t>(parse_size(args.target_size), 1);
+  options.target_bpw = args.target_bpw;
   options.token_embedding_type = args.token_embedding_type;
   options.output_tensor_type = args.output_tensor_type;
   options.tensor_types = args.tensor_types;
@@ -97,30 +102,55 @@ void print_plan_json(const ConvertPlan& plan) {
 // --------------------------------------------------------------------------------
 
 using PlanFn = ConvertPlan (*)(const std::filesystem::path&, const ConvertOptions&);
+using CalibratedPlanFn = ConvertPlan (*)(const std::filesystem::path&, const ConvertOptions&,
+                                         const CalibrationOptions&);
 using CalibratedFn = void (*)(const std::filesystem::path&, const std::filesystem::path&,
                               const ConvertOptions&, const CalibrationOptions&);
 using WriteFn = void (*)(const std::filesystem::path&, const std::filesystem::path&,
                          const ConvertOptions&);
+// convert or quantize.
+struct Conversion {
+  const char* label;
+  PlanFn plan;
+  WriteFn write;
+  CalibratedPlanFn plan_calibrated;
+  CalibratedFn write_calibrated;
+};
 
-void run_conversion(const ConvertArgs& args, const char* label, PlanFn plan, WriteFn write,
-                    CalibratedFn write_calibrated) {
+CalibrationOptions calibration_options(const ConvertArgs& args) {
+  return {.text = read_text(args.calibrate), .max_tokens = args.calibrate_tokens};
+}
+
+void check_target(const ConvertArgs& args) {
+  const bool target = !args.target_size.empty() || args.target_bpw > 0;
+  if (args.type.empty() && !target)
+    fail(ErrorKind::usage, "no type given: add one of ", joined(recipe_names()), ", or --target-size or --target-bpw");
+  if (target && args.vocab_only) fail(ErrorKind::usage, "--vocab-only writes no tensors: there is no size to choose");
+  if (target && !args.split_max_size.empty())
+    fail(ErrorKind::usage, "--target-size and --target-bpw are for one file: cut it by duet repack --split-max-size afterwards");
+}
+
+void run_conversion(const ConvertArgs& args, const Conversion& conversion) {
+  check_target(args);
   ConvertOptions options = library_options(args);
   if (args.calibrate.empty() && args.calibrate_tokens > 0)
     fail(ErrorKind::usage, "--calibrate-tokens limits the text of --calibrate: add --calibrate FILE");
   if (args.dry_run) {
-    const ConvertPlan result = plan(args.source, options);
+    // Only a choice of types depends on the text.
+    const bool measured = has_target(options) && !args.calibrate.empty();
+    const ConvertPlan result = measured ? conversion.plan_calibrated(args.source, options, calibration_options(args))
+                                        : conversion.plan(args.source, options);
     return args.json ? print_plan_json(result) : print_plan(result);
   }
   if (args.json) fail(ErrorKind::usage, "--json belongs to --dry-run");
   if (args.output.empty())
     fail(ErrorKind::usage, "no output file given: add -o OUT.gguf, or --dry-run to see the plan");
-  ProgressBar bar(label, ProgressBar::Unit::bytes);
+  ProgressBar bar(conversion.label, ProgressBar::Unit::bytes);
   options.progress = progress_on(bar);
-  if (args.calibrate.empty()) return write(args.source, args.output, options);
+  if (args.calibrate.empty()) return conversion.write(args.source, args.output, options);
   if (options.split_max_bytes > 0)
     fail(ErrorKind::usage, "--calibrate writes one file: cut it by duet repack --split-max-size afterwards");
-  write_calibrated(args.source, args.output, options,
-                   {.text = read_text(args.calibrate), .max_tokens = args.calibrate_tokens});
+  conversion.write_calibrated(args.source, args.output, options, calibration_options(args));
 }
 
 void add_type_options(CLI::App& command, ConvertArgs& args) {
@@ -133,7 +163,24 @@ void add_type_options(CLI::App& command, ConvertArgs& args) {
                      "given several times, the first that fits wins");
 }
 
-void add_shared_options(CLI::App& command, ConvertArgs& args) {
+// Instead of `type`, an option of the same command.
+void add_target_options(CLI::App& command, CLI::Option& type, ConvertArgs& args) {
+  CLI::Option* size = command
+                          .add_option("--target-size", args.target_size,
+                                      "Instead of a mix of types: chooses the type of each tensor so that the file "
+                                      "has at most this size and loses least. --calibrate measures what each "
+                                      "tensor's errors cost, else errors in the weights decide")
+                          ->type_name("SIZE")
+                          ->excludes(&type);
+  command.add_option("--target-bpw", args.target_bpw, "The same by bits per weight on average")
+      ->check(CLI::Range(1.0, 32.0).description(""))
+      ->type_name("X")
+      ->excludes(&type)
+      ->excludes(size);
+}
+
+void add_shared_options(CLI::App& command, CLI::Option& type, ConvertArgs& args) {
+  add_target_options(command, type, args);
   add_type_options(command, args);
   command
       .add_option("--calibrate", args.calibrate,
@@ -164,16 +211,18 @@ void add_convert(CLI::App& app) {
   args->type = "Q4_K_M";
   command.add_option("SRC", args->source, "Folder with config.json, *.safetensors and a tokenizer")
       ->required();
-  command.add_option("-q,--type", args->type, "Mix of types: " + joined(recipe_names()))
-      ->capture_default_str();
+  CLI::Option* type = command.add_option("-q,--type", args->type, "Mix of types: " + joined(recipe_names()))
+                          ->capture_default_str();
   command.add_option("-o,--output", args->output, "GGUF file to write");
   command.add_option("--name", args->name,
                      "general.name in the file [default: name of the folder]");
   command.add_flag("--vocab-only", args->vocab_only,
                    "Only the vocabulary: needs config.json and the tokenizer, writes no tensors");
-  add_shared_options(command, *args);
+  add_shared_options(command, *type, *args);
   add_environment(command);
-  command.callback([args] { run_conversion(*args, "convert", plan_convert, convert, convert_calibrated); });
+  command.callback([args] {
+    run_conversion(*args, {"convert", plan_convert, convert, plan_convert_calibrated, convert_calibrated});
+  });
 }
 
 void add_quantize(CLI::App& app) {
@@ -181,10 +230,12 @@ void add_quantize(CLI::App& app) {
   auto args = std::make_shared<ConvertArgs>();
   command.add_option("IN", args->source, "GGUF file (for a split one, any part)")->required();
   command.add_option("OUT", args->output, "GGUF file to write")->required();
-  command.add_option("TYPE", args->type, "Mix of types: " + joined(recipe_names()))->required();
-  add_shared_options(command, *args);
+  CLI::Option* type = command.add_option("TYPE", args->type, "Mix of types: " + joined(recipe_names()));
+  add_shared_options(command, *type, *args);
   add_environment(command);
-  command.callback([args] { run_conversion(*args, "quantize", plan_quantize, quantize, quantize_calibrated); });
+  command.callback([args] {
+    run_conversion(*args, {"quantize", plan_quantize, quantize, plan_quantize_calibrated, quantize_calibrated});
+  });
 }
 
 }  // namespace duet::cli

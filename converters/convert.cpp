@@ -14,6 +14,7 @@
 #include "converters/recipe.h"
 #include "converters/repack.h"
 #include "converters/source.h"
+#include "converters/target.h"
 #include "formats/safetensors.h"
 
 namespace duet {
@@ -207,13 +208,15 @@ ConversionSource open_folder(const fs::path& folder, const ConvertOptions& optio
 }
 
 ConvertPlan plan_convert(const fs::path& folder, const ConvertOptions& options) {
-  const ConversionSource model = open_folder(folder, options);
-  return plan_of(model.jobs, options.vocab_only ? "vocabulary" : options.recipe);
+  ConversionSource model = open_folder(folder, options);
+  choose_types(options, {}, model);
+  return plan_of(model.jobs, options.vocab_only ? "vocabulary" : recipe_label(options));
 }
 
 void convert(const fs::path& folder, const fs::path& output, const ConvertOptions& options) {
   check_overwrite(output, options.overwrite);
-  const ConversionSource model = open_folder(folder, options);
+  ConversionSource model = open_folder(folder, options);
+  choose_types(options, {}, model);
   write_parts(output, model.metadata, model.jobs, options);
 }
 

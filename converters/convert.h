@@ -30,6 +30,10 @@ struct ConvertOptions {
   // "REGEX=TYPE": for matrices in whose name the expression is found; the first that fits wins, before
   // the two above. Norms and the router stay F32.
   std::vector<std::string> tensor_types = {};
+  // A size instead of a recipe: the type of every tensor that no rule above names is chosen so that the file has
+  // at most so many bytes, or its weights on average so many bits (converters/target.h). 0: none.
+  uint64_t target_bytes = 0;
+  double target_bpw = 0;
   bool vocab_only = false;
   bool overwrite = false;  // an existing output is an error otherwise
   uint64_t split_max_bytes = 0;  // more make several files (converters/repack.h); 0: always one

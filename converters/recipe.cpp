@@ -1,5 +1,7 @@
 #include "converters/recipe.h"
 
+#include <algorithm>
+
 #include "base/error.h"
 #include "converters/convert.h"
 
@@ -227,6 +229,10 @@ const Format& TypeRules::format(const Recipe& recipe, const HParams& hparams, co
          spec.shape.back(), " are no multiple of its blocks of ", rule.format->block_elems);
   }
   return recipe_format(recipe, hparams, spec);
+}
+
+bool TypeRules::name(const std::string& tensor) const {
+  return std::any_of(rules_.begin(), rules_.end(), [&](const Rule& rule) { return std::regex_search(tensor, rule.pattern); });
 }
 
 void TypeRules::check_used() const {

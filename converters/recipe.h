@@ -55,6 +55,7 @@ class TypeRules {
   explicit TypeRules(const ConvertOptions& options);  // Error(usage): not a rule, not a type
   // The recipe's format, or another. Error(usage) when its block does not divide the rows.
   const Format& format(const Recipe& recipe, const HParams& hparams, const TensorSpec& spec);
+  bool name(const std::string& tensor) const;  // whether a rule says something of it
   void check_used() const;  // Error(usage) for a rule that has met no tensor
 
  private:

@@ -10,6 +10,7 @@
 #include "converters/recipe.h"
 #include "converters/repack.h"
 #include "converters/source.h"
+#include "converters/target.h"
 
 namespace duet {
 namespace {
@@ -110,12 +111,15 @@ ConversionSource open_gguf(const fs::path& input, const ConvertOptions& options)
 }
 
 ConvertPlan plan_quantize(const fs::path& input, const ConvertOptions& options) {
-  return plan_of(open_gguf(input, options).jobs, options.recipe);
+  ConversionSource source = open_gguf(input, options);
+  choose_types(options, {}, source);
+  return plan_of(source.jobs, recipe_label(options));
 }
 
 void quantize(const fs::path& input, const fs::path& output, const ConvertOptions& options) {
   check_overwrite(output, options.overwrite);
-  const ConversionSource source = open_gguf(input, options);
+  ConversionSource source = open_gguf(input, options);
+  choose_types(options, {}, source);
   write_parts(output, source.metadata, source.jobs, options);
 }
 

@@ -148,3 +148,65 @@ TEST_CASE("convert: types by tensor") {
   CHECK(refused("ffn_dwon=Q4_K", "fits no tensor") == "");
   CHECK(refused("(=Q4_K", "regular expression") == "");
 }
+
+// ---- files of a given size
+// -----------------------------------------------------------------------------------
+
+TEST_CASE("target: the file has the size that was asked for, with a text and without") {
+  const std::string train = text_file("target.txt", 0, 6000);
+  const uint64_t size = 11060160;  // that of Q3_K_M
+  const auto made = [&](const std::string& name, std::vector<std::string> arguments) {
+    arguments.insert(arguments.end(), {"-o", kFolder + name, "--force"});
+    duet_ok(arguments);
+    return std::filesystem::file_size(kFolder + name);
+  };
+  const std::vector<std::string> convert = {"convert", kDemo, "--target-size", std::to_string(size)};
+  const auto with = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), convert.begin(), convert.end());
+    return more;
+  };
+  for (const uint64_t got : {made("size.gguf", convert), made("size-c.gguf", with({"--calibrate", train, "--calibrate-tokens", "1024"}))}) {
+    CHECK(got <= size);
+    CHECK(static_cast<double>(got) > 0.995 * static_cast<double>(size));
+  }
+  const uint64_t from_gguf = [&] {
+    duet_ok({"quantize", kF32, kFolder + "size-q.gguf", "--target-size", "10.5MiB", "--force"});
+    return std::filesystem::file_size(kFolder + "size-q.gguf");
+  }();
+  CHECK(from_gguf <= 11010048);
+  CHECK(static_cast<double>(from_gguf) > 0.995 * 11010048);
+}
+
+TEST_CASE("target: the plan is that of the file, the same for any number of threads, and says what was chosen") {
+  const std::string train = text_file("target.txt", 0, 6000);
+  const auto plan = [&](const std::string& threads) {
+    const ProcessResult result = run_duet({"convert", kDemo, "--target-bpw", "4", "--calibrate", train, "--calibrate-tokens", "1024", "--dry-run",
+                                           "--json", "-t", threads}, {.timeout_s = 600});
+    CAPTURE(result.err);
+    REQUIRE(result.exit_code == 0);
+    CHECK(result.err.find("ffn_down_exps.weight: Q") != std::string::npos);
+    CHECK(result.err.find("chosen types make a file of") != std::string::npos);
+    return duet::parse_json(result.out, "stdout");
+  };
+  const duet::Json one = plan("1");
+  CHECK(one["bits_per_weight"].get<double>() <= 4);
+  CHECK(one["bits_per_weight"].get<double>() > 3.98);
+  CHECK(one == plan("3"));
+  duet_ok({"convert", kDemo, "--target-bpw", "4", "--calibrate", train, "--calibrate-tokens", "1024", "-o", kFolder + "bpw.gguf", "--force"});
+  const ProcessResult inspected = run_duet({"inspect", kFolder + "bpw.gguf", "--tensors", "--json"});
+  CAPTURE(inspected.err);
+  REQUIRE(inspected.exit_code == 0);
+  const duet::Json file = duet::parse_json(inspected.out, "stdout");
+  for (const duet::Json& tensor : file["tensors"]) CHECK(tensor["type"] == type_of(one, tensor["name"]));
+}
+
+TEST_CASE("target: what does not go together is refused") {
+  const auto refused = [](std::vector<std::string> arguments, const std::string& words) {
+    return refusal(run_duet(std::move(arguments)), 2, words);
+  };
+  CHECK(refused({"convert", kDemo, "--dry-run", "--target-bpw", "4", "-q", "Q4_K_M"}, "--type") == "");
+  CHECK(refused({"convert", kDemo, "--dry-run", "--target-bpw", "4", "--target-size", "10M"}, "--target") == "");
+  CHECK(refused({"convert", kDemo, "--dry-run", "--target-size", "1M"}, "smallest is") == "");
+  CHECK(refused({"convert", kDemo, "--dry-run", "--target-bpw", "4", "--split-max-size", "5M"}, "one file") == "");
+  CHECK(refused({"quantize", kF32, kFolder + "x.gguf"}, "no type given") == "");
+}
