@@ -7,7 +7,8 @@
 // get; targets are the outputs of the first, so that it makes up for what went before it, and
 // matrices that write to the residual stream also for what it has drifted. Per layer: q, k, v; the
 // output projection; then for each expert alone, over the tokens routed to it and weighted by the
-// square of their router weights, gate and up, then down. At last the output head. The router and
+// square of their router weights, gate and up, then down; an expert that no token chose is fitted to
+// tokens from all over the text. At last the output head. The router and
 // the norms stay as they are.
 //
 // Memory: four rows of n_embd floats per token (two of them as wide as all heads), one layer of

@@ -231,6 +231,8 @@ void CalibratedEncoder::encode_expert(LayerState& s, size_t e) {
                   &up = model_.job(kind_of(hparams_, kUp), s.index),
                   &down = model_.job(kind_of(hparams_, kDown), s.index);
   const SourceMatrix source_gate = model_.matrix(gate, e), source_up = model_.matrix(up, e);
+  const bool unseen = s.routed[e].tokens.empty();
+  if (unseen) s.routed[e] = stand_in();
   const Moments inputs = expert_inputs(s, e);
   encode(gate, e, inputs, s.bytes[kGate]);
   encode(up, e, inputs, s.bytes[kUp]);
@@ -238,7 +240,20 @@ void CalibratedEncoder::encode_expert(LayerState& s, size_t e) {
   encode(down, e, hidden_inputs(s, e, {source_gate.weight, source_up.weight, {}}, encoded),
          s.bytes[kDown]);
   encoded.down = weight_of(down, e, s.bytes[kDown]);
-  add_expert(s, e, encoded, encoded_stream_);
+  if (unseen)
+    s.routed[e] = {};
+  else
+    add_expert(s, e, encoded, encoded_stream_);
+}
+
+// Tokens from all over the text, one chunk at most.
+CalibratedEncoder::Routed CalibratedEncoder::stand_in() const {
+  Routed routed;
+  routed.stand_in = true;
+  const size_t n = std::min(kChunk, n_tokens());
+  for (size_t i = 0; i < n; ++i) routed.tokens.push_back(static_cast<int32_t>(i * n_tokens() / n));
+  routed.weights.assign(n, 1.0f);
+  return routed;
 }
 
 template <class Body>
@@ -252,8 +267,9 @@ void CalibratedEncoder::for_chunks(const LayerState& s, size_t e, const Body& bo
       std::copy_n(source_stream_.data() + from, n_embd_, chunk.source.data() + i * n_embd_);
       std::copy_n(encoded_stream_.data() + from, n_embd_, chunk.encoded.data() + i * n_embd_);
     }
+    // An expert that was not asked has no part in what the stream has drifted.
     for (size_t i = 0; i < chunk.behind.size(); ++i)
-      chunk.behind[i] = chunk.source[i] - chunk.encoded[i];
+      chunk.behind[i] = routed.stand_in ? 0.0f : chunk.source[i] - chunk.encoded[i];
     eval_.norm(s.source.ffn_norm, chunk.source.data(), n, chunk.source.data());
     eval_.norm(s.source.ffn_norm, chunk.encoded.data(), n, chunk.encoded.data());
     body(chunk);
@@ -408,7 +424,7 @@ void CalibratedEncoder::report_few() const {
   const size_t n = size_t{hparams_.n_layer} * std::max<uint32_t>(hparams_.n_expert, 1);
   if (n_unseen_ > 0)
     options_.notice(concat("calibration: ", n_unseen_, " of ", n,
-                           " experts saw no token of the text and are encoded without it"));
+                           " experts saw no token of the text and are fitted to tokens that others saw"));
   if (n_few_ > 0)
     options_.notice(concat("calibration: ", n_few_, " of ", n, " experts saw fewer than ", n_embd_,
                            " tokens of the text; their errors are compensated less"));

@@ -31,6 +31,7 @@ class CalibratedEncoder {
   struct Routed {
     std::vector<int32_t> tokens;
     std::vector<float> weights;
+    bool stand_in = false;  // not what the router chose: an expert that saw nothing is fitted to what others saw
   };
   // Some of them: normed inputs of both streams and the difference of their residuals, [n, n_embd].
   struct ExpertChunk {
@@ -55,6 +56,7 @@ class CalibratedEncoder {
   void encode_output_projection(LayerState& s);
   void route(LayerState& s, const std::vector<float>& stream) const;
   void encode_expert(LayerState& s, size_t e);
+  Routed stand_in() const;
   Moments expert_inputs(const LayerState& s, size_t e) const;
   Moments hidden_inputs(const LayerState& s, size_t e, const Expert& source,
                         const Expert& encoded) const;

@@ -153,7 +153,7 @@ TEST_CASE("convert: types by tensor") {
 // -----------------------------------------------------------------------------------
 
 TEST_CASE("target: the file has the size that was asked for, with a text and without") {
-  const std::string train = text_file("target.txt", 0, 6000);
+  const std::string train = text_file("target.txt", 0, 3000);
   const uint64_t size = 11060160;  // that of Q3_K_M
   const auto made = [&](const std::string& name, std::vector<std::string> arguments) {
     arguments.insert(arguments.end(), {"-o", kFolder + name, "--force"});
@@ -165,7 +165,7 @@ TEST_CASE("target: the file has the size that was asked for, with a text and wit
     more.insert(more.begin(), convert.begin(), convert.end());
     return more;
   };
-  for (const uint64_t got : {made("size.gguf", convert), made("size-c.gguf", with({"--calibrate", train, "--calibrate-tokens", "1024"}))}) {
+  for (const uint64_t got : {made("size.gguf", convert), made("size-c.gguf", with({"--calibrate", train, "--calibrate-tokens", "512"}))}) {
     CHECK(got <= size);
     CHECK(static_cast<double>(got) > 0.995 * static_cast<double>(size));
   }
@@ -178,9 +178,9 @@ TEST_CASE("target: the file has the size that was asked for, with a text and wit
 }
 
 TEST_CASE("target: the plan is that of the file, the same for any number of threads, and says what was chosen") {
-  const std::string train = text_file("target.txt", 0, 6000);
+  const std::string train = text_file("target.txt", 0, 3000);
   const auto plan = [&](const std::string& threads) {
-    const ProcessResult result = run_duet({"convert", kDemo, "--target-bpw", "4", "--calibrate", train, "--calibrate-tokens", "1024", "--dry-run",
+    const ProcessResult result = run_duet({"convert", kDemo, "--target-bpw", "4", "--calibrate", train, "--calibrate-tokens", "512", "--dry-run",
                                            "--json", "-t", threads}, {.timeout_s = 600});
     CAPTURE(result.err);
     REQUIRE(result.exit_code == 0);
@@ -192,7 +192,7 @@ TEST_CASE("target: the plan is that of the file, the same for any number of thre
   CHECK(one["bits_per_weight"].get<double>() <= 4);
   CHECK(one["bits_per_weight"].get<double>() > 3.98);
   CHECK(one == plan("3"));
-  duet_ok({"convert", kDemo, "--target-bpw", "4", "--calibrate", train, "--calibrate-tokens", "1024", "-o", kFolder + "bpw.gguf", "--force"});
+  duet_ok({"convert", kDemo, "--target-bpw", "4", "--calibrate", train, "--calibrate-tokens", "512", "-o", kFolder + "bpw.gguf", "--force"});
   const ProcessResult inspected = run_duet({"inspect", kFolder + "bpw.gguf", "--tensors", "--json"});
   CAPTURE(inspected.err);
   REQUIRE(inspected.exit_code == 0);

@@ -6,7 +6,7 @@ without and with an importance matrix and by duet plain, with that matrix, and c
 matrix and the calibration come from the first --tokens of one text, the scores from another, 100 chunks of
 512 (25,500 scored tokens), by `duet perplexity --kld` or, with --judge llama, by llama-perplexity.
 
-  calibration_oracle.py --calibration FILE --text FILE [--sets experts,wide,recipes] [--tokens N]
+  calibration_oracle.py --calibration FILE --text FILE [--sets experts,wide,recipes] [--tokens N] [--greedy N]
       [--model FOLDER|F32.gguf] [--also-calibration NAME=FILE ...] [--judge duet|llama] [--keep FOLDER]
 
 Sets: experts (experts Q3_K or Q4_K, all else F32; 50 % below llama.cpp with imatrix is asked), wide (Q3_K_M and
@@ -107,6 +107,30 @@ class Judge:
                 "top": top[0], "top_error": top[1]}
 
 
+class Continuations:
+    """Greedy continuations of places in the test text: how many tokens are the original's before the first other one."""
+    def __init__(self, args, tools, f32, folder):
+        self.tools, self.folder, self.n = tools, folder, args.greedy_tokens
+        text = pathlib.Path(args.text).read_text(errors="replace")
+        self.prompts = [text[i * len(text) // args.greedy:][:400] for i in range(args.greedy)]
+        self.original = [self.ids(f32, prompt) for prompt in self.prompts]
+
+    def ids(self, model, prompt):
+        path = self.folder / "prompt.txt"
+        path.write_text(prompt)
+        return json.loads(run(self.tools.duet, "run", model, "--raw", "--file", path, "--temp", 0, "-n", self.n, "--json"))["ids"]
+
+    def agreement(self, model):
+        lengths = []
+        for prompt, original in zip(self.prompts, self.original):
+            ids = self.ids(model, prompt)
+            same = next((i for i, pair in enumerate(zip(ids, original)) if pair[0] != pair[1]), min(len(ids), len(original)))
+            lengths.append(same)
+        mean = sum(lengths) / len(lengths)
+        spread = (sum((x - mean) ** 2 for x in lengths) / (len(lengths) - 1)) ** 0.5
+        return {"greedy": mean, "greedy_error": spread / len(lengths) ** 0.5}
+
+
 class Tools:
     def __init__(self):
         self.duet = pathlib.Path(os.environ.get("DUET", ROOT / "build/release/duet"))
@@ -147,7 +171,7 @@ def measured(judge, folder, label, method, command):
         return json.loads(kept.read_text())
     path = folder / f"{stem}.gguf"
     run(*command(path))
-    result = judge.score(path) | {"bytes": path.stat().st_size, "types": tensor_types(path)}
+    result = judge.score(path) | (judge.continuations.agreement(path) if judge.continuations else {}) | {"bytes": path.stat().st_size, "types": tensor_types(path)}
     kept.write_text(json.dumps(result))
     path.unlink()
     return result
@@ -174,7 +198,8 @@ def measure_sized(args, tools, judge, folder, f32, imatrix, entry):
 def row(label, method, r, reference):
     change = f"{100 * (r['kld'] / reference['kld'] - 1):+.1f} %" if reference else ""
     return (f"| {label} | {method} | {r['bytes']} | {r['ratio']:.4f} ± {r['ratio_error']:.4f} | {r['kld']:.6f} ± {r['error']:.6f} "
-            f"| {change} | {r['p99']:.4f} | {r['top']:.2f} ± {r['top_error']:.2f} % |")
+            f"| {change} | {r['p99']:.4f} | {r['top']:.2f} ± {r['top_error']:.2f} % |"
+            + (f" {r['greedy']:.1f} ± {r['greedy_error']:.1f} |" if "greedy" in r else ""))
 
 
 def measure_entry(args, tools, judge, folder, f32, imatrix, wanted, entry):
@@ -204,6 +229,8 @@ def arguments():
     parser.add_argument("--chunks", type=int, default=100)
     parser.add_argument("--model", type=pathlib.Path, default=ROOT / "models/demo")
     parser.add_argument("--also-calibration", action="append", default=[])
+    parser.add_argument("--greedy", type=int, default=0, help="greedy continuations to compare")
+    parser.add_argument("--greedy-tokens", type=int, default=128)
     parser.add_argument("--judge", choices=["duet", "llama"], default="duet")
     parser.add_argument("--keep", type=pathlib.Path)
     return parser.parse_args()
@@ -219,9 +246,11 @@ def measure(args, tools, folder):
         run(tools.llama / "llama-imatrix", "-m", f32, "-f", args.calibration, "-o", imatrix, "-c", 512, "--chunks", args.tokens // 512,
             "--process-output", "--no-ppl")
     judge = Judge(args, tools, f32, folder)
+    judge.continuations = Continuations(args, tools, f32, folder) if args.greedy > 1 else None
     print(f"{args.tokens} calibration tokens, {255 * args.chunks} scored tokens, scored by {args.judge}\n")
-    print("| types | method | bytes | perplexity ratio | mean KLD | against llama.cpp imatrix | 99 % KLD | same top |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    greedy = " greedy tokens as the original |" if args.greedy > 1 else ""
+    print("| types | method | bytes | perplexity ratio | mean KLD | against llama.cpp imatrix | 99 % KLD | same top |" + greedy)
+    print("|---" * (9 if greedy else 8) + "|", flush=True)
     passed = True
     for name in args.sets.split(","):
         wanted, entries = SETS[name]
