@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "calibrate/encoder.h"
+#include "calibrate/memory.h"
 #include "calibrate/sensitivity.h"
 #include "converters/source.h"
 #include "converters/target.h"
@@ -18,18 +19,16 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr uint64_t kStreamBytes = uint64_t{1} << 30;
-
 // Whole sequences of the text, each beginning with BOS where the vocabulary wants one.
 std::vector<Token> sequences(const Tokenizer& tokenizer, const CalibrationOptions& calibration,
-                             size_t n_embd) {
+                             const ConversionSource& source) {
   const size_t n_ctx = calibration.n_ctx;
   if (calibration.max_tokens > 0 && calibration.max_tokens < n_ctx)
     fail(ErrorKind::usage, "calibration: at most ", calibration.max_tokens, " tokens are allowed, one sequence needs ", n_ctx);
   const Segment segment{calibration.text};
   std::vector<Token> ids = tokenizer.encode({&segment, 1}, tokenizer.add_bos());
-  const size_t fitting = kStreamBytes / (2 * n_embd * sizeof(float));
-  const size_t most = calibration.max_tokens > 0 ? calibration.max_tokens : fitting;
+  const size_t fitting = plan_calibration(source, n_ctx, ids.size(), calibration.ram_bytes).max_tokens;
+  const size_t most = calibration.max_tokens > 0 ? std::min(calibration.max_tokens, fitting) : fitting;
   const size_t n = std::min(ids.size(), std::max(most, n_ctx)) / n_ctx;
   if (n == 0)
     fail(ErrorKind::usage, "calibration: the text has ", ids.size(), " tokens, one sequence needs ",
@@ -69,7 +68,8 @@ class VocabularyFile {
 void write(const ConversionSource& source, std::span<const Token> ids, const fs::path& output,
            const ConvertOptions& options, const CalibrationOptions& calibration) {
   GgufWriter writer(output);
-  CalibratedEncoder encoder(source, ids, calibration.n_ctx, options,
+  const CalibrationSizes sizes = plan_calibration(source, calibration.n_ctx, ids.size(), calibration.ram_bytes);
+  CalibratedEncoder encoder(source, ids, calibration.n_ctx, sizes, options,
                             [&](std::span<const std::byte> bytes) { writer.write(bytes); });
   for (const GgufKeyValue& kv : source.metadata) writer.set(kv.key, kv.value);
   for (const size_t i : encoder.write_order())
@@ -89,7 +89,7 @@ std::vector<Token> ids_of(const GgufFile& vocabulary, const ConversionSource& so
                           const ConvertOptions& options, const CalibrationOptions& calibration) {
   const NoticeFn quiet = [](const std::string&) {};
   const std::vector<Token> ids =
-      sequences(Tokenizer::load(vocabulary, quiet), calibration, source.hparams.n_embd);
+      sequences(Tokenizer::load(vocabulary, quiet), calibration, source);
   for (const Token id : ids)
     if (id < 0 || static_cast<uint32_t>(id) >= source.hparams.n_vocab)
       fail(ErrorKind::format, "calibration: the tokenizer gives id ", id, ", the model has ",
@@ -109,7 +109,7 @@ std::vector<Token> ids_of_folder(const fs::path& folder, const fs::path& beside,
 void measure_and_choose(ConversionSource& source, std::span<const Token> ids, const ConvertOptions& options,
                         const CalibrationOptions& calibration) {
   if (has_target(options))
-    choose_types(options, measure_sensitivity(source, ids, calibration.n_ctx, options), source);
+    choose_types(options, measure_sensitivity(source, ids, calibration.n_ctx, calibration.ram_bytes, options), source);
 }
 
 }  // namespace

@@ -15,8 +15,8 @@
 // encoded weights, the source matrices of one expert as floats, three rows of n_ff floats for each
 // of 4096 tokens, and for one matrix at a time: itself and its change as floats, three squares of
 // doubles and four of floats of n_cols, and, where it writes to the residual stream, two of n_embd
-// x n_cols doubles. Squares are full up to kFullColumns, else in blocks of as many columns: errors
-// then make up for each other within a block. Some 4 GB for a down projection of 4096 x 14336.
+// x n_cols doubles. Squares are full up to 4096 columns, else in blocks of as many columns: errors
+// then make up for each other within a block; a limit makes blocks, pieces and the text smaller. Some 4 GB for a down projection of 4096 x 14336.
 #pragma once
 
 #include <filesystem>
@@ -26,12 +26,11 @@
 
 namespace duet {
 
-inline constexpr size_t kFullColumns = 4096;
-
 struct CalibrationOptions {
   std::string text;
   size_t n_ctx = 512;  // tokens of a sequence; each begins with BOS where the vocabulary wants one
-  size_t max_tokens = 0;  // 0: as many as 1 GiB of residual rows holds
+  size_t max_tokens = 0;  // 0: as many as 1 GiB of residual rows holds, or ram_bytes allow
+  uint64_t ram_bytes = 0;  // most memory to take (calibrate/memory.h); 0: no limit
 };
 
 // As convert() and quantize() (converters/convert.h). Error(usage) when the text has less than a

@@ -9,9 +9,6 @@
 namespace duet {
 namespace {
 
-// Tokens looked at together.
-constexpr size_t kChunk = 4096;
-
 // Matrices of a layer, in the order in which they are encoded.
 enum LayerPlace : size_t { kQ, kK, kV, kOutput, kGate, kUp, kDown, kPlaces };
 
@@ -42,8 +39,6 @@ Weight weight_of(const TensorJob& job, size_t expert, const std::vector<std::byt
   return w;
 }
 
-size_t block_cols(size_t n_cols) { return std::min(n_cols, kFullColumns); }
-
 void scale_rows(std::vector<float>& x, std::span<const float> weights) {
   const size_t cols = x.size() / weights.size();
   for (size_t i = 0; i < x.size(); ++i) x[i] *= weights[i / cols];
@@ -53,29 +48,25 @@ void add(std::vector<float>& to, const std::vector<float>& from) {
   for (size_t i = 0; i < to.size(); ++i) to[i] += from[i];
 }
 
-// Calls body(first, n) for pieces of [0, n_tokens).
-template <class Body>
-void in_chunks(size_t n_tokens, const Body& body) {
-  for (size_t t = 0; t < n_tokens; t += kChunk) body(t, std::min(kChunk, n_tokens - t));
-}
-
 }  // namespace
 
 CalibratedEncoder::CalibratedEncoder(const ConversionSource& source, std::span<const Token> ids,
-                                     size_t n_ctx, const ConvertOptions& options, Sink sink)
+                                     size_t n_ctx, const CalibrationSizes& sizes,
+                                     const ConvertOptions& options, Sink sink)
     : source_(source),
       hparams_(source.hparams),
       model_(source),
       ids_(ids),
       n_ctx_(n_ctx),
       n_embd_(source.hparams.n_embd),
+      sizes_(sizes),
       options_(options),
       sink_(std::move(sink)),
       rope_factors_(model_.has(TensorKind::rope_freqs, -1)
                         ? model_.vector(TensorKind::rope_freqs, -1)
                         : std::vector<float>{}),
       eval_(hparams_, rope_factors_, thread_count(options.n_threads), n_ctx) {
-  DUET_ASSERT(!ids.empty() && ids.size() % n_ctx == 0);
+  DUET_ASSERT(!ids.empty() && ids.size() % n_ctx == 0 && sizes.chunk_tokens > 0);
   plan_order();
   for (const TensorJob& job : source.jobs) progress_.total_bytes += source_bytes(job);
   progress_.n_tensors = source.jobs.size();
@@ -166,8 +157,8 @@ void CalibratedEncoder::encode_attention(LayerState& s) {
 }
 
 Moments CalibratedEncoder::attention_inputs(const LayerState& s) const {
-  Moments inputs(n_embd_, block_cols(n_embd_), 0);
-  std::vector<float> source(kChunk * n_embd_), encoded(source.size());
+  Moments inputs(n_embd_, moment_cols(n_embd_), 0);
+  std::vector<float> source(sizes_.chunk_tokens * n_embd_), encoded(source.size());
   in_chunks(n_tokens(), [&](size_t t, size_t n) {
     eval_.norm(s.source.attn_norm, source_stream_.data() + t * n_embd_, n, source.data());
     eval_.norm(s.source.attn_norm, encoded_stream_.data() + t * n_embd_, n, encoded.data());
@@ -186,8 +177,8 @@ void CalibratedEncoder::encode_output_projection(LayerState& s) {
     eval_.heads(s.encoded, encoded_stream_.data() + t * n_embd_, n_ctx_,
                 encoded.data() + t * width);
   }
-  Moments inputs(width, block_cols(width), n_embd_);
-  std::vector<float> a(kChunk * n_embd_), b(a.size());
+  Moments inputs(width, moment_cols(width), n_embd_);
+  std::vector<float> a(sizes_.chunk_tokens * n_embd_), b(a.size());
   in_chunks(n_tokens(), [&](size_t t, size_t n) {
     for (size_t i = 0; i < n * n_embd_; ++i)
       a[i] = source_stream_[t * n_embd_ + i] - encoded_stream_[t * n_embd_ + i];
@@ -212,8 +203,8 @@ void CalibratedEncoder::encode_output_projection(LayerState& s) {
 void CalibratedEncoder::route(LayerState& s, const std::vector<float>& stream) const {
   const size_t n_used = eval_.n_used();
   s.routed.assign(std::max<size_t>(hparams_.n_expert, 1), {});
-  std::vector<float> x(kChunk * n_embd_), weights(kChunk * n_used);
-  std::vector<int32_t> chosen(kChunk * n_used);
+  std::vector<float> x(sizes_.chunk_tokens * n_embd_), weights(sizes_.chunk_tokens * n_used);
+  std::vector<int32_t> chosen(sizes_.chunk_tokens * n_used);
   in_chunks(n_tokens(), [&](size_t t, size_t n) {
     eval_.norm(s.source.ffn_norm, stream.data() + t * n_embd_, n, x.data());
     eval_.route(s.source, x.data(), n, chosen.data(), weights.data());
@@ -250,7 +241,7 @@ void CalibratedEncoder::encode_expert(LayerState& s, size_t e) {
 CalibratedEncoder::Routed CalibratedEncoder::stand_in() const {
   Routed routed;
   routed.stand_in = true;
-  const size_t n = std::min(kChunk, n_tokens());
+  const size_t n = std::min(sizes_.chunk_tokens, n_tokens());
   for (size_t i = 0; i < n; ++i) routed.tokens.push_back(static_cast<int32_t>(i * n_tokens() / n));
   routed.weights.assign(n, 1.0f);
   return routed;
@@ -277,7 +268,7 @@ void CalibratedEncoder::for_chunks(const LayerState& s, size_t e, const Body& bo
 }
 
 Moments CalibratedEncoder::expert_inputs(const LayerState& s, size_t e) const {
-  Moments inputs(n_embd_, block_cols(n_embd_), 0);
+  Moments inputs(n_embd_, moment_cols(n_embd_), 0);
   for_chunks(s, e, [&](ExpertChunk& chunk) {
     scale_rows(chunk.source, chunk.weights);
     scale_rows(chunk.encoded, chunk.weights);
@@ -291,7 +282,7 @@ Moments CalibratedEncoder::expert_inputs(const LayerState& s, size_t e) const {
 Moments CalibratedEncoder::hidden_inputs(const LayerState& s, size_t e, const Expert& source,
                                          const Expert& encoded) const {
   const size_t n_ff = hparams_.n_ff;
-  Moments inputs(n_ff, block_cols(n_ff), n_embd_);
+  Moments inputs(n_ff, moment_cols(n_ff), n_embd_);
   for_chunks(s, e, [&](ExpertChunk& chunk) {
     std::vector<float> a(chunk.n * n_ff), b(chunk.n * n_ff);
     eval_.hidden(source, chunk.source.data(), chunk.n, a.data());
@@ -340,8 +331,8 @@ void CalibratedEncoder::encode_head() {
   if (!model_.has(TensorKind::output, -1)) return;
   show("output head");
   const std::vector<float> norm = model_.vector(TensorKind::output_norm, -1);
-  Moments inputs(n_embd_, block_cols(n_embd_), 0);
-  std::vector<float> source(kChunk * n_embd_), encoded(source.size());
+  Moments inputs(n_embd_, moment_cols(n_embd_), 0);
+  std::vector<float> source(sizes_.chunk_tokens * n_embd_), encoded(source.size());
   in_chunks(n_tokens(), [&](size_t t, size_t n) {
     eval_.norm(norm, source_stream_.data() + t * n_embd_, n, source.data());
     eval_.norm(norm, encoded_stream_.data() + t * n_embd_, n, encoded.data());

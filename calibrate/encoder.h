@@ -2,11 +2,13 @@
 #pragma once
 
 #include <functional>
+#include <algorithm>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "calibrate/calibrate.h"
+#include "calibrate/memory.h"
 #include "calibrate/moments.h"
 #include "calibrate/source_model.h"
 
@@ -19,7 +21,7 @@ class CalibratedEncoder {
 
   // ids: whole sequences of n_ctx. Source and options must outlive this.
   CalibratedEncoder(const ConversionSource& source, std::span<const Token> ids, size_t n_ctx,
-                    const ConvertOptions& options, Sink sink);
+                    const CalibrationSizes& sizes, const ConvertOptions& options, Sink sink);
 
   // Indices of the source's jobs as run() delivers them: a layer after those before it, the head
   // last.
@@ -78,12 +80,20 @@ class CalibratedEncoder {
   void show(const std::string& what);
   void check_cancel() const;
   size_t n_tokens() const { return ids_.size(); }
+  size_t moment_cols(size_t n_cols) const { return std::min(n_cols, sizes_.moment_cols); }
+  // Calls body(first, n) for pieces of [0, n_rows).
+  template <class Body>
+  void in_chunks(size_t n_rows, const Body& body) const {
+    for (size_t t = 0; t < n_rows; t += sizes_.chunk_tokens)
+      body(t, std::min(sizes_.chunk_tokens, n_rows - t));
+  }
 
   const ConversionSource& source_;
   const HParams& hparams_;
   SourceModel model_;
   std::span<const Token> ids_;
   size_t n_ctx_, n_embd_;
+  CalibrationSizes sizes_;
   const ConvertOptions& options_;
   Sink sink_;
   std::vector<float> rope_factors_;

@@ -64,7 +64,8 @@ double divergence(const float* log_p, const float* log_q, size_t n) {
 
 class Meter {
  public:
-  Meter(const ConversionSource& source, std::span<const Token> ids, size_t n_ctx, const ConvertOptions& options)
+  Meter(const ConversionSource& source, std::span<const Token> ids, size_t n_ctx, uint64_t ram_bytes,
+        const ConvertOptions& options)
       : source_(source),
         hparams_(source.hparams),
         options_(options),
@@ -75,7 +76,7 @@ class Meter {
         rope_factors_(model_.has(TensorKind::rope_freqs, -1) ? model_.vector(TensorKind::rope_freqs, -1)
                                                              : std::vector<float>{}),
         eval_(hparams_, rope_factors_, thread_count(options.n_threads), n_seq_tokens_) {
-    choose_tokens(ids, n_ctx);
+    choose_tokens(ids, n_ctx, ram_bytes > 0 ? std::min(kRowBytes, ram_bytes / 4) : kRowBytes);
   }
 
   std::vector<double> run() {
@@ -97,9 +98,9 @@ class Meter {
   };
 
   // Sequences spread over the text, as many and as long as rows may be kept for.
-  void choose_tokens(std::span<const Token> ids, size_t n_ctx) {
+  void choose_tokens(std::span<const Token> ids, size_t n_ctx, uint64_t row_bytes) {
     const auto n_branches = static_cast<size_t>(std::count(free_.begin(), free_.end(), true)) + 1;
-    const size_t fitting = kRowBytes / (n_branches * n_embd_ * sizeof(float));
+    const size_t fitting = row_bytes / (n_branches * n_embd_ * sizeof(float));
     const size_t most = std::min(fitting, kSensitivityTokens);
     if (most < n_seq_tokens_) n_seq_tokens_ = std::min(n_seq_tokens_, std::max(most, kShortest));
     const size_t n_all = ids.size() / n_ctx, n = std::clamp<size_t>(most / n_seq_tokens_, 1, n_all);
@@ -314,8 +315,8 @@ class Meter {
 }  // namespace
 
 std::vector<double> measure_sensitivity(const ConversionSource& source, std::span<const Token> ids, size_t n_ctx,
-                                        const ConvertOptions& options) {
-  return Meter(source, ids, n_ctx, options).run();
+                                        uint64_t ram_bytes, const ConvertOptions& options) {
+  return Meter(source, ids, n_ctx, ram_bytes, options).run();
 }
 
 }  // namespace duet

@@ -5,8 +5,8 @@
 // model to the logits. The mean divergence of a copy's predictions from those of the original, over the tensor's
 // relative_error(), is the tensor's sensitivity: small divergences are proportional to squared errors and add up.
 //
-// Memory: a row of n_embd floats per token and tensor, as many tokens as kSensitivityTokens and 1 GiB allow but at
-// least a sequence of 128; one expert's matrix as floats; logits of the tokens. The source is read once.
+// Memory: two rows of n_embd floats per token and tensor, as many tokens as kSensitivityTokens and 1 GiB (or half of
+// ram_bytes) allow but at least a sequence of 128; one expert's matrix as floats; logits of the tokens. The source is read once.
 #pragma once
 
 #include <span>
@@ -21,6 +21,6 @@ inline constexpr size_t kSensitivityTokens = 2048;
 
 // Per job; 0 where the type is not to be chosen. ids: whole sequences of n_ctx.
 std::vector<double> measure_sensitivity(const ConversionSource& source, std::span<const Token> ids, size_t n_ctx,
-                                        const ConvertOptions& options);
+                                        uint64_t ram_bytes, const ConvertOptions& options);
 
 }  // namespace duet

@@ -22,7 +22,7 @@ namespace {
 struct ConvertArgs {
   std::string source, output, type, name, imatrix, token_embedding_type, output_tensor_type;
   std::vector<std::string> tensor_types;
-  std::string calibrate, split_max_size, target_size;
+  std::string calibrate, split_max_size, target_size, ram;
   double target_bpw = 0;
   size_t calibrate_tokens = 0;
   bool vocab_only = false, dry_run = false, force = false, json = false;
@@ -118,7 +118,9 @@ struct Conversion {
 };
 
 CalibrationOptions calibration_options(const ConvertArgs& args) {
-  return {.text = read_text(args.calibrate), .max_tokens = args.calibrate_tokens};
+  return {.text = read_text(args.calibrate),
+          .max_tokens = args.calibrate_tokens,
+          .ram_bytes = args.ram.empty() ? 0 : std::max<uint64_t>(parse_size(args.ram), 1)};
 }
 
 void check_target(const ConvertArgs& args) {
@@ -135,6 +137,8 @@ void run_conversion(const ConvertArgs& args, const Conversion& conversion) {
   ConvertOptions options = library_options(args);
   if (args.calibrate.empty() && args.calibrate_tokens > 0)
     fail(ErrorKind::usage, "--calibrate-tokens limits the text of --calibrate: add --calibrate FILE");
+  if (args.calibrate.empty() && !args.ram.empty())
+    fail(ErrorKind::usage, "--ram limits the memory of --calibrate: add --calibrate FILE");
   if (args.dry_run) {
     // Only a choice of types depends on the text.
     const bool measured = has_target(options) && !args.calibrate.empty();
@@ -191,6 +195,11 @@ void add_shared_options(CLI::App& command, CLI::Option& type, ConvertArgs& args)
       .add_option("--calibrate-tokens", args.calibrate_tokens,
                   "Tokens of that text to use at most [default: as many as fit in 1 GiB]")
       ->type_name("N");
+  command
+      .add_option("--ram", args.ram,
+                  "Most memory that --calibrate may take: it then uses less of the text and of what inputs have "
+                  "in common; without --calibrate a conversion takes some hundred MiB anyway")
+      ->type_name("SIZE");
   command.add_option("--imatrix", args.imatrix,
                      "Importance matrix that weights errors: made by duet imatrix or llama-imatrix")
       ->type_name("FILE");

@@ -9,7 +9,11 @@
 #include <string>
 
 #include "base/error.h"
+#include "calibrate/memory.h"
+#include "calibrate/sensitivity.h"
+#include "converters/target.h"
 #include "runtime/engine.h"
+#include "tests/support/errors.h"
 #include "tests/support/logits.h"
 #include "tests/support/tiny_model.h"
 
@@ -20,11 +24,17 @@ namespace fs = std::filesystem;
 namespace {
 
 const fs::path kFolder = fs::path(DUET_TEST_DIR) / "calibrate_unit";
+constexpr uint32_t kSequence = 64;
 
-std::vector<float> logits_of(const fs::path& path) {
+// Of the first sequence of the text that the models below are calibrated with.
+std::vector<float> logits_of(const fs::path& path, const std::string& text) {
   const Engine engine = Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}});
-  Session session = engine.new_session({.n_ctx = 96});
-  return all_logits(session, some_tokens(96, engine.info().hparams.n_vocab));
+  Session session = engine.new_session({.n_ctx = kSequence});
+  const Segment segment{text};
+  std::vector<Token> ids = engine.tokenizer().encode({&segment, 1}, true);
+  REQUIRE(ids.size() >= kSequence);
+  ids.resize(kSequence);
+  return all_logits(session, ids);
 }
 
 double distance(const std::vector<float>& a, const std::vector<float>& b) {
@@ -34,10 +44,9 @@ double distance(const std::vector<float>& a, const std::vector<float>& b) {
   return sum;
 }
 
-// Text whose ids are spread like those that logits_of() feeds.
 std::string spread_text() {
   std::string text;
-  for (const Token id : some_tokens(6000, 200)) text += static_cast<char>(33 + id % 90);
+  for (const Token id : some_tokens(4000, 200)) text += static_cast<char>(33 + id % 90);
   return text;
 }
 
@@ -58,13 +67,68 @@ TEST_CASE("calibrate: dense, per-expert and tied models, wide experts that see f
     options.n_threads = 2;
     quantize(kFolder / "in.gguf", kFolder / "plain.gguf", options);
     quantize_calibrated(kFolder / "in.gguf", kFolder / "fitted.gguf", options,
-                        {.text = spread_text(), .n_ctx = 64});
+                        {.text = spread_text(), .n_ctx = kSequence});
     CHECK(fs::file_size(kFolder / "plain.gguf") == fs::file_size(kFolder / "fitted.gguf"));
-    const std::vector<float> original = logits_of(kFolder / "in.gguf");
-    // Random weights and tokens leave little to make use of: not worse is what counts here.
-    CHECK(distance(original, logits_of(kFolder / "fitted.gguf")) <
-          1.1 * distance(original, logits_of(kFolder / "plain.gguf")));
+    // Random weights have nothing in common from text to text: what was fitted to is looked at.
+    const std::vector<float> original = logits_of(kFolder / "in.gguf", spread_text());
+    CHECK(distance(original, logits_of(kFolder / "fitted.gguf", spread_text())) <
+          0.8 * distance(original, logits_of(kFolder / "plain.gguf", spread_text())));
   }
+}
+
+TEST_CASE("calibrate: types are chosen for a size in every layout") {
+  fs::create_directories(kFolder);
+  TinyModelOptions dense, split, tied;
+  dense.n_expert = dense.n_expert_used = 0;
+  split.split_experts = true;
+  tied.tied_output = true;
+  for (const TinyModelOptions& model : {dense, split, tied}) {
+    write_tiny_model(kFolder / "in.gguf", model);
+    ConvertOptions options;
+    options.n_threads = 2;
+    options.target_bpw = 6.5;
+    const CalibrationOptions calibration{.text = spread_text(), .n_ctx = kSequence};
+    const ConvertPlan plan = plan_quantize_calibrated(kFolder / "in.gguf", options, calibration);
+    CHECK(plan.bits_per_weight <= 6.5);
+    CHECK(plan.bits_per_weight > 6.3);
+    ConversionSource source = open_gguf(kFolder / "in.gguf", options);
+    const Engine engine = Engine::open(kFolder / "in.gguf", {.n_threads = 1, .isa = {}, .notice = {}});
+    std::vector<Token> ids = some_tokens(4 * kSequence, engine.info().hparams.n_vocab);
+    const std::vector<double> sensitivity = measure_sensitivity(source, ids, kSequence, 0, options);
+    const std::vector<bool> is_free = free_types(source, options);
+    for (size_t i = 0; i < source.jobs.size(); ++i) CHECK((sensitivity[i] > 1e-6) == is_free[i]);
+  }
+}
+
+TEST_CASE("calibrate: a limit on memory makes it smaller, too small a one is refused") {
+  fs::create_directories(kFolder);
+  TinyModelOptions model;
+  model.n_embd = 256;
+  model.n_ff = 1024;
+  write_tiny_model(kFolder / "in.gguf", model);
+  ConvertOptions options;
+  options.overwrite = true;
+  const ConversionSource source = open_gguf(kFolder / "in.gguf", options);
+  const CalibrationSizes all = plan_calibration(source, 64, 100000, 0);
+  CHECK(all.moment_cols == 4096);
+  CHECK(all.chunk_tokens == 4096);
+  const uint64_t most = calibration_bytes(source, {16 * 64, 4096, 4096});
+  uint64_t before = UINT64_MAX;
+  for (const uint64_t ram : {most + (64 << 20), most, most - (32 << 20), most - (120 << 20)}) {
+    const CalibrationSizes sizes = plan_calibration(source, 64, 100000, ram);
+    CHECK(calibration_bytes(source, sizes) <= ram);
+    CHECK(calibration_bytes(source, sizes) < before);
+    CHECK(sizes.max_tokens >= 16 * 64);
+    before = calibration_bytes(source, sizes);
+  }
+  options.recipe = "Q3_K_S";
+  const CalibrationOptions calibration{.text = spread_text(), .n_ctx = 64, .ram_bytes = most - (120 << 20)};
+  quantize_calibrated(kFolder / "in.gguf", kFolder / "small.gguf", options, calibration);
+  CHECK(std::isfinite(logits_of(kFolder / "small.gguf", spread_text())[0]));
+  check_thrown(thrown_by([&] {
+    quantize_calibrated(kFolder / "in.gguf", kFolder / "small.gguf", options,
+                        {.text = spread_text(), .n_ctx = 64, .ram_bytes = 16 << 20});
+  }), ErrorKind::memory, "at least");
 }
 
 TEST_CASE("calibrate: experts without tokens are reported, and encoded all the same") {
@@ -82,7 +146,7 @@ TEST_CASE("calibrate: experts without tokens are reported, and encoded all the s
   CHECK(notices.find("4 tokens") != std::string::npos);
   CHECK(notices.find("saw no token") != std::string::npos);
   CHECK(notices.find("fewer than") != std::string::npos);
-  CHECK(std::isfinite(logits_of(kFolder / "out.gguf")[0]));
+  CHECK(std::isfinite(logits_of(kFolder / "out.gguf", spread_text())[0]));
 }
 
 TEST_CASE("calibrate: types without blocks leave nothing to fit") {
