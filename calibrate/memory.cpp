@@ -72,8 +72,8 @@ CalibrationSizes plan_calibration(const ConversionSource& source, size_t n_ctx, 
     sizes.max_tokens = kStreamBytes / (2 * source.hparams.n_embd * sizeof(float));
     return sizes;
   }
-  for (const size_t chunk : {4096, 1024, 256}) {
-    for (const size_t cols : {4096, 2048, 1024, 512, 256}) {
+  for (const size_t chunk : {size_t{4096}, size_t{1024}, size_t{256}}) {
+    for (size_t cols = 4096; cols >= 256; cols /= 2) {
       sizes = {0, cols, chunk};
       const uint64_t fixed = calibration_bytes(source, sizes);
       if (fixed + fewest * rows > ram_bytes) continue;
