@@ -161,7 +161,7 @@ void tell(const ConversionSource& source, const ConvertOptions& options, std::sp
   if (sensitivity.empty())
     options.notice(concat("types are chosen by errors in the weights",
                           options.imatrix.empty() ? "" : ", weighted by the importance matrix",
-                          ": how much each tensor's matter was not measured (--calibrate TEXT measures it)"));
+                          ": how much those of each tensor matter was not measured (--calibrate TEXT measures it)"));
   const std::vector<bool> is_free = free_types(source, options);
   std::vector<std::string> kinds;
   std::map<std::string, std::vector<std::string>> types;
