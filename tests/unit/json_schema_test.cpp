@@ -1,0 +1,258 @@
+#include "grammar/json_schema.h"
+
+#include <doctest/doctest.h>
+
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <string>
+
+#include "base/json.h"
+#include "grammar/matcher.h"
+#include "grammar/number_range.h"
+#include "tests/support/errors.h"
+
+namespace duet::grammar {
+namespace {
+
+Json json(const std::string& text) { return parse_json(text, "test"); }
+
+bool matches(const Grammar& grammar, std::string_view text) {
+  Matcher matcher(grammar);
+  Matcher::State state = matcher.start();
+  for (const char c : text) state = matcher.next(state, static_cast<uint8_t>(c));
+  return matcher.may_end(state);
+}
+
+bool fits(const std::string& schema, std::string_view text) { return matches(Grammar::parse(schema_grammar(json(schema), "schema")), text); }
+
+std::string refusal(const std::string& schema) {
+  return test::thrown_by([&] { Grammar::parse(schema_grammar(json(schema), "schema")); }).message;
+}
+
+// Any text of a grammar, as a model of no sense would write it; "" when it gets too long.
+std::string random_text(const Grammar& grammar, std::mt19937& random) {
+  Matcher matcher(grammar);
+  Matcher::State state = matcher.start();
+  std::string out;
+  while (out.size() < 2000) {
+    std::string next;
+    for (int byte = 0; byte < 256; ++byte)
+      if (matcher.next(state, static_cast<uint8_t>(byte)) != Matcher::kDead) next += static_cast<char>(byte);
+    if (matcher.may_end(state) && (next.empty() || random() % 4 == 0)) return out;
+    REQUIRE(!next.empty());
+    // What closes is taken more often, or objects would never end.
+    const size_t closing = next.find_first_of("}]\"");
+    out += closing != std::string::npos && random() % 3 == 0 ? next[closing] : next[random() % next.size()];
+    state = matcher.next(state, static_cast<uint8_t>(out.back()));
+  }
+  return {};
+}
+
+}  // namespace
+
+TEST_CASE("json schema: objects have their properties, in order") {
+  const std::string schema = R"({"type":"object","properties":{"a":{"type":"integer"},"b":{"type":"string"},"c":{"type":"boolean"}},"required":["b"],"additionalProperties":false})";
+  for (const char* text : {R"({"b":""})", R"({"a": 1, "b": "x"})", R"({"b":"x","c":true})", "{\n  \"a\": -20,\n  \"b\": \"\",\n  \"c\": false\n}"}) CHECK_MESSAGE(fits(schema, text), text);
+  for (const char* text : {"{}", R"({"a":1})", R"({"b":"x","a":1})", R"({"b":"x",})", R"({"b":"x","d":1})", R"({"a":01,"b":""})", R"({"a":1.0,"b":""})", R"({"b":null})", R"({"a":1 "b":""})"})
+    CHECK_FALSE_MESSAGE(fits(schema, text), text);
+  const std::string optional = R"({"properties":{"a":{"const":1},"b":{"const":2},"c":{"const":3}}})";
+  for (const char* text : {"{}", R"({"a":1})", R"({"c":3})", R"({"a":1,"c":3})", R"({"a":1,"b":2,"c":3})"}) CHECK_MESSAGE(fits(optional, text), text);
+  for (const char* text : {R"({,"a":1})", R"({"b":2,"a":1})", R"({"d":1})"}) CHECK_FALSE_MESSAGE(fits(optional, text), text);
+  CHECK(fits(R"({"type":"object","required":["x"]})", R"({"x":[1,{"y":null}]})"));
+  CHECK_FALSE(fits(R"({"type":"object","required":["x"]})", "{}"));
+}
+
+TEST_CASE("json schema: other properties, none spelt like a declared one") {
+  const std::string schema = R"({"properties":{"ab":{"type":"integer"},"a":{"type":"integer"}},"additionalProperties":{"type":"string"}})";
+  for (const char* text : {R"({"ab":1,"x":"y"})", R"({"abc":"","b":"","aa":""})", R"({"x":"y","z":"\n"})", R"({"ab":1,"a":2})"}) CHECK_MESSAGE(fits(schema, text), text);
+  for (const char* text : {R"({"ab":"x"})", R"({"x":1})", R"({"x":"y","ab":"z"})", R"({"x":"y","a":"z"})", R"({"x":"","\u0061":""})"}) CHECK_FALSE_MESSAGE(fits(schema, text), text);
+  CHECK(fits(R"({"additionalProperties":{"type":"integer"}})", R"({"any \u0061":1,"x":2})"));
+  CHECK(fits(R"({"type":"object"})", R"({"any":[{}]})"));
+  CHECK_FALSE(fits(R"({"type":"object","additionalProperties":false})", R"({"any":1})"));
+}
+
+TEST_CASE("json schema: arrays") {
+  const std::string some = R"({"type":"array","items":{"type":"integer"},"minItems":2,"maxItems":3})";
+  CHECK_FALSE(fits(some, "[1]"));
+  CHECK(fits(some, "[1, 2]"));
+  CHECK(fits(some, "[1,2,3]"));
+  CHECK_FALSE(fits(some, "[1,2,3,4]"));
+  CHECK(fits(R"({"type":"array"})", "[]"));
+  CHECK(fits(R"({"items":{"type":"null"}})", "[null,null ]"));
+  CHECK(fits(R"({"type":"array","maxItems":0})", "[]"));
+  CHECK_FALSE(fits(R"({"type":"array","maxItems":0})", "[1]"));
+  CHECK(fits(R"({"type":"array","maxItems":1})", "[1]"));
+  CHECK_FALSE(fits(R"({"type":"array","minItems":1})", "[]"));
+  const std::string tuple = R"({"prefixItems":[{"type":"integer"},{"type":"string"}],"minItems":1})";
+  CHECK(fits(tuple, R"([1,"a"])"));
+  CHECK(fits(tuple, "[1]"));
+  CHECK_FALSE(fits(tuple, "[]"));
+  CHECK_FALSE(fits(tuple, R"([1,"a",2])"));
+  CHECK(fits(R"({"prefixItems":[{"type":"integer"}],"items":{"type":"null"}})", "[1,null,null]"));
+  CHECK(fits(R"({"items":[{"type":"integer"},{"type":"null"}]})", "[1,null]"));
+}
+
+TEST_CASE("json schema: strings") {
+  CHECK(fits(R"({"type":"string"})", R"("ä\"\\\/\b\f\n\r\t\u00e4\ud83d\ude00")"));
+  for (const char* text : {R"("\ud83d")", R"("\ude00")", R"("\x")", "\"\n\"", "\"", "a"}) CHECK_FALSE_MESSAGE(fits(R"({"type":"string"})", text), text);
+  CHECK(fits(R"({"minLength":2,"maxLength":3})", R"("ä\n")"));
+  CHECK_FALSE(fits(R"({"minLength":2,"maxLength":3})", R"("ä")"));
+  CHECK_FALSE(fits(R"({"type":"string","maxLength":3})", R"("abcd")"));
+  CHECK(fits(R"({"enum":["a","b c",1,null,{"x":[true]}]})", R"({"x":[true]})"));
+  CHECK_FALSE(fits(R"({"type":"string","enum":["a",1]})", "1"));
+  CHECK(fits(R"({"const":"a \"b\" \\"})", R"("a \"b\" \\")"));
+  struct Row {
+    const char *format, *good, *bad;
+  };
+  for (const Row& row : {Row{"date", "2024-02-29", "2023-02-29"}, Row{"date", "1999-12-31", "1999-04-31"}, Row{"time", "23:59:59.5+02:00", "24:00:00Z"},
+                         Row{"date-time", "2024-01-02T03:04:05Z", "2024-01-02 03:04:05Z"}, Row{"uuid", "123e4567-e89b-12d3-a456-426614174000", "123e4567"},
+                         Row{"ipv4", "255.0.10.1", "256.0.0.1"}, Row{"email", "a.b@c-d.org", "a.@b"}, Row{"hostname", "a-b.example", "-a"}, Row{"uri", "https://a.b/c", "a b"},
+                         Row{"duration", "P3DT4H5M", "P"}, Row{"ipv6", "1:2:3:4:5:6:7:abcd", "1"}}) {
+    const std::string schema = concat(R"({"type":"string","format":")", row.format, "\"}");
+    CHECK_MESSAGE(fits(schema, concat('"', row.good, '"')), row.good);
+    CHECK_FALSE_MESSAGE(fits(schema, concat('"', row.bad, '"')), row.bad);
+  }
+}
+
+TEST_CASE("json schema: patterns") {
+  const auto pattern = [](const std::string& text) { return Json{{"type", "string"}, {"pattern", text}}.dump(); };
+  struct Row {
+    const char *pattern, *good, *bad;
+  };
+  for (const Row& row : {Row{"^[a-z]+\\d{2,3}$", "ab12", "ab1"}, Row{"^(foo|ba(r|z))?$", "baz", "ba"}, Row{"b", "abc", "ac"}, Row{"^a|b$", "xb", "xbx"}, Row{"^(?:a\\.b){2}$", "a.ba.b", "axbaxb"},
+                         Row{"^[^x]$", "y", "x"}, Row{"^\\w+?\\s\\S$", "a_1 -", "- -"}, Row{"^\\u00e4[\\x41-C]$", "äB", "äD"}, Row{"^(?<year>\\d{4})$", "2024", "202"}, Row{"^[\\w.-]+@x$", "a-b.c@x", "a b@x"}})
+    {
+      CHECK_MESSAGE(fits(pattern(row.pattern), concat('"', row.good, '"')), row.pattern);
+      CHECK_FALSE_MESSAGE(fits(pattern(row.pattern), concat('"', row.bad, '"')), row.pattern);
+    }
+  CHECK(fits(pattern("^[\"\\\\]\\n.$"), R"("\"\n\\")"));
+  for (const char* bad : {"(?=a)", "(?<!a)", "(a)\\1", "\\bword", "\\p{L}", "(a", "a)", "[a", "a**", "*a", "a{2", "x^y", "[b-a]"}) CHECK_MESSAGE(refusal(pattern(bad)).find("pattern") != std::string::npos, bad);
+}
+
+TEST_CASE("json schema: bounds of integers hold for every integer") {
+  for (const auto& [low, high] : {std::pair{-13, 107}, {0, 0}, {-5, -5}, {7, 1234}, {-1000, -99}, {99, 100}, {-1, 1}, {10, 99}, {0, 9}}) {
+    const Grammar grammar = Grammar::parse(schema_grammar({{"type", "integer"}, {"minimum", low}, {"maximum", high}}, "schema"));
+    size_t n_wrong = 0;
+    for (int i = -1500; i <= 1500; ++i) n_wrong += matches(grammar, std::to_string(i)) != (i >= low && i <= high);
+    CHECK_MESSAGE(n_wrong == 0, low, " ", high);
+  }
+  const std::string open = R"({"type":"integer","exclusiveMinimum":-3})";
+  for (const char* text : {"-2", "0", "99", "1234567890123456"}) CHECK_MESSAGE(fits(open, text), text);
+  for (const char* text : {"-3", "-10", "-0", "01", "1.5"}) CHECK_FALSE_MESSAGE(fits(open, text), text);
+  CHECK(fits(R"({"type":"integer","maximum":-1})", "-123456"));
+  CHECK_FALSE(fits(R"({"type":"integer","minimum":0.5,"maximum":1.5})", "2"));
+  CHECK(fits(R"({"type":"integer","minimum":0.5,"maximum":1.5})", "1"));
+}
+
+TEST_CASE("json schema: bounds of numbers hold for every decimal") {
+  struct Row {
+    double low, high;
+    bool low_exclusive, high_exclusive;
+  };
+  for (const Row& row : {Row{-1.25, 2.5, false, false}, Row{0, 1, true, true}, Row{0.105, 0.11, false, true}, Row{-0.5, -0.25, true, false}, Row{1, 1, false, false}, Row{-2, 0, false, true}, Row{9.99, 10.01, false, false}}) {
+    const Json schema{{"type", "number"}, {row.low_exclusive ? "exclusiveMinimum" : "minimum", row.low}, {row.high_exclusive ? "exclusiveMaximum" : "maximum", row.high}};
+    const Grammar grammar = Grammar::parse(schema_grammar(schema, "schema"));
+    size_t n_wrong = 0;
+    for (int i = -12000; i <= 12000; ++i) {
+      const double x = i / 1000.0;
+      if (i == 0 && row.low_exclusive) continue;  // "0.000", which the row of (0, 1) refuses as it should
+      std::array<char, 32> text{};
+      std::snprintf(text.data(), text.size(), "%.3f", x);
+      const bool inside = (row.low_exclusive ? x > row.low : x >= row.low) && (row.high_exclusive ? x < row.high : x <= row.high);
+      n_wrong += matches(grammar, text.data()) != inside;
+    }
+    CHECK_MESSAGE(n_wrong == 0, schema.dump());
+  }
+  CHECK(fits(R"({"type":"number","minimum":0})", "12.5"));
+  CHECK_FALSE(fits(R"({"type":"number","minimum":0})", "-0.1"));
+  CHECK(fits(R"({"type":"number"})", "-1.5e-10"));
+  CHECK_FALSE(fits(R"({"type":"number"})", "1e400"));
+  CHECK(refusal(R"({"type":"number","minimum":2,"maximum":1})").find("no number") != std::string::npos);
+}
+
+TEST_CASE("json schema: combinations and references") {
+  const std::string list = R"({"$ref":"#/$defs/node","$defs":{"node":{"type":"object","properties":{"value":{"type":"integer"},"next":{"anyOf":[{"$ref":"#/$defs/node"},{"type":"null"}]}},"required":["value","next"]}}})";
+  CHECK(fits(list, R"({"value":1,"next":{"value":2,"next":null}})"));
+  CHECK_FALSE(fits(list, R"({"value":1,"next":{"value":2}})"));
+  CHECK(fits(R"({"type":["integer","null"],"minimum":3})", "null"));
+  CHECK_FALSE(fits(R"({"type":["integer","null"],"minimum":3})", "2"));
+  CHECK(fits(R"({"anyOf":[{"type":"integer"},{"type":"string"}]})", "\"a\""));
+  CHECK(fits(R"({"oneOf":[{"const":1},{"const":2}]})", "2"));
+  const std::string all = R"({"allOf":[{"properties":{"a":{"type":"integer"}},"required":["a"]},{"$ref":"#/definitions/b"}],"definitions":{"b":{"properties":{"b":{"type":"null"}},"required":["b"]}}})";
+  CHECK(fits(all, R"({"a":1,"b":null})"));
+  CHECK_FALSE(fits(all, R"({"a":1})"));
+  CHECK(fits(R"({"type":"object","properties":{"a":{"type":"integer"},"b":{"type":"integer"}},"anyOf":[{"required":["a"]},{"required":["b"]}]})", R"({"b":1})"));
+  CHECK(fits(R"({"$ref":"#/$defs/x","minimum":5,"$defs":{"x":{"type":"integer","minimum":1,"maximum":9}}})", "6"));
+  CHECK_FALSE(fits(R"({"$ref":"#/$defs/x","minimum":5,"$defs":{"x":{"type":"integer","minimum":1,"maximum":9}}})", "4"));
+  CHECK(fits("{}", R"([1,{"a":"b"}])"));
+  CHECK(fits(R"({"type":"object","properties":{"self":{"$ref":"#"}}})", R"({"self":{"self":{}}})"));
+  CHECK(fits(R"({"title":"T","description":"d","type":"boolean","default":true})", "false"));
+}
+
+TEST_CASE("json schema: what cannot be kept is refused by name") {
+  CHECK(refusal(R"({"not":{}})").find("'not' is not supported") != std::string::npos);
+  CHECK(refusal(R"({"properties":{"a":{"type":"array","uniqueItems":true}}})").find("'uniqueItems' is not supported") != std::string::npos);
+  CHECK(refusal(R"({"type":"integer","multipleOf":5})").find("'multipleOf'") != std::string::npos);
+  CHECK(refusal(R"({"type":"string","format":"iri"})").find("the format 'iri'") != std::string::npos);
+  CHECK(refusal(R"({"type":"string","pattern":"a","minLength":2})").find("'pattern'") != std::string::npos);
+  CHECK(refusal(R"({"$ref":"other.json"})").find("another document") != std::string::npos);
+  CHECK(refusal(R"({"$ref":"#/x"})").find("leads nowhere") != std::string::npos);
+  CHECK(refusal(R"({"$ref":"#"})") != "");
+  CHECK(refusal(R"({"allOf":[{"$ref":"#"},{"type":"object"}]})") != "");
+  CHECK(refusal(R"({"type":"thing"})").find("no type 'thing'") != std::string::npos);
+  CHECK(refusal(R"({"type":"object","properties":{"a":{"$ref":"#","required":["b"],"title":"x"}},"required":["a"]})") != "");  // never ends
+  CHECK(refusal(R"({"type":"array","minItems":3,"maxItems":2})") != "");
+  CHECK(refusal(R"({"type":"array","minItems":1000000})") != "");
+  CHECK(refusal(R"({"allOf":[{"type":"string"},{"type":"integer"}]})").find("no value has all") != std::string::npos);
+  CHECK(refusal(R"({"type":5})") != "");
+  CHECK(refusal(R"({"properties":[]})") != "");
+  CHECK(refusal("false") != "");
+  // Combinations of combinations: 2^60 in all, and a long one again and again.
+  Json doubling{{"$ref", "#/$defs/x0"}, {"$defs", Json::object()}};
+  for (int i = 0; i < 60; ++i) {
+    const Json next{{"$ref", concat("#/$defs/x", i + 1)}};
+    doubling["$defs"][concat("x", i)] = {{"allOf", Json::array({next, next})}};
+  }
+  doubling["$defs"]["x60"] = {{"type", "string"}};
+  CHECK(refusal(doubling.dump()) != "");
+  Json many{{"type", "object"}, {"properties", Json::object()}, {"anyOf", Json::array()}};
+  for (int i = 0; i < 1000; ++i) {
+    many["properties"][concat("property", i)] = {{"type", "string"}};
+    many["anyOf"].push_back({{"required", Json::array({concat("property", i)})}});
+  }
+  CHECK(refusal(many.dump()) != "");
+  CHECK(refusal("5") != "");
+}
+
+TEST_CASE("json schema: whatever is written can be read and fits") {
+  std::mt19937 random(1);
+  const Grammar any = Grammar::parse(json_object_grammar());
+  const Grammar person = Grammar::parse(schema_grammar(
+      json(R"({"type":"object","properties":{"name":{"type":"string","maxLength":20},"age":{"type":"integer","minimum":0,"maximum":150},"tags":{"type":"array","items":{"enum":["a","b"]},"maxItems":4},
+               "extra":{"type":"object"},"score":{"type":"number","minimum":-1,"maximum":1}},"required":["name","age","score"],"additionalProperties":{"type":"boolean"}})"),
+      "schema"));
+  int n_read = 0, n_objects = 0;
+  for (int i = 0; i < 300; ++i) {
+    if (const std::string text = random_text(any, random); !text.empty()) {
+      ++n_read;
+      // Two members of one name are JSON; this reader refuses them.
+      const test::Thrown thrown = test::thrown_by([&] { n_objects += parse_json(text, "text").is_object(); });
+      CHECK_MESSAGE((thrown.message.empty() || thrown.message.find("twice") != std::string::npos || thrown.message.find("duplicate") != std::string::npos || thrown.message.find("deep") != std::string::npos), thrown.message, text);
+    }
+    const std::string text = random_text(person, random);
+    if (text.empty()) continue;
+    ++n_read;
+    Json read;
+    const test::Thrown thrown = test::thrown_by([&] { read = parse_json(text, "text"); });
+    if (!thrown.message.empty()) continue;
+    CHECK(read["age"].get<int64_t>() <= 150);
+    CHECK(std::abs(read["score"].get<double>()) <= 1);
+    CHECK(read["name"].is_string());
+  }
+  CHECK(n_read > 200);
+  CHECK(n_objects > 100);
+}
+
+}  // namespace duet::grammar
