@@ -16,6 +16,7 @@
 #include "cli/model_options.h"
 #include "cli/options.h"
 #include "cli/streaming.h"
+#include "grammar/json_schema.h"
 #include "runtime/expert_trace.h"
 
 namespace duet::cli {
@@ -24,7 +25,7 @@ namespace {
 struct RunOptions {
   ModelOptions model;
   std::optional<std::string> prompt, file;
-  std::string template_name, trace;
+  std::string template_name, trace, grammar, schema;
   GenerateOptions generate;
   bool raw = false, json = false;
 };
@@ -80,6 +81,19 @@ std::vector<Token> prompt_ids(const Tokenizer& tokenizer, const std::optional<Ch
   return tokenizer.encode({&segment, 1}, tokenizer.add_bos());
 }
 
+// --grammar or --json-schema; nothing: the text is free.
+std::optional<grammar::Grammar> wanted_grammar(const RunOptions& options) {
+  if (!options.grammar.empty()) return grammar::Grammar::parse(read_text(options.grammar));
+  if (options.schema.empty()) return std::nullopt;
+  return grammar::Grammar::parse(grammar::schema_grammar(parse_json(read_text(options.schema), options.schema), options.schema));
+}
+
+struct Form {
+  Form(std::optional<grammar::Grammar> grammar, const Tokenizer& tokenizer) : vocabulary(tokenizer), constraint{.vocabulary = &vocabulary, .grammar = std::move(grammar)} {}
+  grammar::TokenTrie vocabulary;
+  grammar::Constraint constraint;
+};
+
 // ---- generation --------------------------------------------------------------------------------
 
 void run_generate(RunOptions options) {
@@ -90,9 +104,12 @@ void run_generate(RunOptions options) {
   std::optional<ChatTemplate> chat;
   if (!options.template_name.empty() && !options.raw)
     chat = ChatTemplate::named(options.template_name);
+  std::optional<grammar::Grammar> grammar = wanted_grammar(options);
   const Engine engine = open_engine(options.model);
   if (!chat && !options.raw) chat = engine.chat_template();
   const std::vector<Token> ids = prompt_ids(engine.tokenizer(), chat, prompt);
+  std::optional<Form> form;
+  if (grammar) generate.constraint = &form.emplace(std::move(grammar), engine.tokenizer()).constraint;
   std::optional<ExpertTraceWriter> trace;
   std::optional<Generator> generator;
   RoutingFn traced;
@@ -147,6 +164,8 @@ void add_run(CLI::App& app) {
   command.add_flag("--raw", options->raw, "Continue the prompt as it stands: no chat template");
   command.add_option("--template", options->template_name,
                      "Chat template by name [default: the model's own, none for a base model]");
+  auto* grammar = command.add_option("--grammar", options->grammar, "File of a grammar (GBNF) that the text keeps to")->type_name("FILE");
+  command.add_option("--json-schema", options->schema, "File of a JSON schema that the text, JSON, keeps to")->type_name("FILE")->excludes(grammar);
   add_trace_option(command, options->trace);
   command.add_flag(
       "--json", options->json,

@@ -79,7 +79,9 @@ Generator::Generator(const GenerateOptions& options, const Engine& engine, Sessi
       stream_(tokenizer_, is_answer),
       emit_(std::move(emit)),
       line_(engine),
-      has_line_(has_line) {}
+      has_line_(has_line) {
+  if (options.constraint != nullptr) constraint_.emplace(*options.constraint, is_answer);
+}
 
 Generation Generator::run(const std::vector<Token>& prompt) {
   out_.n_prompt = prompt.size();
@@ -132,13 +134,22 @@ Stop Generator::decode() {
   return out_.stop;
 }
 
+Token Generator::choose(std::span<const float> logits) {
+  if (!constraint_) return sampler_.sample(logits);
+  constrained_.assign(logits.begin(), logits.end());
+  constraint_->apply(constrained_, !options_.ignore_eos);
+  return sampler_.sample(constrained_);
+}
+
 std::optional<Token> Generator::take(std::span<const float> logits) {
-  const Token token = sampler_.sample(logits);
+  const Token token = choose(logits);
   out_.stop = Stop::eos;
   if (tokenizer_.is_eog(token) && !options_.ignore_eos) return std::nullopt;
   sampler_.accept(token);
+  if (constraint_) constraint_->accept(token);
   out_.ids.push_back(token);
   emit(stream_.push(token));
+  if (constraint_ && constraint_->complete()) return std::nullopt;
   out_.stop = Stop::length;
   return length_reached() ? std::nullopt : std::optional(token);
 }

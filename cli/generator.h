@@ -8,6 +8,7 @@
 
 #include "cli/generation.h"
 #include "cli/streaming.h"
+#include "grammar/constraint.h"
 #include "runtime/engine.h"
 #include "runtime/speculation.h"
 
@@ -23,6 +24,7 @@ struct GenerateOptions {
   std::optional<uint64_t> seed;
   SpeculationOptions speculation;
   bool ignore_eos = false;
+  const grammar::Constraint* constraint = nullptr;  // what the text must be
 };
 
 // --n-predict, the sampler's, --seed, --speculate and --ignore-eos; the defaults are those in `options`.
@@ -53,6 +55,7 @@ class Generator {
   bool length_reached() const;
   // The next token, shown; nothing when it is the last or ends the answer (out_.stop says which).
   std::optional<Token> take(std::span<const float> logits);
+  Token choose(std::span<const float> logits);
   void emit(const std::string& text);
 
   const GenerateOptions& options_;
@@ -61,6 +64,8 @@ class Generator {
   Session& session_;
   Speculator speculator_;
   Sampler sampler_;
+  std::optional<grammar::ConstraintState> constraint_;
+  std::vector<float> constrained_;  // scratch
   TextStream stream_;
   Emit emit_;
   StreamLine line_;

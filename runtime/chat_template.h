@@ -46,6 +46,8 @@ class ChatTemplate {
   static ChatTemplate recognized(std::string_view jinja, const std::string& source);
 
   const std::string& name() const { return name_; }
+  // Whether render() takes tools, tool calls and results; for others: runtime/chat_tools.h.
+  bool has_tools() const { return name_ == "mistral-v3"; }
   // Whether a rendered prompt is encoded with BOS: always where the format begins with it, else as
   // the vocabulary says.
   bool wants_bos(const Tokenizer& tokenizer) const;

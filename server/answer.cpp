@@ -58,6 +58,7 @@ class Answer : public ReplyStream {
       for (size_t i = 0; i < request_.n; ++i) {
         GenerationParams params = request_.params;
         params.sampling.seed += i;
+        params.constraint = request_.constraint.get();
         jobs.push_back(std::make_unique<Job>(inbox_, prompt.ids, std::move(params)));
         choices_.push_back({.input = &prompt, .n_prompt = prompt.ids.size()});
       }

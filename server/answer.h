@@ -17,6 +17,7 @@ namespace duet::server {
 struct TextRequest {
   std::vector<PromptInput> prompts;
   GenerationParams params;  // of choice i with seed + i
+  std::unique_ptr<const grammar::Constraint> constraint = {};  // of all choices; params.constraint is set to it
   size_t n = 1;             // choices per prompt; choice = prompt * n + i
   bool stream = false;
 };

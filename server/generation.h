@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "grammar/constraint.h"
 #include "runtime/sampler.h"
 
 namespace duet::server {
@@ -28,6 +29,8 @@ struct GenerationParams {
   bool ignore_eos = false;
   // Something is wanted of every token of the prompt: none may come from earlier requests.
   bool needs_whole_prompt() const { return prompt_logprobs || embedding; }
+  const grammar::Constraint* constraint = nullptr;  // what the text must be; outlives the job
+  std::optional<Token> shown_control = {};          // a control token whose name is part of the text
   bool is_answer = false;                 // a text of its own, not the continuation of one: no space before its first word
 };
 

@@ -7,8 +7,10 @@
 #include "base/json.h"
 #include "runtime/memory_plan.h"
 #include "server/api_error.h"
+#include "server/structured.h"
 #include "server/text.h"
 #include "server/timings.h"
+#include "server/tools.h"
 
 namespace duet::server::llama {
 namespace {
@@ -105,7 +107,8 @@ TextRequest parse_completion(const Json& body, const ServedModel& model) {
   r.n = static_cast<size_t>(f.integer("n", 1, 1, 64));
   if (r.prompts.size() * r.n > kMaxChoices) bad_request("n", r.prompts.size() * r.n, " choices in all; at most ", kMaxChoices, " are made at once");
   r.stream = f.boolean("stream", false);
-  for (const char* name : {"grammar", "json_schema", "image_data", "lora", "input_prefix", "input_suffix"}) f.refuse(name, "");
+  r.constraint = text_constraint(requested_grammar(f), model);
+  for (const char* name : {"image_data", "lora", "input_prefix", "input_suffix"}) f.refuse(name, "");
   for (const char* name : {"mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range", "n_keep", "min_keep", "t_max_predict_ms"})
     if (f.number(name, 0, -1e9, 1e9) != 0) f.refuse(name, "");
   if (f.number("typical_p", 1, -1e9, 1e9) != 1) f.refuse("typical_p", "");
@@ -144,7 +147,10 @@ Json detokenize(const Json& body, const ServedModel& model) {
 }
 
 Json apply_template(const Json& body, const ServedModel& model) {
-  const PromptInput prompt = chat_prompt(Fields(body).find("messages"), Json(), model);
+  const Fields f(body);
+  const Tools tools = parse_tools(f);
+  const bool must_call = tools.choice == Tools::Choice::required;
+  const PromptInput prompt = chat_prompt(f.find("messages"), tools.choice == Tools::Choice::none ? Json() : tools.list, model, must_call);
   return {{"prompt", model.tokenizer.decode(prompt.ids, true)}, {"tokens", prompt.ids}};
 }
 

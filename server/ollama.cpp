@@ -1,5 +1,6 @@
 #include "server/ollama.h"
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstdio>
@@ -8,6 +9,7 @@
 
 #include "base/json.h"
 #include "server/api_error.h"
+#include "server/structured.h"
 #include "server/text.h"
 
 namespace duet::server::ollama {
@@ -56,8 +58,6 @@ void parse_options(const Fields& f, const ServedModel& model, TextRequest& r) {
   if (options.number("mirostat", 0, -1e9, 1e9) != 0) options.refuse("mirostat", "");
   for (const char* name : {"tfs_z", "typical_p"})
     if (options.number(name, 1, -1e9, 1e9) != 1) options.refuse(name, "");
-  if (const Json* format = f.find("format"); format != nullptr && !(format->is_string() && format->get<std::string>().empty()))
-    bad_request("format", "'format' is not supported: this server does not constrain its output");
   if (const Json* think = f.find("think"); think != nullptr && !(think->is_boolean() && !think->get<bool>()))
     bad_request("think", "'think' is not supported by this model");
   const bool logprobs = f.boolean("logprobs", false);
@@ -80,13 +80,26 @@ Json load_reply(const Fields& f, const ServedModel& model, bool chat) {
 
 class LineRenderer : public Renderer {
  public:
-  LineRenderer(bool chat, bool logprobs, const ServedModel& model) : chat_(chat), logprobs_(logprobs), model_(model) {}
+  LineRenderer(const Parsed& parsed, const ServedModel& model)
+      : chat_(parsed.chat), logprobs_(parsed.request->params.n_top >= 0), parts_(parsed.calls, parsed.tools.names, false), model_(model) {}
 
   std::string content_type() const override { return "application/x-ndjson"; }
-  std::string whole(const std::vector<Choice>& choices) override { return dump(last(choices[0], choices[0].text, choices[0].tokens)); }
+  std::string whole(const std::vector<Choice>& choices) override {
+    WholeAnswer answer = whole_answer(std::move(parts_), choices[0].text);
+    Json out = last(choices[0], answer.content, choices[0].tokens);
+    if (!answer.calls.empty()) out["message"]["tool_calls"] = calls_object(answer.calls);
+    return dump(out);
+  }
   std::string piece(size_t, const Choice& choice, const Update& update) override {
+    const AnswerParts::Piece piece = parts_.push(update.text, update.finish.has_value());
     std::string out;
-    if (!update.text.empty() || (logprobs_ && !update.tokens.empty())) out = line(object(update.text, update.tokens, false));
+    if (!piece.content.empty() || (logprobs_ && !update.tokens.empty())) out = line(object(piece.content, update.tokens, false));
+    add_pieces(calls_, piece.calls);
+    if (update.finish && !calls_.empty()) {
+      Json calls = object("", {}, false);
+      calls["message"]["tool_calls"] = calls_object(calls_);
+      out += line(calls);
+    }
     if (update.finish) out += line(last(choice, "", {}));
     return out;
   }
@@ -112,6 +125,20 @@ class LineRenderer : public Renderer {
     if (!logprobs.empty()) out["logprobs"] = std::move(logprobs);
     return out;
   }
+  static Json calls_object(const std::vector<ToolCall>& calls) {
+    Json out = Json::array();
+    for (const ToolCall& call : calls) out.push_back({{"id", call.id}, {"function", {{"name", call.name}, {"arguments", arguments_of(call)}}}});
+    return out;
+  }
+  // An object in this protocol; of a call that was cut off there is none.
+  static Json arguments_of(const ToolCall& call) {
+    try {
+      Json arguments = parse_json(call.arguments, "arguments");
+      return arguments.is_object() ? arguments : Json::object();
+    } catch (const Error&) {
+      return Json::object();
+    }
+  }
   Json entry(Token id, float logprob) const { return {{"token", model_.tokenizer.piece(id, true)}, {"logprob", logprob}}; }
 
   Json last(const Choice& c, const std::string& text, const std::vector<TokenRecord>& tokens) const {
@@ -128,7 +155,49 @@ class LineRenderer : public Renderer {
   }
 
   bool chat_, logprobs_;
+  AnswerParts parts_;
+  std::vector<ToolCall> calls_;  // of a stream
   const ServedModel& model_;
+};
+
+// Calls and results have no ids in this protocol; templates want them. Results follow in the order of calls, or say
+// the name of their tool.
+class CallIds {
+ public:
+  Json given_to(const Json& messages) {
+    Json out = messages;
+    if (!out.is_array()) return out;
+    for (Json& message : out) {
+      if (!message.is_object()) continue;
+      if (const auto calls = message.find("tool_calls"); calls != message.end() && calls->is_array())
+        for (Json& call : *calls)
+          if (call.is_object()) open_call(call);
+      if (message.contains("role") && message["role"] == Json("tool") && !message.contains("tool_call_id")) close_call(message);
+    }
+    return out;
+  }
+
+ private:
+  void open_call(Json& call) {
+    if (!call.contains("id")) call["id"] = concat("call", n_++);
+    const auto function = call.find("function");
+    const bool named = function != call.end() && function->is_object() && function->contains("name");
+    if (call["id"].is_string()) open_.emplace_back(named ? (*function)["name"] : Json(), call["id"].get<std::string>());
+  }
+  void close_call(Json& result) {
+    const auto name = result.find("tool_name");
+    auto call = open_.begin();
+    if (name != result.end()) {
+      const auto found = std::find_if(call, open_.end(), [&](const auto& c) { return c.first == *name; });
+      if (found != open_.end()) call = found;
+      result["name"] = *name;
+    }
+    result["tool_call_id"] = call == open_.end() ? concat("call", n_++) : call->second;
+    if (call != open_.end()) open_.erase(call);
+  }
+
+  std::vector<std::pair<Json, std::string>> open_;  // calls without a result: name, id
+  size_t n_ = 0;
 };
 
 std::string parameter_size(uint64_t n) {
@@ -165,11 +234,11 @@ Parsed parse_chat(const Json& body, const ServedModel& model) {
     out.reply = load_reply(f, model, true);
     return out;
   }
-  f.refuse("tools", "tool calls are not made by this server");
   TextRequest r;
   parse_options(f, model, r);
-  r.params.is_answer = true;
-  r.prompts = {chat_prompt(messages, Json(), model)};
+  out.tools = parse_ollama_tools(f);
+  const Json with_ids = CallIds().given_to(*messages);
+  out.calls = prepare_chat(&with_ids, out.tools, ollama_format_grammar(f), model, r);
   check_length(r.prompts[0].ids.size(), model.n_ctx, "messages");
   out.request = std::move(r);
   return out;
@@ -188,6 +257,7 @@ Parsed parse_generate(const Json& body, const ServedModel& model) {
     if (const Json* value = f.find(name); value != nullptr && !(value->is_string() && value->get<std::string>().empty())) f.refuse(name, "");
   TextRequest r;
   parse_options(f, model, r);
+  r.constraint = text_constraint(ollama_format_grammar(f), model);
   if (f.boolean("raw", false) || !model.chat) {
     r.prompts = prompt_inputs(Json(prompt), "prompt", model.tokenizer, 1);
     if (const std::string system = f.string("system"); !system.empty() && !f.boolean("raw", false)) bad_request("system", "'system': this model has no chat template");
@@ -203,7 +273,7 @@ Parsed parse_generate(const Json& body, const ServedModel& model) {
   return out;
 }
 
-std::unique_ptr<Renderer> make_renderer(bool chat, bool logprobs, const ServedModel& model) { return std::make_unique<LineRenderer>(chat, logprobs, model); }
+std::unique_ptr<Renderer> make_renderer(const Parsed& parsed, const ServedModel& model) { return std::make_unique<LineRenderer>(parsed, model); }
 
 Json tags(const ServedModel& model) { return {{"models", Json::array({entry(model)})}}; }
 
@@ -229,7 +299,7 @@ Json show(const Json& body, const ServedModel& model) {
           {"details", details(model)},
           {"model_info", std::move(info)},
           {"modified_at", timestamp(std::chrono::system_clock::from_time_t(model.created))},
-          {"capabilities", Json::array({"completion"})}};
+          {"capabilities", model.chat ? Json::array({"completion", "tools"}) : Json::array({"completion"})}};
 }
 
 std::string error_body(const std::string& message) { return dump({{"error", message}}); }

@@ -7,6 +7,7 @@
 #include "base/json.h"
 #include "server/answer.h"
 #include "server/served_model.h"
+#include "server/tools.h"
 
 namespace duet::server::ollama {
 
@@ -15,11 +16,13 @@ struct Parsed {
   std::optional<TextRequest> request;
   Json reply;
   bool chat = false;
+  CallForm calls = CallForm::none;
+  Tools tools = {};
 };
 
 Parsed parse_chat(const Json& body, const ServedModel& model);      // POST /api/chat
 Parsed parse_generate(const Json& body, const ServedModel& model);  // POST /api/generate
-std::unique_ptr<Renderer> make_renderer(bool chat, bool logprobs, const ServedModel& model);
+std::unique_ptr<Renderer> make_renderer(const Parsed& parsed, const ServedModel& model);  // of one with a request
 
 Json tags(const ServedModel& model);                      // GET /api/tags
 Json running(const ServedModel& model);                   // GET /api/ps

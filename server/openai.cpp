@@ -6,6 +6,7 @@
 
 #include "base/json.h"
 #include "server/api_error.h"
+#include "server/structured.h"
 #include "server/text.h"
 #include "server/timings.h"
 
@@ -40,26 +41,10 @@ Parsed parse_common(const Fields& f, const ServedModel& model) {
     out.format.include_usage = Fields(*options, "stream_options.").boolean("include_usage", false);
   }
   out.format.progress = f.boolean("return_progress", false);
-  for (const char* name : {"grammar", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "typical_p", "mirostat", "dry_multiplier",
+  for (const char* name : {"guided_regex", "typical_p", "mirostat", "dry_multiplier",
                            "xtc_probability", "min_tokens", "top_a", "tfs_z", "use_beam_search", "length_penalty", "allowed_token_ids", "bad_words"})
     f.refuse(name, "");
   return out;
-}
-
-void parse_response_format(const Fields& f) {
-  const Json* format = f.find("response_format");
-  if (format == nullptr) return;
-  const std::string type = Fields(*format, "response_format.").string("type");
-  if (type != "text") bad_request("response_format", "'response_format' of type ", quote(type), " is not supported; only 'text' is");
-}
-
-// "tools" that may not be called are as good as none.
-Json parse_tools(const Fields& f) {
-  const Json* choice = f.find("tool_choice");
-  const bool none = choice != nullptr && choice->is_string() && choice->get<std::string>() == "none";
-  if (!none) f.refuse("tools", "tool calls are not made by this server");
-  f.refuse("functions", "tool calls are not made by this server");
-  return Json();
 }
 
 std::string new_id(const char* prefix) {
@@ -135,14 +120,17 @@ class ChatRenderer : public RendererBase {
  public:
   ChatRenderer(const Parsed& parsed, const ServedModel& model) : RendererBase(parsed, model, "chatcmpl-") {}
 
+
   std::string whole(const std::vector<Choice>& choices) override {
     Json out = head("chat.completion");
     out["choices"] = Json::array();
-    for (size_t i = 0; i < choices.size(); ++i)
+    for (size_t i = 0; i < choices.size(); ++i) {
+      const WholeAnswer answer = whole_answer(new_parts(), choices[i].text);
       out["choices"].push_back({{"index", i},
-                                {"message", {{"role", "assistant"}, {"content", choices[i].text}}},
+                                {"message", message(answer)},
                                 {"logprobs", logprobs(choices[i].tokens)},
-                                {"finish_reason", reason(choices[i].finish)}});
+                                {"finish_reason", reason(choices[i].finish, !answer.calls.empty())}});
+    }
     out["usage"] = usage(choices);
     if (choices.size() == 1) out["timings"] = timings(choices[0]);
     return dump(out);
@@ -150,21 +138,44 @@ class ChatRenderer : public RendererBase {
 
   std::string begin(const std::vector<Choice>& choices) override {
     std::string out;
-    for (size_t i = 0; i < choices.size(); ++i) out += chunk(i, {{"role", "assistant"}, {"content", ""}}, Json(), Json());
+    for (size_t i = 0; i < choices.size(); ++i) {
+      out += chunk(i, {{"role", "assistant"}, {"content", format_.calls == CallForm::calls ? Json() : Json("")}}, Json(), Json());
+      parts_.push_back(new_parts());
+    }
     return out;
   }
 
   std::string piece(size_t index, const Choice& choice, const Update& update) override {
+    const AnswerParts::Piece piece = parts_[index].push(update.text, update.finish.has_value());
     std::string out;
     if (format_.progress && choice.tokens.empty() && !update.finish) out = progress(index, choice);
-    if (!update.text.empty() || (format_.logprobs && !update.tokens.empty()))
-      out += chunk(index, {{"content", update.text}}, logprobs(update.tokens), Json());
-    if (update.finish) out += chunk(index, Json::object(), Json(), reason(choice.finish), {{"timings", timings(choice)}});
+    if (!piece.content.empty() || (format_.logprobs && !update.tokens.empty()))
+      out += chunk(index, {{"content", piece.content}}, logprobs(update.tokens), Json());
+    for (const CallPiece& call : piece.calls) out += chunk(index, {{"tool_calls", Json::array({delta(call)})}}, Json(), Json());
+    if (update.finish) out += chunk(index, Json::object(), Json(), reason(choice.finish, parts_[index].has_calls()), {{"timings", timings(choice)}});
     return out;
   }
 
  private:
   const char* object_chunk() const override { return "chat.completion.chunk"; }
+  AnswerParts new_parts() const { return {format_.calls, format_.tools.names, !format_.tools.parallel}; }
+
+  static Json reason(const Finish& finish, bool has_calls) {
+    return has_calls && finish.reason == FinishReason::stop ? Json("tool_calls") : RendererBase::reason(finish);
+  }
+
+  static Json message(const WholeAnswer& answer) {
+    if (answer.calls.empty()) return {{"role", "assistant"}, {"content", answer.content}};
+    Json calls = Json::array();
+    for (const ToolCall& call : answer.calls)
+      calls.push_back({{"id", call.id}, {"type", "function"}, {"function", {{"name", call.name}, {"arguments", call.arguments}}}});
+    return {{"role", "assistant"}, {"content", answer.content.empty() ? Json() : Json(answer.content)}, {"tool_calls", std::move(calls)}};
+  }
+
+  static Json delta(const CallPiece& call) {
+    if (call.name.empty()) return {{"index", call.index}, {"function", {{"arguments", call.arguments}}}};
+    return {{"index", call.index}, {"id", call.id}, {"type", "function"}, {"function", {{"name", call.name}, {"arguments", call.arguments}}}};
+  }
 
   std::string progress(size_t index, const Choice& choice) const {
     const Json done{{"total", choice.n_prompt}, {"cache", choice.n_cached}, {"processed", choice.n_prompt_done}};
@@ -196,6 +207,8 @@ class ChatRenderer : public RendererBase {
     const std::string text = piece_of(id);
     return {{"token", text}, {"logprob", finite(logprob)}, {"bytes", bytes_of(text)}};
   }
+
+  std::vector<AnswerParts> parts_;  // of a stream, by choice
 };
 
 // ---- completions -------------------------------------------------------------------------------
@@ -309,15 +322,13 @@ Parsed parse_chat(const Json& body, const ServedModel& model) {
   Parsed out = parse_common(f, model);
   TextRequest& r = out.request;
   out.format.chat = true;
-  parse_response_format(f);
-  const Json tools = parse_tools(f);
   r.params.max_tokens = max_tokens(f, "max_completion_tokens", "max_tokens", SIZE_MAX);
-  r.params.is_answer = true;
   out.format.logprobs = f.boolean("logprobs", false);
   const auto n_top = static_cast<int>(f.integer("top_logprobs", 0, 0, kMaxTop));
   if (n_top > 0 && !out.format.logprobs) bad_request("top_logprobs", "'top_logprobs' needs 'logprobs': true");
   r.params.n_top = out.format.logprobs ? n_top : -1;
-  r.prompts = {chat_prompt(f.find("messages"), tools, model)};
+  out.format.tools = parse_tools(f);
+  out.format.calls = prepare_chat(f.find("messages"), out.format.tools, requested_grammar(f), model, r);
   check_length(r.prompts[0].ids.size(), model.n_ctx, "messages");
   return out;
 }
@@ -326,7 +337,7 @@ Parsed parse_completion(const Json& body, const ServedModel& model) {
   const Fields f(body);
   Parsed out = parse_common(f, model);
   TextRequest& r = out.request;
-  parse_response_format(f);
+  r.constraint = text_constraint(requested_grammar(f), model);
   f.refuse("suffix", "");
   const Json* prompt = f.find("prompt");
   if (prompt == nullptr) bad_request("prompt", "'prompt' is missing");

@@ -7,6 +7,7 @@
 #include "base/json_fwd.h"
 #include "server/answer.h"
 #include "server/served_model.h"
+#include "server/tools.h"
 
 namespace duet::server::openai {
 
@@ -15,6 +16,8 @@ struct Format {
   bool chat = false, include_usage = false, echo = false;
   bool logprobs = false;
   bool progress = false;  // of the prompt, as llama-server's "return_progress"
+  CallForm calls = CallForm::none;
+  Tools tools = {};
 };
 struct Parsed {
   TextRequest request;

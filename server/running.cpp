@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "base/error.h"
 #include "server/logprobs.h"
 
 namespace duet::server {
@@ -34,6 +35,7 @@ Running::Running(Job& job, SequencePool::Entry& entry, const Tokenizer& tokenize
       started_(Clock::now()),
       first_(started_),
       latest_(started_) {
+  if (job.params.constraint != nullptr) constraint_.emplace(*job.params.constraint, job.params.is_answer);
   if (job.params.penalize_prompt)
     for (const Token token : job.prompt) sampler_.accept(token);
 }
@@ -60,6 +62,15 @@ void Running::take(std::span<const float> logits) {
     finished_ = FinishReason::length;
     return;
   }
+  try {
+    take_token(logits);
+  } catch (const Error& e) {  // of this job alone: a grammar that cannot be followed
+    error_ = e.what();
+    finished_ = FinishReason::failed;
+  }
+}
+
+void Running::take_token(std::span<const float> logits) {
   const Token token = choose(logits);
   sampler_.accept(token);
   ++n_generated_;
@@ -68,6 +79,7 @@ void Running::take(std::span<const float> logits) {
     finished_ = FinishReason::stop;
     return;
   }
+  if (constraint_) constraint_->accept(token);
   const int n_top = job_->params.n_top;
   add(token, n_top >= 0 ? logprob_record(logits, token, static_cast<size_t>(n_top)) : TokenRecord{token, 0, {}});
 }
@@ -81,16 +93,22 @@ void Running::take_hidden(std::span<const float> hidden) {
 }
 
 Token Running::choose(std::span<const float> logits) {
-  if (job_->params.logit_bias.empty()) return sampler_.sample(logits);
+  if (job_->params.logit_bias.empty() && !constraint_) return sampler_.sample(logits);
   biased_.assign(logits.begin(), logits.end());
   for (const auto& [id, bias] : job_->params.logit_bias) biased_[static_cast<size_t>(id)] += bias;
+  if (constraint_) constraint_->apply(biased_, !job_->params.ignore_eos);
   return sampler_.sample(biased_);
 }
 
+std::string Running::text_of(Token token) {
+  if (token != job_->params.shown_control) return text_.push(token);
+  return text_.finish() + tokenizer_->piece(token, true);
+}
+
 void Running::add(Token token, TokenRecord record) {
-  shown_ = stops_.push(text_.push(token));
+  shown_ = stops_.push(text_of(token));
   record_ = std::move(record);
-  if (!stops_.matched().empty()) finished_ = FinishReason::stop;
+  if (!stops_.matched().empty() || (constraint_ && constraint_->complete())) finished_ = FinishReason::stop;
   else if (n_generated_ >= job_->params.max_tokens || n_evaluated() >= n_ctx_) finished_ = FinishReason::length;
 }
 
@@ -113,7 +131,7 @@ void Running::end(FinishReason reason, const std::string& error, Metrics& metric
   job_->publish([&](Update& update) {
     update.text += rest;
     if (finished_ && !hidden_sum_.empty()) update.embedding = of_length_one(hidden_sum_);
-    update.finish = Finish{stopped ? FinishReason::stop : reason, stops_.matched(), error, n_generated_,
+    update.finish = Finish{stopped ? FinishReason::stop : reason, stops_.matched(), error.empty() ? error_ : error, n_generated_,
                            seconds(started_ - queued_), seconds(first_ - started_), seconds(latest_ - first_),
                            {experts_now.hits - experts_before_.hits, experts_now.misses - experts_before_.misses}};
   });

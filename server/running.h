@@ -41,16 +41,20 @@ class Running {
 
  private:
   Token choose(std::span<const float> logits);
+  void take_token(std::span<const float> logits);
   void add(Token token, TokenRecord record);
+  std::string text_of(Token token);
 
   Job* job_;
   SequencePool::Entry* entry_;
   size_t n_ctx_, n_cached_;
   Sampler sampler_;
+  std::optional<grammar::ConstraintState> constraint_;
   const Tokenizer* tokenizer_;
   TextStream text_;
   StopMatcher stops_;
   std::vector<float> biased_;  // scratch
+  std::string error_;          // why it failed
   std::vector<double> hidden_sum_;
   Token last_ = 0;
   size_t n_generated_ = 0;

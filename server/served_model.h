@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "grammar/token_trie.h"
 #include "runtime/chat_template.h"
 #include "runtime/engine.h"
 
@@ -18,6 +19,7 @@ struct ServedModel {
   uint32_t n_ctx = 0;
   int64_t created = 0;               // seconds since 1970
   std::string file_name, version;
+  grammar::TokenTrie vocabulary;     // of the tokenizer
 
   // Error 404 naming the model that is served, unless this is a name of it; "" is.
   void check_name(const std::string& name) const;

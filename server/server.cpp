@@ -52,7 +52,7 @@ class LoggedStream : public ReplyStream {
 ServedModel served_model(const Engine& engine, const ServerOptions& options, uint32_t n_ctx) {
   const std::filesystem::path path(options.file_name);
   return {.engine = engine, .tokenizer = engine.tokenizer(), .chat = options.chat, .id = path.stem().string(), .aliases = options.aliases,
-          .n_ctx = n_ctx, .created = now_seconds(), .file_name = path.filename().string(), .version = options.version};
+          .n_ctx = n_ctx, .created = now_seconds(), .file_name = path.filename().string(), .version = options.version, .vocabulary = grammar::TokenTrie(engine.tokenizer())};
 }
 
 HttpReply json_reply(const Json& json) { return {.body = dump(json)}; }
@@ -106,7 +106,7 @@ struct Server::State {
   HttpReply respond(const HttpRequest& request);
   HttpReply dispatch(const HttpRequest& request);
   HttpReply error_reply(const HttpRequest& request, int status, const std::string& message, const std::string& param) const;
-  HttpReply openai_reply(const openai::Parsed& parsed, const HttpRequest& request);
+  HttpReply openai_reply(openai::Parsed parsed, const HttpRequest& request);
   HttpReply ollama_reply(ollama::Parsed parsed, const HttpRequest& request);
   HttpReply generate(TextRequest wanted, std::unique_ptr<Renderer> renderer, const HttpRequest& request) {
     return answer(scheduler, std::move(wanted), std::move(renderer), request, options.answer);
@@ -198,13 +198,14 @@ void Server::State::add_llama_routes() {
   });
 }
 
-HttpReply Server::State::openai_reply(const openai::Parsed& parsed, const HttpRequest& request) {
-  return generate(parsed.request, openai::make_renderer(parsed, model), request);
+HttpReply Server::State::openai_reply(openai::Parsed parsed, const HttpRequest& request) {
+  auto renderer = openai::make_renderer(parsed, model);
+  return generate(std::move(parsed.request), std::move(renderer), request);
 }
 
 HttpReply Server::State::ollama_reply(ollama::Parsed parsed, const HttpRequest& request) {
   if (!parsed.request) return json_reply(parsed.reply);
-  auto renderer = ollama::make_renderer(parsed.chat, parsed.request->params.n_top >= 0, model);
+  auto renderer = ollama::make_renderer(parsed, model);
   return generate(std::move(*parsed.request), std::move(renderer), request);
 }
 

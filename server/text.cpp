@@ -3,6 +3,7 @@
 #include <chrono>
 
 #include "base/json.h"
+#include "runtime/chat_tools.h"
 #include "runtime/unicode.h"
 #include "server/api_error.h"
 
@@ -35,12 +36,15 @@ int64_t now_seconds() {
   return std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
 }
 
-PromptInput chat_prompt(const Json* messages, const Json& tools, const ServedModel& model) {
+PromptInput chat_prompt(const Json* messages, const Json& tools, const ServedModel& model, bool must_call) {
   if (messages == nullptr) bad_request("messages", "'messages' is missing");
   if (!model.chat) bad_request("messages", "this model has no chat template; use /v1/completions, or start the server with --template NAME");
   try {
     PromptInput out;
-    out.ids = model.tokenizer.encode(model.chat->render(parse_messages(*messages), tools), model.chat->wants_bos(model.tokenizer));
+    std::vector<ChatMessage> turns = parse_messages(*messages);
+    const bool in_words = !model.chat->has_tools();
+    if (in_words) turns = tools_as_text(turns, tools, must_call);
+    out.ids = model.tokenizer.encode(model.chat->render(turns, in_words ? Json() : tools), model.chat->wants_bos(model.tokenizer));
     return out;
   } catch (const Error& e) {
     bad_request("messages", e.what());

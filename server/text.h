@@ -16,7 +16,8 @@ size_t count_chars(std::string_view utf8);    // code points
 std::string printable(std::string_view text); // invalid UTF-8 bytes as \xNN, so that different ones stay different
 int64_t now_seconds();
 
-// The prompt of a conversation, for an answer to follow. ApiError 400: no chat template, bad messages.
-PromptInput chat_prompt(const Json* messages, const Json& tools, const ServedModel& model);
+// The prompt of a conversation, for an answer to follow. ApiError 400: no chat template, bad messages. Tools: null or
+// an array of OpenAI tools; must_call: the answer is to be a call of one.
+PromptInput chat_prompt(const Json* messages, const Json& tools, const ServedModel& model, bool must_call = false);
 
 }  // namespace duet::server

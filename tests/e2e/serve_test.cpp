@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <csignal>
+#include <fstream>
 #include <thread>
 
 #include "base/error.h"
@@ -76,6 +77,35 @@ TEST_CASE("serve: the text is that of duet run") {
   const ProcessResult run = run_duet({"run", kModel, "-p", "The package manager", "-n", "16", "--temp", "0", "--raw", "--json"});
   const Json reply = duet::parse_json(body_of(http(server.port(), "POST", "/v1/completions", R"({"prompt":"The package manager","max_tokens":16,"temperature":0})")), "reply");
   CHECK(reply["choices"][0]["text"] == duet::parse_json(run.out, "run")["text"]);
+}
+
+TEST_CASE("serve: texts of a form are those of duet run, and tools are called") {
+  ServerProcess server(arguments());
+  const std::string schema = R"({"type":"object","properties":{"name":{"type":"string","maxLength":8},"age":{"type":"integer","minimum":1,"maximum":99}},"required":["name","age"]})";
+  const std::string path = DUET_TEST_DIR "/serve_schema.json";
+  std::ofstream(path) << schema;
+  const std::vector<std::string> run{"run", kModel, "-p", "A person:", "-n", "100", "--temp", "0", "--raw", "--json", "--json-schema", path};
+  const Json alone = duet::parse_json(run_duet(run).out, "run");
+  const Json person = duet::parse_json(alone["text"].get<std::string>(), "text");
+  CHECK(person["age"].get<int>() <= 99);
+  CHECK(alone["stop"] == "eos");
+  std::vector<std::string> speculating = run;
+  speculating.insert(speculating.end(), {"--speculate", "4"});
+  CHECK(duet::parse_json(run_duet(speculating).out, "run")["text"] == alone["text"]);
+  const Json reply = duet::parse_json(body_of(http(server.port(), "POST", "/completion", R"({"prompt":"A person:","n_predict":100,"temperature":0,"json_schema":)" + schema + "}")), "reply");
+  CHECK(reply["content"] == alone["text"]);
+  const std::string tools = R"({"messages":[{"role":"user","content":"x"}],"tool_choice":"required","parallel_tool_calls":false,"max_tokens":200,"tools":[{"type":"function","function":{"name":"save","parameters":)" + schema + "}}]}";
+  const Json called = duet::parse_json(body_of(http(server.port(), "POST", "/v1/chat/completions", tools)), "reply");
+  CHECK(called["choices"][0]["finish_reason"] == "tool_calls");
+  const Json& function = called["choices"][0]["message"]["tool_calls"][0]["function"];
+  CHECK(function["name"] == "save");
+  CHECK(duet::parse_json(function["arguments"].get<std::string>(), "arguments")["age"].is_number_integer());
+}
+
+TEST_CASE("run: a grammar that is damaged is refused before the model is opened") {
+  const std::string path = DUET_TEST_DIR "/serve_bad.gbnf";
+  std::ofstream(path) << "root ::= \"a\"\nx ::= [z-a]\n";
+  CHECK(refusal(run_duet({"run", "no-such-model.gguf", "-p", "x", "--grammar", path}), 4, "grammar: line 2") == "");
 }
 
 TEST_CASE("serve: clients that leave stop costing, streaming or not") {

@@ -60,7 +60,7 @@ void parse(unsigned protocol, const Json& body, const ServedModel& model) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size == 0) return 0;
   static const ServedModel model{.engine = engine(), .tokenizer = engine().tokenizer(), .chat = ChatTemplate::named("chatml"), .id = "m", .aliases = {"*"},
-                                 .n_ctx = kContext, .created = 0, .file_name = "m.gguf", .version = "0"};
+                                 .n_ctx = kContext, .created = 0, .file_name = "m.gguf", .version = "0", .vocabulary = grammar::TokenTrie(engine().tokenizer())};
   try {
     parse(data[0] % 7, parse_body({reinterpret_cast<const char*>(data) + 1, size - 1}), model);
   } catch (const ApiError& e) {

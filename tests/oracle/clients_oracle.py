@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
 """The official openai and ollama clients against `duet serve` on the demo model."""
+import enum
+import json
 import math
 import os
 import pathlib
@@ -8,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import typing
 
 try:
     import httpx
     import ollama
     import openai
+    import pydantic
 except ImportError as e:
     print(f"SKIP: {e}")
     sys.exit(77)
@@ -30,7 +34,8 @@ def check(name, ok, detail=""):
 
 class Server:
     def __init__(self, model, *extra):
-        self.process = subprocess.Popen([DUET, "serve", model, "--port", "0", "--template", "chatml", "--ctx", "1024", *extra], stdout=subprocess.PIPE, text=True)
+        template = [] if "--template" in extra else ["--template", "chatml"]
+        self.process = subprocess.Popen([DUET, "serve", model, "--port", "0", "--ctx", "2048", *template, *extra], stdout=subprocess.PIPE, text=True)
         line = self.process.stdout.readline()
         self.url = re.search(r"http://[\d.:]+", line).group(0)
 
@@ -99,6 +104,84 @@ def check_embeddings(client, model):
     check("openai embeddings: alike texts are closer", dot(vectors[0], vectors[1]) > dot(vectors[0], vectors[2]))
 
 
+class Unit(enum.Enum):
+    celsius = "celsius"
+    fahrenheit = "fahrenheit"
+
+
+class Place(pydantic.BaseModel):
+    city: str = pydantic.Field(max_length=12, description="The city")
+    latitude: float = pydantic.Field(ge=-90, le=90)
+
+
+class Weather(pydantic.BaseModel):
+    """The weather at a place."""
+
+    place: Place
+    unit: Unit
+    days: int = pydantic.Field(ge=1, le=14)
+    hours: list[int] = pydantic.Field(max_length=3)
+    note: typing.Optional[typing.Annotated[str, pydantic.Field(max_length=8)]] = None
+
+
+class Sum(pydantic.BaseModel):
+    a: typing.Literal[1, 2, 3]
+    b: bool
+
+
+def accumulated(chunks):
+    """The tool calls of a stream, put together as clients do it."""
+    calls = {}
+    for chunk in chunks:
+        for part in chunk.choices[0].delta.tool_calls or [] if chunk.choices else []:
+            call = calls.setdefault(part.index, {"id": None, "name": "", "arguments": ""})
+            call["id"] = part.id or call["id"]
+            call["name"] += part.function.name or ""
+            call["arguments"] += part.function.arguments or ""
+    return list(calls.values())
+
+
+def check_structured(client, model):
+    parsed = client.chat.completions.parse(model=model, messages=HELLO, response_format=Weather, temperature=0, max_tokens=300)
+    check("openai parse into a pydantic model", isinstance(parsed.choices[0].message.parsed, Weather), parsed.choices[0])
+    many = client.chat.completions.parse(model=model, messages=HELLO, response_format=Weather, temperature=1.5, n=8, seed=2, max_tokens=300)
+    check("openai parse, eight drawn", all(isinstance(c.message.parsed, Weather) for c in many.choices))
+    with client.chat.completions.stream(model=model, messages=HELLO, response_format=Weather, temperature=0, max_tokens=300) as stream:
+        for _ in stream:
+            pass
+        check("openai stream into a pydantic model", stream.get_final_completion().choices[0].message.parsed == parsed.choices[0].message.parsed)
+    grammar = client.chat.completions.create(model=model, messages=HELLO, extra_body={"grammar": 'root ::= [0-9]{4} "-" [0-9]{2}'}).choices[0]
+    check("openai with a grammar", re.fullmatch(r"\d{4}-\d\d", grammar.message.content) and grammar.finish_reason == "stop", grammar)
+    form = client.chat.completions.create(model=model, messages=HELLO, response_format={"type": "json_object"}, max_tokens=40, temperature=0).choices[0]
+    check("openai json_object", form.message.content.startswith("{"), form)
+    refused = error_of(lambda: client.chat.completions.create(model=model, messages=HELLO, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "uniqueItems": True}}}))
+    check("openai schema that cannot be kept to is a 400 that names the keyword", isinstance(refused, openai.BadRequestError) and "uniqueItems" in str(refused), refused)
+
+
+def check_tools(client, model):
+    tools = [openai.pydantic_function_tool(Weather), openai.pydantic_function_tool(Sum)]
+    kinds = {"Weather": Weather, "Sum": Sum}
+    ask = dict(model=model, messages=HELLO, tools=tools, temperature=0, max_tokens=400, parallel_tool_calls=False)
+    message = client.chat.completions.parse(**ask, tool_choice="required").choices[0].message
+    call = message.tool_calls[0]
+    check("openai tools: a required call parses", isinstance(call.function.parsed_arguments, kinds[call.function.name]), message)
+    chunks = list(client.chat.completions.create(**ask, tool_choice="required", stream=True))
+    streamed = accumulated(chunks)
+    check("openai tools: streamed is the same call", len(streamed) == 1 and (streamed[0]["name"], streamed[0]["arguments"]) == (call.function.name, call.function.arguments), streamed)
+    check("openai tools: it comes in pieces, finish_reason last", len(chunks) > 4 and chunks[-1].choices[0].finish_reason == "tool_calls", chunks[-1])
+    named = client.chat.completions.create(**ask, tool_choice={"type": "function", "function": {"name": "Sum"}}).choices[0]
+    check("openai tools: a named call", named.message.tool_calls[0].function.name == "Sum" and Sum.model_validate_json(named.message.tool_calls[0].function.arguments), named)
+    check("openai tools: ids of nine letters and digits", re.fullmatch("[a-zA-Z0-9]{9}", named.message.tool_calls[0].id))
+    several = client.chat.completions.create(**{**ask, "parallel_tool_calls": True, "max_tokens": 900}, tool_choice="required").choices[0]
+    whole = several.message.tool_calls if several.finish_reason == "tool_calls" else several.message.tool_calls[:-1]
+    check("openai tools: several calls", all(kinds[c.function.name].model_validate_json(c.function.arguments) for c in whole), several)
+    after = HELLO + [message.model_dump(exclude_none=True, exclude={"parsed"}), {"role": "tool", "tool_call_id": call.id, "content": json.dumps({"degrees": 21})}]
+    told = client.chat.completions.create(**{**ask, "messages": after, "max_tokens": 8}, tool_choice="none").choices[0]
+    check("openai tools: results are taken", isinstance(told.message.content, str), told)
+    free = client.chat.completions.create(**{**ask, "max_tokens": 8}, tool_choice="auto").choices[0]
+    check("openai tools: words when nothing must be called", free.message.content is not None and not free.message.tool_calls, free)
+
+
 def check_errors(client, model):
     check("openai models", [m.id for m in client.models.list()] == [model] and client.models.retrieve(model).id == model)
     unknown = error_of(lambda: client.chat.completions.create(model="gpt-9", messages=HELLO))
@@ -106,7 +189,7 @@ def check_errors(client, model):
     bad = error_of(lambda: client.chat.completions.create(model=model, messages=HELLO, extra_body={"top_k": "many"}))
     check("openai wrong parameter is a 400 that names it", isinstance(bad, openai.BadRequestError) and bad.body["param"] == "top_k", bad)
     long = error_of(lambda: client.completions.create(model=model, prompt="word " * 3000, max_tokens=1))
-    check("openai long prompt is a 400 with numbers", isinstance(long, openai.BadRequestError) and "1024 positions" in str(long), long)
+    check("openai long prompt is a 400 with numbers", isinstance(long, openai.BadRequestError) and "2048 positions" in str(long), long)
 
 
 def check_parallel(client, model):
@@ -133,6 +216,24 @@ def check_ollama(url, model):
     check("ollama embed", abs(sum(x * x for x in client.embed(model=model, input="a text").embeddings[0]) - 1) < 1e-5)
     generated = client.generate(model=model, prompt="The package", raw=True, options={"temperature": 0, "num_predict": 5})
     check("ollama generate", generated.done_reason == "length" and generated.response, generated)
+    form = client.chat(model=model, messages=HELLO, format=Weather.model_json_schema(), options={"num_predict": 300, "seed": 3})
+    check("ollama format: a schema", isinstance(Weather.model_validate_json(form.message.content), Weather), form)
+    streamed = "".join(p.message.content or "" for p in client.chat(model=model, messages=HELLO, format=Sum.model_json_schema(), stream=True))
+    check("ollama format, streamed", isinstance(Sum.model_validate_json(streamed), Sum), streamed)
+    check("ollama format: json", client.generate(model=model, prompt="x", format="json", options={"num_predict": 10}).response.startswith("{"))
+
+    def add(a: int, b: int) -> int:
+        """Adds two numbers.
+
+        Args:
+          a: the first
+          b: the second
+        """
+        return a + b
+
+    told = client.chat(model=model, messages=HELLO + [{"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": 2}}}]}, {"role": "tool", "tool_name": "add", "content": "3"}],
+                       tools=[add], options={"num_predict": 6})
+    check("ollama tools are taken", told.message.role == "assistant" and told.done, told)
     try:
         client.chat(model="other", messages=HELLO)
         check("ollama unknown model", False)
@@ -149,9 +250,14 @@ def main():
             check_chat(client, "demo")
             check_completions(client, "demo")
             check_embeddings(client, "demo")
+            check_structured(client, "demo")
+            check_tools(client, "demo")
             check_errors(client, "demo")
             check_parallel(client, "demo")
             check_ollama(server.url, "demo")
+        with Server(model, "--template", "mistral-v1") as server:
+            client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+            check_tools(client, "demo")
         with Server(model, "--api-key", "secret") as server:
             wrong = error_of(lambda: openai.OpenAI(base_url=server.url + "/v1", api_key="wrong", max_retries=0).models.list())
             check("wrong key is 401", isinstance(wrong, openai.AuthenticationError), wrong)

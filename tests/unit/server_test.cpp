@@ -1,9 +1,12 @@
 // The server without sockets: requests in, replies out, on a tiny model.
 #include <doctest/doctest.h>
 
+#include <set>
+
 #include "base/error.h"
 #include "base/json.h"
 #include "server/server.h"
+#include "tests/support/gguf_builder.h"
 #include "tests/support/tiny_model.h"
 
 using namespace duet;
@@ -12,7 +15,7 @@ using namespace duet::server;
 namespace {
 
 struct Fixture {
-  Fixture() : engine(open()), server(engine, options()) {}
+  explicit Fixture(uint32_t n_ctx = 256) : engine(open()), server(engine, options(n_ctx)) {}
 
   static Engine open() {
     const std::filesystem::path path = std::filesystem::path(DUET_TEST_DIR) / "server_tiny.gguf";
@@ -21,9 +24,9 @@ struct Fixture {
     std::filesystem::remove(path);
     return engine;
   }
-  static ServerOptions options() {
+  static ServerOptions options(uint32_t n_ctx) {
     ServerOptions options;
-    options.scheduler = {.n_parallel = 4, .n_ctx = 256};
+    options.scheduler = {.n_parallel = 4, .n_ctx = n_ctx};
     options.file_name = "models/tiny.gguf";
     options.chat = ChatTemplate::named("chatml");
     return options;
@@ -172,8 +175,10 @@ TEST_CASE("what a request may not ask is named in a 400") {
   CHECK(begins(refused(R"(,"logit_bias":{"x":1})"), "400 logit_bias:"));
   CHECK(begins(refused(R"(,"logit_bias":{"99999":1})"), "400 logit_bias:"));
   CHECK(begins(refused(R"(,"max_tokens":-5)"), "400 max_tokens:"));
-  CHECK(begins(refused(R"(,"grammar":"root ::= x")"), "400 grammar:"));
-  CHECK(begins(refused(R"(,"response_format":{"type":"json_object"})"), "400 response_format:"));
+  CHECK(begins(refused(R"(,"grammar":"root ::= x")"), "400 grammar: grammar: line 1:"));
+  CHECK(begins(refused(R"(,"response_format":{"type":"xml"})"), "400 response_format:"));
+  CHECK(begins(refused(R"(,"response_format":{"type":"json_schema","json_schema":{"schema":{"not":{}}}})"), "400 response_format.json_schema.schema:"));
+  CHECK(begins(refused(R"(,"json_schema":{},"grammar":"root ::= \"a\"")"), "400 grammar:"));
   CHECK(begins(refused(R"(,"stream_options":{})"), "400 stream_options:"));
   CHECK(begins(refused(R"(,"model":"gpt-4")"), "404 model:"));
   CHECK(f.refusal("/v1/completions", R"({"prompt":[1,99999]})").find("outside this model's vocabulary") != std::string::npos);
@@ -182,7 +187,7 @@ TEST_CASE("what a request may not ask is named in a 400") {
   CHECK(begins(f.refusal("/v1/completions", std::string(100, '[')), "400 -: request body: JSON nested deeper"));
   CHECK(begins(f.refusal("/v1/completions", "{\"prompt\":\"\xff\"}"), "400 -: request body: not valid JSON"));
   CHECK(begins(f.refusal("/v1/chat/completions", R"({"messages":[]})"), "400 messages:"));
-  CHECK(begins(f.refusal("/v1/chat/completions", R"({"messages":[{"role":"user","content":"x"}],"tools":[{"type":"function"}]})"), "400 tools:"));
+  CHECK(begins(f.refusal("/v1/chat/completions", R"({"messages":[{"role":"user","content":"x"}],"tools":[{"type":"function"}]})"), "400 tools[0]:"));
   CHECK(f.refusal("/v1/completions", concat(R"({"prompt":")", std::string(4000, 'x'), "\"}")).find("the context has 256 positions") != std::string::npos);
   CHECK(begins(f.refusal("/nowhere", "{}"), "404 -:"));
   CHECK(f.ask("GET", "/v1/completions").status == 405);
@@ -225,7 +230,7 @@ TEST_CASE("Ollama's routes: lines, options, loading") {
   CHECK(f.ok("/api/generate", R"({"model":"tiny","prompt":"the","raw":true,"stream":false,"options":{"num_predict":2}})").contains("response"));
   CHECK(begins(f.refusal("/api/chat", R"({"model":"llama3","messages":[]})"), "404 model"));
   CHECK(begins(f.refusal("/api/generate", R"({"model":"tiny","prompt":"x","options":{"num_ctx":100000}})"), "400 'options.num_ctx' is 100000"));
-  CHECK(begins(f.refusal("/api/generate", R"({"model":"tiny","prompt":"x","format":"json"})"), "400 'format'"));
+  CHECK(begins(f.refusal("/api/generate", R"({"model":"tiny","prompt":"x","format":"xml"})"), "400 'format'"));
   CHECK(begins(f.refusal("/api/pull", R"({"model":"x"})"), "501"));
   CHECK(f.ok("/api/show", R"({"model":"tiny"})")["model_info"].is_object());
 }
@@ -287,4 +292,196 @@ TEST_CASE("who may ask: keys, foreign hosts and pages") {
   CHECK(status(keyed, {{"x-api-key", "secret"}}) == 200);
   CHECK(status(keyed, {{"Authorization", "Bearer secre"}}) == 401);
   CHECK(status(keyed, {{"Authorization", "Bearer secretsecret"}}) == 401);
+}
+
+// ---- texts of a form, tool calls ---------------------------------------------------------------
+
+namespace {
+
+const std::string kSchema = R"({"type":"object","properties":{"n":{"type":"integer","minimum":10,"maximum":99},"w":{"enum":["x","yes"]}},"required":["n","w"],"additionalProperties":false})";
+
+bool fits_schema(const std::string& text) {
+  const Json json = parse_json(text, "text");
+  return json.size() == 2 && json["n"].get<int>() >= 10 && json["n"].get<int>() <= 99 && (json["w"] == "x" || json["w"] == "yes");
+}
+
+const std::string kTools = R"("tools":[{"type":"function","function":{"name":"get_weather","description":"The weather","parameters":)" + kSchema +
+                           R"(}},{"type":"function","function":{"name":"add","parameters":{"type":"object","properties":{"a":{"type":"boolean"}},"required":["a"]}}}])";
+
+// One call: names its tool, arguments that fit.
+bool is_call(const Json& call) {
+  const std::string name = call["function"]["name"], arguments = call["function"]["arguments"];
+  if (name == "add") return parse_json(arguments, "arguments")["a"].is_boolean();
+  return name == "get_weather" && fits_schema(arguments);
+}
+
+}  // namespace
+
+TEST_CASE("response_format: a schema is kept to, whole, streamed, drawn or greedy") {
+  Fixture f;
+  const std::string format = R"(,"max_tokens":200,"response_format":{"type":"json_schema","json_schema":{"name":"x","strict":true,"schema":)" + kSchema + "}}";
+  const Json whole = f.ok("/v1/chat/completions", concat("{", kHello, format, "}"));
+  CHECK(whole["choices"][0]["finish_reason"] == "stop");
+  const std::string text = whole["choices"][0]["message"]["content"];
+  CHECK(fits_schema(text));
+  std::string streamed;
+  for (const Json& chunk : events(f.streamed("/v1/chat/completions", concat("{", kHello, format, R"(,"stream":true})"))))
+    if (chunk["choices"][0]["delta"].contains("content")) streamed += chunk["choices"][0]["delta"]["content"].get<std::string>();
+  CHECK(streamed == text);
+  const Json drawn = f.ok("/v1/chat/completions", concat(R"({"messages":[{"role":"user","content":"x"}],"temperature":2,"top_k":0,"top_p":1,"min_p":0,"seed":3,"n":6,"logprobs":true)", format, "}"));
+  std::set<std::string> texts;
+  for (const Json& choice : drawn["choices"]) {
+    CHECK(fits_schema(choice["message"]["content"]));
+    CHECK(!choice["logprobs"]["content"].empty());
+    texts.insert(choice["message"]["content"].get<std::string>());
+  }
+  CHECK(texts.size() > 1);
+}
+
+TEST_CASE("grammars and schemas in every protocol") {
+  Fixture f;
+  CHECK(f.ok("/v1/completions", R"({"prompt":"x","max_tokens":50,"grammar":"root ::= \"yes\" | \"no\"","temperature":0})")["choices"][0]["text"].get<std::string>().size() <= 3);
+  CHECK(f.ok("/v1/completions", R"({"prompt":"x","max_tokens":50,"guided_choice":["left","right"]})")["choices"][0]["text"].get<std::string>().size() >= 4);
+  CHECK(fits_schema(f.ok("/completion", R"({"prompt":"x","n_predict":100,"json_schema":)" + kSchema + "}")["content"]));
+  CHECK(f.ok("/completion", R"({"prompt":"x","n_predict":100,"grammar":"root ::= [0-9]{5}"})")["content"].get<std::string>().size() == 5);
+  CHECK(fits_schema(f.ok("/api/generate", R"({"model":"tiny","prompt":"x","stream":false,"format":)" + kSchema + "}")["response"]));
+  CHECK(fits_schema(f.ok("/api/chat", R"({"model":"tiny","messages":[{"role":"user","content":"x"}],"stream":false,"format":)" + kSchema + "}")["message"]["content"]));
+  // ignore_eos asks for more than the grammar has: it ends there all the same.
+  CHECK(f.ok("/completion", R"({"prompt":"x","n_predict":100,"ignore_eos":true,"grammar":"root ::= [ab]{7}"})")["content"].get<std::string>().size() == 7);
+  const Json ended = f.ok("/completion", R"({"prompt":"x","n_predict":3,"grammar":"root ::= [ab]{70}"})");
+  CHECK(ended["stop_type"] == "limit");
+}
+
+TEST_CASE("a grammar that cannot be followed fails alone") {
+  Fixture f;
+  std::string choices = "[";
+  for (int i = 0; i < 256; ++i) choices += concat(i == 0 ? "" : ",", "[", i + 3, ",false]");
+  // All bytes are forbidden, and no other piece fits.
+  const HttpReply reply = f.post("/completion", R"({"prompt":"x","n_predict":5,"grammar":"root ::= [0-9]{5}","logit_bias":)" + choices + "]}");
+  CHECK(reply.status == 500);
+  CHECK(f.ok("/completion", R"({"prompt":"x","n_predict":5})")["stop"] == true);
+}
+
+TEST_CASE("tools: calls that must be made have the form of OpenAI's, whole and streamed") {
+  Fixture f(2048);
+  const std::string body = concat("{", kHello, R"(,"max_tokens":500,"parallel_tool_calls":false,)", kTools);
+  const Json whole = f.ok("/v1/chat/completions", body + R"(,"tool_choice":"required"})");
+  const Json& choice = whole["choices"][0];
+  CHECK(choice["finish_reason"] == "tool_calls");
+  CHECK(choice["message"]["content"].is_null());
+  REQUIRE(choice["message"]["tool_calls"].size() == 1);
+  const Json& call = choice["message"]["tool_calls"][0];
+  CHECK(call["type"] == "function");
+  CHECK(call["id"].get<std::string>().size() == 9);
+  CHECK(is_call(call));
+  Json streamed{{"function", {{"name", ""}, {"arguments", ""}}}};
+  const auto chunks = events(f.streamed("/v1/chat/completions", body + R"(,"tool_choice":"required","stream":true})"));
+  for (const Json& chunk : chunks) {
+    const Json& delta = chunk["choices"][0]["delta"];
+    if (!delta.contains("tool_calls")) continue;
+    const Json& piece = delta["tool_calls"][0];
+    CHECK(piece["index"] == 0);
+    CHECK(piece.contains("id") == piece["function"].contains("name"));
+    if (piece["function"].contains("name")) streamed["function"]["name"] = piece["function"]["name"];
+    streamed["function"]["arguments"] = streamed["function"]["arguments"].get<std::string>() + piece["function"]["arguments"].get<std::string>();
+  }
+  CHECK(streamed["function"]["name"] == call["function"]["name"]);
+  CHECK(streamed["function"]["arguments"] == call["function"]["arguments"]);
+  CHECK(chunks.back()["choices"][0]["finish_reason"] == "tool_calls");
+}
+
+TEST_CASE("tools: a named one, several calls, none") {
+  Fixture f(2048);
+  const std::string body = concat("{", kHello, R"(,"max_tokens":500,)", kTools);
+  const Json named = f.ok("/v1/chat/completions", body + R"(,"tool_choice":{"type":"function","function":{"name":"add"}},"n":3})");
+  for (const Json& choice : named["choices"])
+    for (const Json& call : choice["message"]["tool_calls"]) {
+      if (choice["finish_reason"] != "tool_calls") continue;  // cut off
+      CHECK(call["function"]["name"] == "add");
+      CHECK(is_call(call));
+    }
+  const Json none = f.ok("/v1/chat/completions", body + R"(,"tool_choice":"none"})");
+  CHECK(none["choices"][0]["message"]["content"].is_string());
+  CHECK(f.ok("/v1/chat/completions", body + "}")["choices"][0]["message"].contains("content"));
+  CHECK(begins(f.refusal("/v1/chat/completions", body + R"(,"tool_choice":{"type":"function","function":{"name":"sub"}}})"), "400 tool_choice:"));
+  CHECK(begins(f.refusal("/v1/chat/completions", concat("{", kHello, R"(,"tool_choice":"required"})")), "400 tool_choice:"));
+  const std::string strict = R"(,"tools":[{"type":"function","function":{"name":"f","strict":true,"parameters":{"type":"object","minProperties":2}}}]})";
+  const HttpReply refused = f.post("/v1/chat/completions", concat("{", kHello, R"(,"tool_choice":"required")", strict));
+  CHECK(refused.status == 400);
+  CHECK(refused.body.find("minProperties") != std::string::npos);
+}
+
+TEST_CASE("tools: where the model is told in words, an answer that is calls is one") {
+  Fixture f(2048);
+  // The form asked for is that of a call, so the model has no choice but the boolean.
+  const std::string form = R"({"type":"array","minItems":1,"maxItems":1,"items":{"type":"object","properties":{"name":{"const":"add"},"arguments":{"type":"object","properties":{"a":{"type":"boolean"}},"required":["a"]}},"required":["name","arguments"]}})";
+  const std::string start = R"({"model":"tiny","messages":[{"role":"user","content":"x"}],)" + kTools + R"(,"format":)" + form;
+  const Json whole = f.ok("/api/chat", start + R"(,"stream":false,"options":{"temperature":0}})");
+  REQUIRE(whole["message"].contains("tool_calls"));
+  CHECK(whole["message"]["content"] == "");
+  const Json& function = whole["message"]["tool_calls"][0]["function"];
+  if (function["name"] == "add") CHECK(function["arguments"]["a"].is_boolean());
+  Json last;
+  Json streamed;
+  const std::string lines = f.streamed("/api/chat", start + R"(,"options":{"temperature":0}})");
+  for (size_t at = 0, end; at < lines.size(); at = end + 1) {
+    end = lines.find('\n', at);
+    last = parse_json(lines.substr(at, end - at), "line");
+    if (last["message"].contains("tool_calls")) streamed = last["message"]["tool_calls"];
+  }
+  CHECK(last["done"] == true);
+  REQUIRE(streamed.size() == whole["message"]["tool_calls"].size());
+  CHECK(streamed[0]["function"] == function);
+  const Json openai = f.ok("/v1/chat/completions", concat("{", kHello, ",", kTools, R"(,"response_format":{"type":"json_schema","json_schema":{"schema":)", form, "}}}"));
+  CHECK(openai["choices"][0]["finish_reason"] == "tool_calls");
+}
+
+TEST_CASE("tools: mistral-v3 opens calls by its token, which the grammar follows") {
+  constexpr uint32_t kVocabulary = 330;
+  test::TinyVocabulary vocabulary = test::tiny_vocabulary(kVocabulary);
+  size_t at = kVocabulary - 7;
+  for (const char* name : {"[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]"}) {
+    vocabulary.tokens[at] = name;
+    vocabulary.types[at++] = 3;
+  }
+  test::GgufBuilder builder = test::tiny_model({.n_vocab = kVocabulary, .type = DType::Q8_0});
+  std::erase_if(builder.keys, [](const auto& key) { return key.name == "tokenizer.ggml.tokens" || key.name == "tokenizer.ggml.token_type"; });
+  builder.texts("tokenizer.ggml.tokens", vocabulary.tokens).ints("tokenizer.ggml.token_type", vocabulary.types);
+  const std::filesystem::path path = std::filesystem::path(DUET_TEST_DIR) / "server_tiny_v3.gguf";
+  test::write_bytes(path, builder.build());
+  const Engine engine = Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}});
+  ServerOptions options = Fixture::options(2048);
+  options.chat = ChatTemplate::named("mistral-v3");
+  Server server(engine, options);
+  const auto ask = [&](const std::string& more) {
+    const HttpReply reply = server.handle({.method = "POST", .path = "/v1/chat/completions", .body = concat("{", kHello, R"(,"max_tokens":500,"parallel_tool_calls":false,)", kTools, more, "}"),
+                                           .remote = "127.0.0.1", .headers = {{"Host", "localhost:8080"}}, .client_gone = [] { return false; }});
+    CAPTURE(reply.body);
+    REQUIRE(reply.status == 200);
+    return parse_json(reply.body, "reply")["choices"][0];
+  };
+  // The model itself has no reason to call; a bias gives it one, and the token comes once only.
+  const Json called = ask(concat(R"(,"logit_bias":{")", kVocabulary - 1, R"(":1000})"));
+  CHECK(called["finish_reason"] == "tool_calls");
+  REQUIRE(called["message"]["tool_calls"].size() == 1);
+  CHECK(is_call(called["message"]["tool_calls"][0]));
+  const Json required = ask(R"(,"tool_choice":"required")");
+  CHECK(required["finish_reason"] == "tool_calls");
+  CHECK(is_call(required["message"]["tool_calls"][0]));
+  // Beside a form of words: calls may stand instead of it.
+  const std::string form = R"(,"response_format":{"type":"json_schema","json_schema":{"schema":)" + kSchema + "}}";
+  CHECK(fits_schema(ask(form + concat(R"(,"logit_bias":{")", kVocabulary - 1, R"(":-1000})"))["message"]["content"]));
+  CHECK(is_call(ask(form + concat(R"(,"logit_bias":{")", kVocabulary - 1, R"(":1000})"))["message"]["tool_calls"][0]));
+  std::filesystem::remove(path);
+}
+
+TEST_CASE("tools: calls and results of earlier turns are told to any template") {
+  Fixture f(2048);
+  const std::string messages = R"({"messages":[{"role":"user","content":"add"},{"role":"assistant","content":null,"tool_calls":[{"id":"abcdefghi","type":"function","function":{"name":"add","arguments":"{\"a\": true}"}}]},{"role":"tool","tool_call_id":"abcdefghi","content":"7"}],)" + kTools + "}";
+  const std::string prompt = f.ok("/apply-template", messages)["prompt"];
+  CHECK(prompt.find("You can call these tools:") != std::string::npos);
+  CHECK(prompt.find(R"([{"name": "add", "arguments": {"a": true}}])") != std::string::npos);
+  CHECK(prompt.find("Result of add:\n7") != std::string::npos);
+  const Json reply = f.ok("/api/chat", R"({"model":"tiny","stream":false,"options":{"num_predict":5},"messages":[{"role":"user","content":"x"},{"role":"assistant","content":"","tool_calls":[{"function":{"name":"add","arguments":{"a":true}}}]},{"role":"tool","tool_name":"add","content":"7"}],)" + kTools + "}");
+  CHECK(reply["message"]["role"] == "assistant");
 }
