@@ -46,27 +46,8 @@ void LayerEval::heads(const Layer& layer, const float* residual, size_t n, float
 
 void LayerEval::route(const Layer& layer, const float* normed, size_t n, int32_t* chosen,
                       float* weights) const {
-  if (layer.router.empty()) {
-    std::fill_n(chosen, n, 0);
-    std::fill_n(weights, n, 1.0f);
-    return;
-  }
-  const size_t n_expert = hparams_->n_expert, n_embd = hparams_->n_embd,
-               stride = n_embd * sizeof(float);
-  std::vector<float> logits(n * n_expert);
-  compute_.kernels->matmul[static_cast<size_t>(DType::F32)](
-      {.w = reinterpret_cast<const std::byte*>(layer.router.data()),
-       .w_stride = stride,
-       .n_rows = n_expert,
-       .cols = n_embd,
-       .x = reinterpret_cast<const std::byte*>(normed),
-       .x_stride = stride,
-       .n_tokens = n,
-       .y = logits.data(),
-       .y_stride = n_expert});
-  for (size_t t = 0; t < n; ++t)
-    choose_experts(logits.data() + t * n_expert, n_expert, n_used(), chosen + t * n_used(),
-                   weights + t * n_used());
+  std::vector<float> logits(n * hparams_->n_expert);
+  compute_.team([&] { duet::route(compute_, *hparams_, layer, normed, n, logits.data(), chosen, weights); });
 }
 
 void LayerEval::multiply(const Weight& w, const float* x, size_t n, float* y) const {

@@ -82,7 +82,7 @@ void Moe::forward(size_t layer_index, size_t n, Activations& input, float* resid
   ActFormats formats = act_bit(ActFormat::f32);
   for (const Expert& expert : layer.experts) formats |= input_formats(expert);
   normalize(compute_, residual, n, layer.ffn_norm, model_->hparams().rms_eps, input, formats);
-  route(layer, input, chosen_.data(), weights_.data());
+  route(compute_, model_->hparams(), layer, input.row(0), n_, logits_.data(), chosen_.data(), weights_.data());
   group();
   if (gathers()) gather(layer, input);
   if (compute_.observer != nullptr) observe_inputs(input);
@@ -93,22 +93,21 @@ void Moe::forward(size_t layer_index, size_t n, Activations& input, float* resid
   combine(residual);
 }
 
-// Router logits in float from float activations, whatever the format of the experts.
-void Moe::route(const Layer& layer, Activations& input, int32_t* chosen, float* weights) {
+void route(const Compute& compute, const HParams& hparams, const Layer& layer, const float* x, size_t n, float* logits,
+           int32_t* chosen, float* weights) {
   if (layer.router.empty()) {
-    std::fill_n(chosen, n_, 0);
-    std::fill_n(weights, n_, 1.0f);
+    std::fill_n(chosen, n, 0);
+    std::fill_n(weights, n, 1.0f);
     return;
   }
-  const auto matmul = compute_.kernels->matmul[static_cast<size_t>(DType::F32)];
-  parallel_for(compute_.n_threads, n_, 16, [&](size_t begin, size_t end) {
-    float* logits = logits_.data() + begin * n_expert_;
-    const size_t stride = n_embd_ * sizeof(float);
-    matmul({.w = reinterpret_cast<const std::byte*>(layer.router.data()), .w_stride = stride, .n_rows = n_expert_,
-            .cols = n_embd_, .x = input.data(ActFormat::f32, begin), .x_stride = stride, .n_tokens = end - begin,
-            .y = logits, .y_stride = n_expert_});
-    for (size_t t = begin; t < end; ++t, logits += n_expert_)
-      choose_experts(logits, n_expert_, n_used_, chosen + t * n_used_, weights + t * n_used_);
+  const size_t n_expert = hparams.n_expert, n_used = hparams.n_expert_used, cols = hparams.n_embd, stride = cols * sizeof(float);
+  const auto matmul = compute.kernels->matmul[static_cast<size_t>(DType::F32)];
+  parallel_for(compute.n_threads, n, 16, [&](size_t begin, size_t end) {
+    matmul({.w = reinterpret_cast<const std::byte*>(layer.router.data()), .w_stride = stride, .n_rows = n_expert,
+            .cols = cols, .x = reinterpret_cast<const std::byte*>(x + begin * cols), .x_stride = stride,
+            .n_tokens = end - begin, .y = logits + begin * n_expert, .y_stride = n_expert});
+    for (size_t t = begin; t < end; ++t)
+      choose_experts(logits + t * n_expert, n_expert, n_used, chosen + t * n_used, weights + t * n_used);
   });
 }
 
@@ -188,7 +187,7 @@ void Moe::guess_ahead(size_t layer_index, size_t reach, const float* residual) {
   for (size_t l = layer_index + 1; l <= layer_index + reach; ++l) {
     const Layer& layer = model_->layers()[l];
     normalize(compute_, residual, n_, layer.ffn_norm, model_->hparams().rms_eps, next_input_, act_bit(ActFormat::f32));
-    route(layer, next_input_, next_chosen_.data(), next_weights_.data());
+    route(compute_, model_->hparams(), layer, next_input_.row(0), n_, logits_.data(), next_chosen_.data(), next_weights_.data());
     std::fill(likely_.begin(), likely_.end(), 0.0f);
     for (size_t i = 0; i < n_rows(); ++i) likely_[static_cast<size_t>(next_chosen_[i])] += next_weights_[i];
     const auto first = static_cast<ptrdiff_t>(guesses_.size());

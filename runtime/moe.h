@@ -17,6 +17,11 @@ namespace duet {
 // The n_used largest logits, lowest index first among equals, best first, and their weights.
 void choose_experts(const float* logits, size_t n_expert, size_t n_used, int32_t* chosen, float* weights);
 
+// The router's choice for rows x [n, n_embd], in float from floats, whatever the format of the experts: chosen, weights
+// [n, n_expert_used]; without a router expert 0, weight 1. logits: scratch [n, n_expert].
+void route(const Compute& compute, const HParams& hparams, const Layer& layer, const float* x, size_t n, float* logits,
+           int32_t* chosen, float* weights);
+
 // Scratch for chunks of up to n_batch tokens. One thread at a time.
 class Moe {
  public:
@@ -40,7 +45,6 @@ class Moe {
     int32_t index;  // of the expert
     size_t first_slot, n, hidden_row;
   };
-  void route(const Layer& layer, Activations& input, int32_t* chosen, float* weights);
   void group();
   void gather(const Layer& layer, const Activations& input);
   void choose_block_size();

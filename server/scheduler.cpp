@@ -38,8 +38,11 @@ Scheduler::Scheduler(const Engine& engine, const SchedulerOptions& options, Metr
       batch_(engine, {.n_ctx = options.n_ctx, .n_batch = options.n_batch, .n_sequences = options.n_parallel, .kv_type = options.kv_type, .cancel = &stop_,
                       .routing = [this](int layer, std::span<const int32_t> experts) { router_.chosen(static_cast<size_t>(layer), experts); }}),
       options_(checked(options, batch_)),
-      pool_(batch_, options_.n_parallel * batch_.sequence_bytes()),
-      thread_([this] { loop(); }) {}
+      pool_(batch_, options_.n_parallel * batch_.sequence_bytes()) {
+  router_.evaluated(0, engine_.resident_experts());
+  publish_status();
+  thread_ = std::thread([this] { loop(); });
+}
 
 Scheduler::~Scheduler() {
   stop();
@@ -87,8 +90,6 @@ Scheduler::Status Scheduler::status() const {
 }
 
 void Scheduler::loop() {
-  router_.evaluated(0, engine_.resident_experts());
-  publish_status();
   while (wait_for_work()) {
     drop_withdrawn();
     admit();
