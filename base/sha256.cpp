@@ -3,8 +3,6 @@
 #include <openssl/evp.h>
 
 #include <algorithm>
-#include <array>
-#include <memory>
 
 #include "base/error.h"
 #include "base/mapped_file.h"
@@ -20,27 +18,48 @@ void check(int result) {
 
 }  // namespace
 
+struct Sha256::Context {
+  std::unique_ptr<EVP_MD_CTX, void (*)(EVP_MD_CTX*)> md{EVP_MD_CTX_new(), EVP_MD_CTX_free};
+};
+
+Sha256::Sha256() : context_(std::make_unique<Context>()) {
+  check(context_->md != nullptr && EVP_DigestInit_ex(context_->md.get(), EVP_sha256(), nullptr) == 1);
+}
+
+Sha256::~Sha256() = default;
+
+Sha256& Sha256::add(std::span<const std::byte> bytes) {
+  check(EVP_DigestUpdate(context_->md.get(), bytes.data(), bytes.size()));
+  return *this;
+}
+
+Sha256Digest Sha256::finish() {
+  Sha256Digest digest{};
+  check(EVP_DigestFinal_ex(context_->md.get(), reinterpret_cast<unsigned char*>(digest.data()), nullptr));
+  return digest;
+}
+
+std::string hex(std::span<const std::byte> bytes) {
+  std::string out;
+  for (const std::byte b : bytes) {
+    out += "0123456789abcdef"[std::to_integer<unsigned>(b) >> 4];
+    out += "0123456789abcdef"[std::to_integer<unsigned>(b) & 15];
+  }
+  return out;
+}
+
 std::string sha256_of(const std::filesystem::path& path, const std::function<void(uint64_t)>& progress, const std::atomic<bool>* cancel) {
   const MappedFile file = MappedFile::open(path);
-  const std::unique_ptr<EVP_MD_CTX, void (*)(EVP_MD_CTX*)> context(EVP_MD_CTX_new(), EVP_MD_CTX_free);
-  check(context != nullptr && EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr) == 1);
+  Sha256 hash;
   const auto bytes = file.bytes();
   for (size_t at = 0; at < bytes.size(); at += kPiece) {
     if (cancel != nullptr && cancel->load()) fail(ErrorKind::cancelled, "interrupted");
     const auto piece = bytes.subspan(at, std::min(kPiece, bytes.size() - at));
-    check(EVP_DigestUpdate(context.get(), piece.data(), piece.size()));
+    hash.add(piece);
     file.drop(piece);
     if (progress) progress(at + piece.size());
   }
-  std::array<unsigned char, EVP_MAX_MD_SIZE> digest{};
-  unsigned n = 0;
-  check(EVP_DigestFinal_ex(context.get(), digest.data(), &n));
-  std::string out;
-  for (unsigned i = 0; i < n; ++i) {
-    out += "0123456789abcdef"[digest[i] >> 4];
-    out += "0123456789abcdef"[digest[i] & 15];
-  }
-  return out;
+  return hex(hash.finish());
 }
 
 }  // namespace duet

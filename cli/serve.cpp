@@ -17,6 +17,7 @@
 #include "base/host.h"
 #include "base/json.h"
 #include "base/units.h"
+#include "base/user_folders.h"
 #include "cli/commands.h"
 #include "cli/console.h"
 #include "cli/model_options.h"
@@ -37,7 +38,7 @@ struct ServeOptions {
   uint32_t n_parallel = 0;
   size_t max_queue = 256, max_connections = 512;
   double timeout_s = 0, grace_s = 10;
-  std::string chat_template;
+  std::string chat_template, cache_dir, cache_size = "4GiB";
   std::vector<std::string> aliases;
 };
 
@@ -164,6 +165,7 @@ void run_serve(ServeOptions options) {
   server_options.port = options.port;
   server_options.http.max_connections = options.max_connections;
   server_options.scheduler = {.n_parallel = options.n_parallel, .max_queue = options.max_queue, .n_ctx = options.model.n_ctx, .n_batch = options.model.n_batch, .kv_type = options.model.kv_type};
+  server_options.scheduler.store = {.folder = expand_home(options.cache_dir), .max_bytes = parse_size(options.cache_size), .version = DUET_VERSION, .notice = notices()};
   server_options.answer.timeout = std::chrono::milliseconds(static_cast<int64_t>(options.timeout_s * 1e3));
   server_options.file_name = options.model.path;
   server_options.aliases = options.aliases;
@@ -204,6 +206,8 @@ void add_serve(CLI::App& app) {
   command.add_option("--grace", o.grace_s, "Seconds that streams may go on after SIGTERM")->check(CLI::Range(0.0, 3600.0).description(""))->capture_default_str()->type_name("S");
   command.add_option("--template", o.chat_template, "Chat template by name; none: no chat [default: the model's]")->type_name("NAME");
   command.add_option("--alias", o.aliases, "Another name that requests may give the model; may be repeated; *: any")->type_name("NAME");
+  command.add_option("--cache-dir", o.cache_dir, "Folder where what has been evaluated of prompts is kept for later and for the next start; it holds users' text")->type_name("DIR");
+  command.add_option("--cache-size", o.cache_size, "Size that it may grow to")->capture_default_str()->type_name("SIZE");
   command.add_option("--access-log", o.access_log, "Append a JSON line for each request to a file; -: to standard output")->type_name("FILE");
   add_environment(command);
   command.callback([options] { run_serve(*options); });

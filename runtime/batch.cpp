@@ -1,10 +1,12 @@
 #include "runtime/batch.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "runtime/decoder.h"
 #include "runtime/engine_state.h"
+#include "runtime/fingerprint.h"
 #include "runtime/kv_cache.h"
 #include "runtime/session_memory.h"
 
@@ -33,6 +35,33 @@ void Sequence::copy_prefix(const Sequence& from, size_t n) {
   state_->kv.copy_prefix(from.state_->kv, n);
   state_->tokens.assign(from.state_->tokens.begin(), from.state_->tokens.begin() + static_cast<ptrdiff_t>(n));
   state_->most = std::max(state_->most, n);
+}
+
+static_assert(Sequence::kBlock == kKvSegment);
+
+size_t Sequence::n_layer() const { return state_->kv.n_layer(); }
+size_t Sequence::block_bytes(size_t n) const { return state_->kv.piece_bytes(n); }
+
+void Sequence::save(size_t layer, size_t block, size_t n, std::span<std::byte> out) const {
+  DUET_ASSERT(block * kBlock + n <= state_->tokens.size() && out.size() == block_bytes(n));
+  state_->kv.visit(layer, block, n, [&](std::span<std::byte> piece) {
+    std::memcpy(out.data(), piece.data(), piece.size());
+    out = out.subspan(piece.size());
+  });
+}
+
+void Sequence::load(size_t layer, size_t block, size_t n, std::span<const std::byte> in) {
+  DUET_ASSERT(in.size() == block_bytes(n));
+  state_->kv.visit(layer, block, n, [&](std::span<std::byte> piece) {
+    std::memcpy(piece.data(), in.data(), piece.size());
+    in = in.subspan(piece.size());
+  });
+}
+
+void Sequence::continue_with(std::span<const Token> tokens) {
+  DUET_ASSERT(state_->tokens.size() + tokens.size() <= state_->kv.n_ctx());
+  state_->tokens.insert(state_->tokens.end(), tokens.begin(), tokens.end());
+  state_->most = std::max(state_->most, state_->tokens.size());
 }
 
 struct Batch::State {
@@ -81,6 +110,11 @@ size_t Batch::sequence_bytes() const {
 
 Sequence Batch::new_sequence() const {
   return Sequence(std::make_unique<Sequence::State>(Sequence::State{KvCache(state_->engine->model.hparams(), state_->size.n_ctx, state_->kv_type), {}, 0}));
+}
+
+std::string Batch::fingerprint() const {
+  const Engine::State& engine = *state_->engine;
+  return fingerprint_of(engine.model.file(), concat(engine.info.isa, " K/V type ", static_cast<int>(state_->kv_type)));
 }
 
 void Batch::evaluate(std::span<const Part> parts) {

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "runtime/engine.h"
@@ -42,6 +43,17 @@ class Sequence {
   // Physical memory of the most tokens that it has held, about.
   size_t bytes() const;
 
+  // Keys and values as bytes, to be kept elsewhere: of a layer, of tokens [kBlock * block, ... + n), n <= kBlock.
+  // They fit sequences of any n_ctx whose batch has the same fingerprint().
+  static constexpr size_t kBlock = 256;
+  size_t n_layer() const;
+  size_t block_bytes(size_t n) const;  // of a layer
+  void save(size_t layer, size_t block, size_t n, std::span<std::byte> out) const;  // of tokens evaluated
+  // What has been saved; other layers at the same time. The sequence still ends where it did, until continue_with().
+  void load(size_t layer, size_t block, size_t n, std::span<const std::byte> in);
+  // All layers of the tokens behind the sequence's own have been loaded.
+  void continue_with(std::span<const Token> tokens);
+
  private:
   friend class Batch;
   struct State;
@@ -68,6 +80,9 @@ class Batch {
   uint32_t n_batch() const;
   size_t sequence_bytes() const;  // of one that is full
   Sequence new_sequence() const;
+  // Hexadecimal. What Sequence::save() gives fits sequences of batches with the same one: of files with the same
+  // metadata and tensors (a sample of each is read), wherever they are, kernels and KvType. Error(io).
+  std::string fingerprint() const;
 
   // Appends 1 to n_batch tokens in all. Error(usage) for ids outside the vocabulary and sequences beyond
   // n_ctx. After an error all sequences are as before.

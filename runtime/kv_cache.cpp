@@ -87,6 +87,30 @@ void KvCache::copy_prefix(const KvCache& from, size_t n) {
   }
 }
 
+void KvCache::visit(size_t layer, size_t segment, size_t n, const Piece& piece) const {
+  DUET_ASSERT(layer < n_layer_ && segment < n_segments_ && n <= kKvSegment);
+  const size_t n_blocks = (n + kKvBlock - 1) / kKvBlock;
+  for (size_t head = 0; head < n_head_kv_; ++head) {
+    std::byte* keys = data_.data() + ((layer * n_segments_ + segment) * n_head_kv_ + head) * unit_bytes();
+    std::byte* values = keys + key_bytes();
+    piece({keys, n_blocks * sizes_.key_block});
+    if (type_ != DType::Q8_0) {
+      piece({values, n * sizes_.value_row});
+      continue;
+    }
+    const size_t n_groups = head_dim_ / 32, n_pairs = (n + 1) / 2;
+    for (size_t g = 0; g < n_groups; ++g) piece({values + g * kKvSegment * sizeof(uint16_t), n * sizeof(uint16_t)});
+    values += n_groups * kKvSegment * sizeof(uint16_t);
+    for (size_t g = 0; g < n_groups; ++g) piece({values + g * kKvSegment * 32, n_pairs * 64});
+  }
+}
+
+size_t KvCache::piece_bytes(size_t n) const {
+  size_t sum = 0;
+  visit(0, 0, n, [&](std::span<std::byte> piece) { sum += piece.size(); });
+  return sum;
+}
+
 size_t KvCache::touched_bytes(size_t n) const { return n_layer_ * segments(n) * n_head_kv_ * unit_bytes(); }
 
 void KvCache::store(const KernelTable& kernels, size_t layer, size_t pos, const float* k, const float* v) {

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
+#include <span>
 
 #include "runtime/compute.h"
 #include "runtime/engine.h"
@@ -25,7 +27,14 @@ class KvCache {
   // Takes over the first n positions of a cache of the same size, type and model.
   void copy_prefix(const KvCache& from, size_t n);
 
+  // The memory of positions [kKvSegment * segment, ... + n) of a layer, n <= kKvSegment, piece by piece in a
+  // fixed order. A piece may hold lanes of positions behind the n-th: whatever they were.
+  using Piece = std::function<void(std::span<std::byte>)>;
+  void visit(size_t layer, size_t segment, size_t n, const Piece& piece) const;
+  size_t piece_bytes(size_t n) const;  // of all pieces of a layer
+
   size_t n_ctx() const { return n_ctx_; }
+  size_t n_layer() const { return n_layer_; }
   // Of physical memory once n positions have been written, about.
   size_t touched_bytes(size_t n) const;
   size_t size_bytes() const { return data_.size_bytes(); }

@@ -29,6 +29,11 @@ SchedulerOptions checked(SchedulerOptions options, const Batch& batch) {
   return options;
 }
 
+std::unique_ptr<PrefixStore> open_store(const Engine& engine, const Batch& batch, const PrefixStoreOptions& options) {
+  if (options.folder.empty()) return nullptr;
+  return std::make_unique<PrefixStore>(options, batch.fingerprint(), engine.info().n_threads);
+}
+
 }  // namespace
 
 Scheduler::Scheduler(const Engine& engine, const SchedulerOptions& options, Metrics& metrics)
@@ -38,7 +43,8 @@ Scheduler::Scheduler(const Engine& engine, const SchedulerOptions& options, Metr
       batch_(engine, {.n_ctx = options.n_ctx, .n_batch = options.n_batch, .n_sequences = options.n_parallel, .kv_type = options.kv_type, .cancel = &stop_,
                       .routing = [this](int layer, std::span<const int32_t> experts) { router_.chosen(static_cast<size_t>(layer), experts); }}),
       options_(checked(options, batch_)),
-      pool_(batch_, options_.n_parallel * batch_.sequence_bytes()) {
+      store_(open_store(engine, batch_, options_.store)),
+      pool_(batch_, options_.n_parallel * batch_.sequence_bytes(), store_.get()) {
   router_.evaluated(0, engine_.resident_experts());
   publish_status();
   thread_ = std::thread([this] { loop(); });
@@ -94,15 +100,32 @@ void Scheduler::loop() {
     drop_withdrawn();
     admit();
     if (!running_.empty()) step();
+    if (store_) store_beside();
     publish_status();
   }
   end_all(FinishReason::cancelled, "the server is shutting down");
+  pool_.store_all();
 }
 
+// What finished sequences leave behind goes to the store meanwhile.
 bool Scheduler::wait_for_work() {
   std::unique_lock lock(mutex_);
-  work_.wait(lock, [&] { return stop_ || !running_.empty() || !waiting_.empty(); });
+  const auto is_there = [&] { return stop_ || !running_.empty() || !waiting_.empty(); };
+  for (bool more = store_ != nullptr; more && !is_there();) {
+    lock.unlock();
+    more = pool_.store_next();
+    lock.lock();
+  }
+  work_.wait(lock, is_there);
   return !stop_;
+}
+
+// A block now and then, while there is no rest: a tenth of the time at most.
+void Scheduler::store_beside() {
+  const auto begin = Clock::now();
+  if (running_.empty() || begin < next_store_ || !pool_.store_next()) return;
+  const auto end = Clock::now();
+  next_store_ = end + 9 * (end - begin);
 }
 
 void Scheduler::drop_withdrawn() {
@@ -286,7 +309,7 @@ void Scheduler::end(Running& running, FinishReason reason, const std::string& er
   if (reason == FinishReason::cancelled) ++metrics_.cancelled;
   if (reason == FinishReason::failed) ++metrics_.failed;
   running.end(reason, error, metrics_, expert_counts());
-  pool_.release(running.entry());
+  pool_.release(running.entry(), !running.job().params.needs_whole_prompt());
   const std::lock_guard lock(mutex_);
   std::erase(held_, &running.job());
   running.forget();

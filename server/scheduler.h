@@ -28,11 +28,12 @@ struct SchedulerOptions {
   size_t max_queue = 256;   // more that wait
   uint32_t n_ctx = 0, n_batch = 0;  // as BatchOptions
   KvType kv_type = KvType::f16;
+  PrefixStoreOptions store = {};
 };
 
 class Scheduler {
  public:
-  // Error(memory) when n_parallel sequences do not fit. The engine must outlive it.
+  // Error(memory) when n_parallel sequences do not fit; as PrefixStore. The engine must outlive it.
   Scheduler(const Engine& engine, const SchedulerOptions& options, Metrics& metrics);
   ~Scheduler();
   void stop();  // running and waiting jobs end as cancelled, no more are taken
@@ -76,6 +77,7 @@ class Scheduler {
   void start(Job& job, Clock::time_point since);
   void drop_withdrawn();
   void step();
+  void store_beside();
   void plan_step();
   void plan_prompts(size_t budget);
   size_t prompt_budget(size_t n_decoding) const;
@@ -94,6 +96,7 @@ class Scheduler {
   RouterWatch router_;
   Batch batch_;
   const SchedulerOptions options_;
+  std::unique_ptr<PrefixStore> store_;  // or null
   SequencePool pool_;
 
   // Of the inference thread.
@@ -102,6 +105,7 @@ class Scheduler {
   std::vector<Running*> planned_;  // of parts_
   std::vector<Wanted> wanted_;
   size_t n_rows_ = 0, n_prompt_rows_ = 0;  // of the batch at hand
+  Clock::time_point next_store_{};      // while there is other work
   double prompt_token_s_ = 0.01, decode_step_s_ = 0;  // time of a prompt's token in a batch; of a batch without, about
 
   mutable std::mutex mutex_;

@@ -13,6 +13,13 @@ size_t common_prefix(std::span<const Token> a, std::span<const Token> b) {
 
 SequencePool::Entry& SequencePool::acquire(std::span<const Token> prompt, bool reuse) {
   const auto wanted = prompt.first(prompt.size() - 1);  // the last is always evaluated
+  Entry& entry = from_memory(wanted, reuse);
+  entry.to_store = false;
+  if (reuse && store_ != nullptr) store_->extend(entry.sequence, wanted);
+  return entry;
+}
+
+SequencePool::Entry& SequencePool::from_memory(std::span<const Token> wanted, bool reuse) {
   Entry* best = nullptr;
   size_t common = 0;
   for (const auto& entry : entries_) {
@@ -37,6 +44,7 @@ SequencePool::Entry& SequencePool::acquire(std::span<const Token> prompt, bool r
 SequencePool::Entry& SequencePool::fresh(const Entry* keep) {
   Entry* old = oldest_idle(keep);
   if (old != nullptr && (bytes() + batch_->sequence_bytes() > max_bytes_ || entries_.size() >= kMaxEntries)) {
+    store_rest(*old);
     old->busy = true;
     return *old;
   }
@@ -44,16 +52,36 @@ SequencePool::Entry& SequencePool::fresh(const Entry* keep) {
   return *entries_.back();
 }
 
-void SequencePool::release(Entry& entry) {
+void SequencePool::release(Entry& entry, bool keep) {
   entry.busy = false;
   entry.last_used = ++clock_;
+  entry.to_store = keep && store_ != nullptr;
+  entry.n_stored = 0;
   trim();
+}
+
+bool SequencePool::store_next() {
+  Entry* last = nullptr;
+  for (const auto& entry : entries_)
+    if (!entry->busy && entry->to_store && (last == nullptr || entry->last_used > last->last_used)) last = entry.get();
+  if (last != nullptr) store_block(*last);
+  return last != nullptr;
+}
+
+void SequencePool::store_block(Entry& entry) {
+  entry.to_store = store_->store(entry.sequence, entry.n_stored);
+  ++entry.n_stored;
+}
+
+void SequencePool::store_rest(Entry& entry) {
+  while (entry.to_store) store_block(entry);
 }
 
 void SequencePool::trim() {
   while (bytes() > max_bytes_ || entries_.size() > kMaxEntries) {
-    const Entry* old = oldest_idle(nullptr);
+    Entry* old = oldest_idle(nullptr);
     if (old == nullptr) return;
+    store_rest(*old);
     std::erase_if(entries_, [&](const auto& entry) { return entry.get() == old; });
   }
 }
