@@ -54,7 +54,7 @@ struct Answer {
 
 Answer ask(int port, const std::string& text) {
   const Json body{{"prompt", text}, {"temperature", 0}, {"ignore_eos", true}, {"max_tokens", 24}};
-  const std::string reply = http(port, "POST", "/v1/completions", duet::to_line(body));
+  const std::string reply = http(port, "POST", "/v1/completions", body.dump());
   REQUIRE(status_of(reply) == 200);
   const Json json = duet::parse_json(body_of(reply), "reply");
   return {json["choices"][0]["text"].get<std::string>(), json["usage"]["prompt_tokens_details"]["cached_tokens"].get<size_t>(), json["usage"]["prompt_tokens"].get<size_t>()};
