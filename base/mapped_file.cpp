@@ -112,22 +112,24 @@ std::string read_file(const fs::path& path, uint64_t max_bytes) {
   return text;
 }
 
-OutputFile::OutputFile(fs::path path, uint64_t expected_bytes) : path_(std::move(path)) {
+void check_destination(const fs::path& path, uint64_t n_bytes) {
   std::error_code ec;
-  const fs::file_status old = fs::status(path_, ec);
-  if (fs::is_directory(old))
-    fail(ErrorKind::io, path_.string(), ": is a folder, not a file to write");
+  const fs::file_status old = fs::status(path, ec);
+  if (fs::is_directory(old)) fail(ErrorKind::io, path.string(), ": is a folder, not a file to write");
   // The rename would replace a device such as /dev/null by a file.
-  if (fs::exists(old) && !fs::is_regular_file(old))
-    fail(ErrorKind::io, path_.string(), ": is not a regular file");
-  const fs::path folder = path_.has_parent_path() ? path_.parent_path() : fs::path(".");
+  if (fs::exists(old) && !fs::is_regular_file(old)) fail(ErrorKind::io, path.string(), ": is not a regular file");
+  const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
   struct statvfs disk {};
   if (::statvfs(folder.c_str(), &disk) != 0)
     fail(ErrorKind::io, folder.string(), ": cannot write there: ", errno_text());
   const uint64_t free_bytes = uint64_t{disk.f_bavail} * disk.f_frsize;
-  if (expected_bytes > free_bytes)
-    fail(ErrorKind::io, path_.string(), ": needs ", format_size(expected_bytes), ", the disk has ",
-         format_size(free_bytes), " free; make room or choose another folder");
+  if (n_bytes > free_bytes)
+    fail(ErrorKind::io, path.string(), ": needs ", format_size(n_bytes), ", the disk has ", format_size(free_bytes),
+         " free; make room or choose another folder");
+}
+
+OutputFile::OutputFile(fs::path path, uint64_t expected_bytes) : path_(std::move(path)) {
+  check_destination(path_, expected_bytes);
   temp_ = path_;
   temp_ += concat(".tmp", ::getpid());
   fd_ = ::open(temp_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);

@@ -54,6 +54,10 @@ class MappedFile {
 // Reads a whole file of at most max_bytes; Error(io) when missing, Error(format) when larger.
 std::string read_file(const std::filesystem::path& path, uint64_t max_bytes);
 
+// Error(io) when a file cannot come to be there: a folder or a device is, the folder does not exist, or its
+// disk has less than n_bytes free (naming both figures; 0: unknown).
+void check_destination(const std::filesystem::path& path, uint64_t n_bytes);
+
 // Writes `path` by way of a temporary file in the same folder and a rename, so that a reader sees
 // the old file or the complete new one. Without commit() nothing is left behind.
 class OutputFile {

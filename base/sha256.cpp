@@ -23,8 +23,11 @@ struct Sha256::Context {
 };
 
 Sha256::Sha256() : context_(std::make_unique<Context>()) {
-  check(context_->md != nullptr && EVP_DigestInit_ex(context_->md.get(), EVP_sha256(), nullptr) == 1);
+  check(context_->md != nullptr);
+  begin();
 }
+
+void Sha256::begin() { check(EVP_DigestInit_ex(context_->md.get(), EVP_sha256(), nullptr)); }
 
 Sha256::~Sha256() = default;
 
@@ -36,6 +39,7 @@ Sha256& Sha256::add(std::span<const std::byte> bytes) {
 Sha256Digest Sha256::finish() {
   Sha256Digest digest{};
   check(EVP_DigestFinal_ex(context_->md.get(), reinterpret_cast<unsigned char*>(digest.data()), nullptr));
+  begin();
   return digest;
 }
 
@@ -47,6 +51,8 @@ std::string hex(std::span<const std::byte> bytes) {
   }
   return out;
 }
+
+std::string sha256_of(std::span<const std::byte> bytes) { return hex(Sha256().add(bytes).finish()); }
 
 std::string sha256_of(const std::filesystem::path& path, const std::function<void(uint64_t)>& progress, const std::atomic<bool>* cancel) {
   const MappedFile file = MappedFile::open(path);

@@ -1,4 +1,4 @@
-// SHA-256 of files and bytes. By libcrypto: it is in every distribution and uses the processor's instructions.
+// SHA-256. By libcrypto: it is in every distribution and uses the processor's instructions.
 #pragma once
 
 #include <array>
@@ -25,16 +25,19 @@ class Sha256 {
   Sha256& add(std::span<const T> values) {
     return add(std::as_bytes(values));
   }
-  Sha256Digest finish();  // last
+  Sha256Digest finish();  // of all bytes since the last call; begins anew
 
  private:
   struct Context;
+  void begin();
+
   std::unique_ptr<Context> context_;
 };
 
 std::string hex(std::span<const std::byte> bytes);  // lower case
 
 // Hexadecimal, lower case. progress: bytes done so far. Error: io; cancelled.
+std::string sha256_of(std::span<const std::byte> bytes);
 std::string sha256_of(const std::filesystem::path& path, const std::function<void(uint64_t)>& progress = {},
                       const std::atomic<bool>* cancel = nullptr);
 

@@ -6,9 +6,11 @@
 #include <functional>
 
 #include "base/error.h"
+#include "base/sha256.h"
 #include "calibrate/encoder.h"
 #include "calibrate/memory.h"
 #include "calibrate/sensitivity.h"
+#include "converters/repack.h"
 #include "converters/source.h"
 #include "converters/target.h"
 #include "quant/second_order.h"
@@ -65,17 +67,23 @@ class VocabularyFile {
   fs::path path_;
 };
 
+std::string settings_of(std::span<const Token> ids, const CalibrationOptions& calibration, const CalibrationSizes& sizes) {
+  return concat("calibrated ", calibration.n_ctx, " ", sizes.moment_cols, " ", sizes.chunk_tokens, " ", sha256_of(std::as_bytes(ids)));
+}
+
 void write(const ConversionSource& source, std::span<const Token> ids, const fs::path& output,
            const ConvertOptions& options, const CalibrationOptions& calibration) {
-  GgufWriter writer(output);
   const CalibrationSizes sizes = plan_calibration(source, calibration.n_ctx, ids.size(), calibration.ram_bytes);
-  CalibratedEncoder encoder(source, ids, calibration.n_ctx, sizes, options,
-                            [&](std::span<const std::byte> bytes) { writer.write(bytes); });
+  CalibratedEncoder encoder(source, ids, calibration.n_ctx, sizes, options);
+  PartOptions part = part_options(options, source.jobs, source.identity, settings_of(ids, calibration, sizes));
+  part.needs_state = true;
+  part.state_bytes = encoder.state_bytes();
+  GgufWriter writer(output, std::move(part));
   for (const GgufKeyValue& kv : source.metadata) writer.set(kv.key, kv.value);
   for (const size_t i : encoder.write_order())
     writer.add_tensor(source.jobs[i].name, *source.jobs[i].format, source.jobs[i].shape);
   writer.begin();
-  encoder.run();
+  encoder.run(writer);
   writer.finish();
 }
 
@@ -116,7 +124,7 @@ void measure_and_choose(ConversionSource& source, std::span<const Token> ids, co
 
 void convert_calibrated(const fs::path& folder, const fs::path& output,
                         const ConvertOptions& options, const CalibrationOptions& calibration) {
-  check_overwrite(output, options.overwrite);
+  check_overwrite(output, options);
   ConversionSource source = open_folder(folder, options);
   check_worthwhile(source);
   const std::vector<Token> ids = ids_of_folder(folder, output, source, options, calibration);
@@ -126,7 +134,7 @@ void convert_calibrated(const fs::path& folder, const fs::path& output,
 
 void quantize_calibrated(const fs::path& input, const fs::path& output,
                          const ConvertOptions& options, const CalibrationOptions& calibration) {
-  check_overwrite(output, options.overwrite);
+  check_overwrite(output, options);
   ConversionSource source = open_gguf(input, options);
   check_worthwhile(source);
   const std::vector<Token> ids = ids_of(*source.file, source, options, calibration);
@@ -139,14 +147,14 @@ ConvertPlan plan_convert_calibrated(const fs::path& folder, const ConvertOptions
   ConversionSource source = open_folder(folder, options);
   const fs::path beside = fs::temp_directory_path() / concat("duet-", ::getpid());
   measure_and_choose(source, ids_of_folder(folder, beside, source, options, calibration), options, calibration);
-  return plan_of(source.jobs, recipe_label(options));
+  return plan_parts(source.metadata, source.jobs, recipe_label(options), options);
 }
 
 ConvertPlan plan_quantize_calibrated(const fs::path& input, const ConvertOptions& options,
                                      const CalibrationOptions& calibration) {
   ConversionSource source = open_gguf(input, options);
   measure_and_choose(source, ids_of(*source.file, source, options, calibration), options, calibration);
-  return plan_of(source.jobs, recipe_label(options));
+  return plan_parts(source.metadata, source.jobs, recipe_label(options), options);
 }
 
 }  // namespace duet

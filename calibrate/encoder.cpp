@@ -1,6 +1,7 @@
 #include "calibrate/encoder.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "base/error.h"
 #include "base/parallel.h"
@@ -52,7 +53,7 @@ void add(std::vector<float>& to, const std::vector<float>& from) {
 
 CalibratedEncoder::CalibratedEncoder(const ConversionSource& source, std::span<const Token> ids,
                                      size_t n_ctx, const CalibrationSizes& sizes,
-                                     const ConvertOptions& options, Sink sink)
+                                     const ConvertOptions& options)
     : source_(source),
       hparams_(source.hparams),
       model_(source),
@@ -61,7 +62,6 @@ CalibratedEncoder::CalibratedEncoder(const ConversionSource& source, std::span<c
       n_embd_(source.hparams.n_embd),
       sizes_(sizes),
       options_(options),
-      sink_(std::move(sink)),
       rope_factors_(model_.has(TensorKind::rope_freqs, -1)
                         ? model_.vector(TensorKind::rope_freqs, -1)
                         : std::vector<float>{}),
@@ -85,11 +85,71 @@ void CalibratedEncoder::plan_order() {
                    [&](size_t a, size_t b) { return stage[a] < stage[b]; });
 }
 
-void CalibratedEncoder::run() {
-  begin_streams();
-  for (uint32_t i = 0; i < hparams_.n_layer; ++i) run_layer(static_cast<int>(i));
+void CalibratedEncoder::run(GgufWriter& writer) {
+  writer_ = &writer;
+  const int n_layer = static_cast<int>(hparams_.n_layer);
+  int layer = restore_state();
+  if (layer == 0) begin_streams();
+  for (; layer < n_layer; ++layer) {
+    run_layer(layer);
+    save_state(layer + 1);
+  }
   encode_head();
   report_few();
+}
+
+// ---- going on with an interrupted run ------------------------------------------------------------
+
+namespace {
+
+// Before the two streams.
+struct StateHead {
+  uint64_t next_layer, n_few, n_unseen;
+};
+
+template <class T>
+std::span<const std::byte> bytes_of(const std::vector<T>& values) {
+  return std::as_bytes(std::span(values));
+}
+
+}  // namespace
+
+uint64_t CalibratedEncoder::state_bytes() const {
+  return sizeof(StateHead) + 2 * n_tokens() * n_embd_ * sizeof(float);
+}
+
+void CalibratedEncoder::save_state(int next_layer) {
+  const std::vector<StateHead> head = {{static_cast<uint64_t>(next_layer), n_few_, n_unseen_}};
+  writer_->save_state({bytes_of(head), bytes_of(source_stream_), bytes_of(encoded_stream_)});
+}
+
+int CalibratedEncoder::restore_state() {
+  const std::vector<std::byte> state = writer_->take_state();
+  if (state.size() != state_bytes()) return 0;
+  StateHead head{};
+  std::memcpy(&head, state.data(), sizeof head);
+  if (head.next_layer == 0 || head.next_layer > hparams_.n_layer) return 0;
+  n_few_ = head.n_few;
+  n_unseen_ = head.n_unseen;
+  source_stream_.resize(n_tokens() * n_embd_);
+  encoded_stream_.resize(n_tokens() * n_embd_);
+  const size_t n = source_stream_.size() * sizeof(float);
+  std::memcpy(source_stream_.data(), state.data() + sizeof head, n);
+  std::memcpy(encoded_stream_.data(), state.data() + sizeof head + n, n);
+  pass_tensors(static_cast<int>(head.next_layer));
+  return static_cast<int>(head.next_layer);
+}
+
+// All that come before those of this layer.
+void CalibratedEncoder::pass_tensors(int next_layer) {
+  for (const size_t i : order_) {
+    const TensorJob& job = source_.jobs[i];
+    if (model_.layer_of(i) >= next_layer || model_.is(i, TensorKind::output)) break;
+    writer_->pass(matrix_count(job) * matrix_rows(job) * row_bytes(*job.format, job.shape.back()));
+    progress_.done_bytes += source_bytes(job);
+    ++progress_.tensor_index;
+  }
+  show(concat("layer ", next_layer));
 }
 
 // All tensors that are of no layer, but the head; the embedding begins the streams.
@@ -393,7 +453,7 @@ void CalibratedEncoder::write_layer(const LayerState& s) {
 
 void CalibratedEncoder::finish_tensor(size_t job, std::span<const std::byte> bytes) {
   check_cancel();
-  sink_(bytes);
+  writer_->write(bytes);
   const TensorJob& done = source_.jobs[job];
   progress_.done_bytes += source_bytes(done);
   model_.drop(done);

@@ -1,7 +1,6 @@
 // Layer after layer: moments, encoding, propagation. Used by calibrate.cpp alone.
 #pragma once
 
-#include <functional>
 #include <algorithm>
 #include <span>
 #include <string>
@@ -16,17 +15,17 @@ namespace duet {
 
 class CalibratedEncoder {
  public:
-  // The encoded bytes of one tensor after the other, in write_order().
-  using Sink = std::function<void(std::span<const std::byte>)>;
-
   // ids: whole sequences of n_ctx. Source and options must outlive this.
   CalibratedEncoder(const ConversionSource& source, std::span<const Token> ids, size_t n_ctx,
-                    const CalibrationSizes& sizes, const ConvertOptions& options, Sink sink);
+                    const CalibrationSizes& sizes, const ConvertOptions& options);
 
   // Indices of the source's jobs as run() delivers them: a layer after those before it, the head
   // last.
   const std::vector<size_t>& write_order() const { return order_; }
-  void run();
+  // Delivers the tensors to a writer to which they have been declared in that order. Goes on behind the last
+  // layer that an interrupted run has finished.
+  void run(GgufWriter& writer);
+  uint64_t state_bytes() const;  // of what the writer keeps to go on with
 
  private:
   // The tokens of one expert, and their router weights.
@@ -52,6 +51,9 @@ class CalibratedEncoder {
 
   void plan_order();
   void begin_streams();
+  void save_state(int next_layer);
+  int restore_state();  // the layer to go on with
+  void pass_tensors(int next_layer);
   void run_layer(int index);
   void encode_attention(LayerState& s);
   Moments attention_inputs(const LayerState& s) const;
@@ -95,7 +97,7 @@ class CalibratedEncoder {
   size_t n_ctx_, n_embd_;
   CalibrationSizes sizes_;
   const ConvertOptions& options_;
-  Sink sink_;
+  GgufWriter* writer_ = nullptr;  // during run()
   std::vector<float> rope_factors_;
   LayerEval eval_;
   std::vector<size_t> order_;

@@ -44,12 +44,15 @@ const TensorJob& SourceModel::job(TensorKind kind, int layer) const {
 std::vector<float> SourceModel::floats(const TensorJob& job, uint64_t first_row, uint64_t n_rows) {
   const uint64_t cols = job.shape.back();
   std::vector<float> out(n_rows * cols);
-  for (uint64_t i = 0; i < n_rows; ++i) {
-    const SourceRow from = find_row(job, first_row + i);
-    float* to = out.data() + i * cols;
-    from.run->source.format->decode_row(from.data(), to, cols);
-    if (!std::all_of(to, to + cols, [](float v) { return std::isfinite(v); }))
-      fail(ErrorKind::format, "tensor '", from.run->source.name, "', row ", from.row,
+  for (uint64_t done = 0; done < n_rows;) {
+    const SourceRow from = find_row(job, first_row + done);
+    const uint64_t n = std::min(n_rows - done, from.run->rows() - from.row);
+    read_rows(*from.run, from.row, n, out.data() + done * cols);
+    done += n;
+    const float* rows = out.data() + (done - n) * cols;
+    const float* bad = std::find_if(rows, rows + n * cols, [](float v) { return !std::isfinite(v); });
+    if (bad != rows + n * cols)
+      fail(ErrorKind::format, "tensor '", from.run->source.name, "', row ", from.row + static_cast<uint64_t>(bad - rows) / cols,
            ": a value is not finite (NaN or infinity); the source is damaged");
   }
   return out;
@@ -59,8 +62,9 @@ void SourceModel::store_row(const TensorJob& job, uint64_t row, const float* imp
                             std::byte* out) {
   const SourceRow from = find_row(job, row);
   const uint64_t cols = job.shape.back();
-  if (from.run->source.format == job.format) {
-    std::memcpy(out, from.data(), row_bytes(*job.format, cols));
+  if (from.run->source.format == job.format && from.run->is_plain()) {
+    const size_t bytes = row_bytes(*job.format, cols);
+    std::memcpy(out, from.run->source.data.data() + from.run->source_row(from.row) * bytes, bytes);
   } else {
     job.format->encode_row(floats(job, row, 1).data(), out, cols, importance);
   }
@@ -73,11 +77,11 @@ SourceMatrix SourceModel::matrix(const TensorJob& job, size_t expert) const {
   m.weight.cols = cols;
   size_t run_first = 0;
   for (const RowRun& run : job.runs) {
-    const size_t n = run.source.rows();
+    const size_t n = run.rows();
     const Format& format = *run.source.format;
     const bool is_float =
         format.dtype == DType::F32 || format.dtype == DType::F16 || format.dtype == DType::BF16;
-    const bool in_place = is_float && run.permute_heads == 0;
+    const bool in_place = is_float && run.is_plain() && !run.is_scattered();
     if (in_place && first >= run_first && first + rows <= run_first + n) {
       m.weight.format = &format;
       m.weight.row_bytes = row_bytes(format, cols);

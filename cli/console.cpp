@@ -173,16 +173,20 @@ ProgressBar::ProgressBar(std::string label, Unit unit)
     : label_(std::move(label)), unit_(unit), start_(StatusLine::Clock::now()) {}
 
 void ProgressBar::update(uint64_t done, uint64_t total, std::string_view detail) {
+  if (!found_) {
+    found_ = done;
+    start_ = StatusLine::Clock::now();
+  }
   if (total == 0 || !line_.due()) return;
   const double seconds = std::chrono::duration<double>(StatusLine::Clock::now() - start_).count();
-  const double per_second = static_cast<double>(done) / std::max(seconds, 1e-9);
+  const double per_second = static_cast<double>(done - std::min(done, *found_)) / std::max(seconds, 1e-9);
   const double fraction = std::min(1.0, static_cast<double>(done) / static_cast<double>(total));
   constexpr int kWidth = 24;
   const int filled = static_cast<int>(fraction * kWidth);
   const std::string bar = std::string(static_cast<size_t>(filled), '#') +
                           std::string(static_cast<size_t>(kWidth - filled), '.');
   const std::string eta =
-      done == 0 ? "?"
+      done <= *found_ ? "?"
                 : format_duration(static_cast<double>(total - std::min(done, total)) / per_second);
   std::array<char, 256> line{};
   std::snprintf(line.data(), line.size(), "%s [%s] %3.0f%%  %s  ETA %s  %.*s", label_.c_str(),

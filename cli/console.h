@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -77,7 +78,8 @@ class ProgressBar {
   enum class Unit { bytes, tokens, chunks };
   ProgressBar(std::string label, Unit unit);
 
-  // `detail` (the tensor being converted, say) follows the figures.
+  // `detail` (the tensor being converted, say) follows the figures. What was done at the first call counts
+  // as found, not as done since.
   void update(uint64_t done, uint64_t total, std::string_view detail = {});
 
  private:
@@ -85,6 +87,7 @@ class ProgressBar {
   Unit unit_;
   StatusLine line_{std::chrono::milliseconds(100)};
   StatusLine::Clock::time_point start_;
+  std::optional<uint64_t> found_;
 };
 
 }  // namespace duet::cli

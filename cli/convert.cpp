@@ -21,11 +21,11 @@ namespace {
 
 struct ConvertArgs {
   std::string source, output, type, name, imatrix, token_embedding_type, output_tensor_type;
-  std::vector<std::string> tensor_types;
+  std::vector<std::string> tensor_types, loras;
   std::string calibrate, split_max_size, target_size, ram;
   double target_bpw = 0;
   size_t calibrate_tokens = 0;
-  bool vocab_only = false, dry_run = false, force = false, json = false;
+  bool vocab_only = false, dry_run = false, force = false, resume = false, json = false;
   int n_threads = 0;
 };
 
@@ -47,6 +47,8 @@ ConvertOptions library_options(const ConvertArgs& args) {
   options.recipe = args.type.empty() ? "Q4_K_M" : args.type;  // empty: a size is asked for
   options.vocab_only = args.vocab_only;
   options.overwrite = args.force;
+  options.resume = args.resume;
+  options.program = program_name();
   options.n_threads = args.n_threads;
   options.name = args.name;
   options.imatrix = args.imatrix;
@@ -56,6 +58,7 @@ ConvertOptions library_options(const ConvertArgs& args) {
   options.token_embedding_type = args.token_embedding_type;
   options.output_tensor_type = args.output_tensor_type;
   options.tensor_types = args.tensor_types;
+  for (const std::string& lora : args.loras) options.loras.push_back(parse_lora(lora));
   options.notice = notices();
   options.cancel = &interrupted();
   return options;
@@ -81,6 +84,7 @@ void print_plan(const ConvertPlan& plan) {
   std::snprintf(line.data(), line.size(), "%.3f", plan.bits_per_weight);
   print(concat(plan.recipe, ": ", plan.tensors.size(), " tensors, ", format_size(plan.source_bytes),
                " -> ", format_size(plan.output_bytes), ", ", line.data(), " bits per weight\n"));
+  print(concat(plan.n_files == 1 ? "1 file" : concat(plan.n_files, " files"), ", ", plan.file_bytes, " bytes\n"));
 }
 
 void print_plan_json(const ConvertPlan& plan) {
@@ -94,6 +98,8 @@ void print_plan_json(const ConvertPlan& plan) {
   print_json({{"recipe", plan.recipe},
               {"source_bytes", plan.source_bytes},
               {"output_bytes", plan.output_bytes},
+              {"file_bytes", plan.file_bytes},
+              {"files", plan.n_files},
               {"bits_per_weight", plan.bits_per_weight},
               {"tensors", tensors}});
 }
@@ -151,10 +157,12 @@ void run_conversion(const ConvertArgs& args, const Conversion& conversion) {
     fail(ErrorKind::usage, "no output file given: add -o OUT.gguf, or --dry-run to see the plan");
   ProgressBar bar(conversion.label, ProgressBar::Unit::bytes);
   options.progress = progress_on(bar);
-  if (args.calibrate.empty()) return conversion.write(args.source, args.output, options);
-  if (options.split_max_bytes > 0)
+  if (!args.calibrate.empty() && options.split_max_bytes > 0)
     fail(ErrorKind::usage, "--calibrate writes one file: cut it by duet repack --split-max-size afterwards");
-  conversion.write_calibrated(args.source, args.output, options, calibration_options(args));
+  with_resumption(args.output, args.resume, [&] {
+    if (args.calibrate.empty()) return conversion.write(args.source, args.output, options);
+    conversion.write_calibrated(args.source, args.output, options, calibration_options(args));
+  });
 }
 
 void add_type_options(CLI::App& command, ConvertArgs& args) {
@@ -203,12 +211,14 @@ void add_shared_options(CLI::App& command, CLI::Option& type, ConvertArgs& args)
   command.add_option("--imatrix", args.imatrix,
                      "Importance matrix that weights errors: made by duet imatrix or llama-imatrix")
       ->type_name("FILE");
+  add_lora_option(command, args.loras, "Merge this PEFT adapter into the weights");
   add_split_option(command, args.split_max_size);
   add_threads_option(command, args.n_threads);
   command.add_flag("--dry-run", args.dry_run,
                    "Only print what would be written: each tensor's type and size");
   command.add_flag("--json", args.json, "With --dry-run: as JSON");
-  command.add_flag("--force", args.force, "Replace an existing output file");
+  command.add_flag("--force", args.force, "Replace an existing output file, and begin an unfinished one anew");
+  add_resume_option(command, args.resume);
 }
 
 }  // namespace
@@ -218,7 +228,7 @@ void add_convert(CLI::App& app) {
       *app.add_subcommand("convert", "Hugging Face model folder -> quantized GGUF file");
   auto args = std::make_shared<ConvertArgs>();
   args->type = "Q4_K_M";
-  command.add_option("SRC", args->source, "Folder with config.json, *.safetensors and a tokenizer")
+  command.add_option("SRC", args->source, "Folder with *.safetensors, a tokenizer and config.json, or params.json (Mistral's own form)")
       ->required();
   CLI::Option* type = command.add_option("-q,--type", args->type, "Mix of types: " + joined(recipe_names()))
                           ->capture_default_str();

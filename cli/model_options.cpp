@@ -70,6 +70,7 @@ void add_memory_option(CLI::App& command, MemoryOptions& memory) {
 
 void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default) {
   command.add_option("MODEL", options.path, "GGUF file, or the name of a model that is here (duet list)")->required();
+  add_lora_option(command, options.loras, "Apply this PEFT adapter");
   add_memory_option(command, options.memory);
   add_stream_options(command, options);
   command
@@ -120,6 +121,8 @@ MemoryOptions memory_options_of(const ModelOptions& options) {
 }
 
 Engine open_engine(const ModelOptions& options) {
+  std::vector<LoraChoice> loras;
+  for (const std::string& lora : options.loras) loras.push_back(parse_lora(lora));
   return Engine::open(model_file(options.path),
                       {.n_threads = options.n_threads,
                        .isa = options.isa,
@@ -127,7 +130,8 @@ Engine open_engine(const ModelOptions& options) {
                        .pin = options.pin,
                        .numa = options.numa,
                        .memory = memory_options_of(options),
-                       .stream = {.backend = options.backend, .lookahead = options.lookahead}});
+                       .stream = {.backend = options.backend, .lookahead = options.lookahead},
+                       .loras = std::move(loras)});
 }
 
 Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx, RoutingFn routing) {

@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <string>
+#include <vector>
 
 #include "runtime/engine.h"
 
@@ -24,6 +25,7 @@ struct ModelOptions {
   NumaMode numa = NumaMode::automatic;
   ReadBackend backend = ReadBackend::automatic;
   Lookahead lookahead = StreamOptions{}.lookahead;
+  std::vector<std::string> loras;
   MemoryOptions memory;  // of --ram; the sizes of the session are copied into it by open_engine
 };
 

@@ -12,7 +12,9 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "base/resumable_file.h"
 #include "base/units.h"
+#include "cli/build_info.h"
 #include "cli/config_file.h"
 #include "cli/console.h"
 
@@ -127,6 +129,27 @@ uint64_t split_bytes(const std::string& size) {
   if (n == 0) fail(ErrorKind::usage, "--split-max-size: files of 0 bytes hold nothing");
   return n;
 }
+
+void add_lora_option(CLI::App& command, std::vector<std::string>& loras, const std::string& description) {
+  command.add_option("--lora", loras, description + ", DIR=0.5: at that strength; may be given several times")->type_name("DIR[=SCALE]")->allow_extra_args(false);
+}
+
+void add_resume_option(CLI::App& command, bool& resume) {
+  command.add_flag("--resume", resume,
+                   "Go on with what a run that was cut off has left (OUT.part), checking it; keep what is done when this one is cut off");
+}
+
+void with_resumption(const std::string& output, bool resume, const std::function<void()>& work) {
+  try {
+    work();
+  } catch (const Error&) {
+    std::error_code ec;
+    if (resume && std::filesystem::exists(part_file_of(output), ec)) note(concat(part_file_of(output).string(), " is kept; the same command with --resume goes on"));
+    throw;
+  }
+}
+
+std::string program_name() { return concat("duet " DUET_VERSION " ", build_commit()); }
 
 void add_threads_option(CLI::App& command, int& n_threads) {
   command

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,15 @@ void add_threads_option(CLI::App& command, int& n_threads);
 // --split-max-size, and what it says in bytes (0: nothing). Error(usage).
 void add_split_option(CLI::App& command, std::string& size);
 uint64_t split_bytes(const std::string& size);
+
+// --lora, which may be given several times.
+void add_lora_option(CLI::App& command, std::vector<std::string>& loras, const std::string& description);
+
+// --resume; `work` under it: says what remains when it fails.
+void add_resume_option(CLI::App& command, bool& resume);
+void with_resumption(const std::string& output, bool resume, const std::function<void()>& work);
+// Which program this is, to go on only with what it has begun itself.
+std::string program_name();
 
 // --pin and --numa.
 void add_placement_options(CLI::App& command, PinMode& pin, NumaMode& numa);

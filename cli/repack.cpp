@@ -15,7 +15,7 @@ namespace {
 
 struct RepackCommand {
   std::string input, output, split_max_size;
-  bool force = false;
+  bool force = false, resume = false;
 };
 
 using WriteFn = void (*)(const std::filesystem::path&, const std::filesystem::path&, const ConvertOptions&);
@@ -25,17 +25,20 @@ void run_repack(const RepackCommand& command, const char* label, WriteFn write) 
   ProgressBar bar(label, ProgressBar::Unit::bytes);
   ConvertOptions options;
   options.overwrite = command.force;
+  options.resume = command.resume;
+  options.program = program_name();
   options.notice = notices();
   options.cancel = &interrupted();
   options.split_max_bytes = split_bytes(command.split_max_size);
   options.progress = [&](const ConvertProgress& p) { bar.update(p.done_bytes, p.total_bytes, p.tensor); };
-  write(input, command.output, options);
+  with_resumption(command.output, command.resume, [&] { write(input, command.output, options); });
 }
 
 void add_shared(CLI::App& command, RepackCommand& options) {
   command.add_option("IN", options.input, "GGUF file (for a split one, any part)")->required();
   command.add_option("OUT", options.output, "GGUF file to write")->required();
-  command.add_flag("--force", options.force, "Replace an existing output file");
+  command.add_flag("--force", options.force, "Replace an existing output file, and begin an unfinished one anew");
+  add_resume_option(command, options.resume);
 }
 
 }  // namespace

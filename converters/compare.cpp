@@ -36,7 +36,7 @@ std::string types_of(const TensorJob& job) {
 // Row `row` of the tensor as the converter would write it.
 void decode_row(const TensorJob& job, uint64_t row, float* out) {
   const SourceRow from = find_row(job, row);
-  from.run->source.format->decode_row(from.data(), out, from.run->source.cols());
+  read_rows(*from.run, from.row, 1, out);
 }
 
 struct Sums {

@@ -8,8 +8,12 @@
 #include "base/error.h"
 #include "base/json.h"
 #include "base/mapped_file.h"
+#include "base/sha256.h"
+#include "converters/float8.h"
 #include "converters/hf_tokenizer.h"
 #include "converters/importance.h"
+#include "converters/lora.h"
+#include "converters/mistral_folder.h"
 #include "converters/quantize.h"
 #include "converters/recipe.h"
 #include "converters/repack.h"
@@ -32,16 +36,17 @@ std::string shape_text(const std::vector<uint64_t>& shape) {
 
 void require_folder(const fs::path& folder) {
   if (!fs::exists(folder)) fail(ErrorKind::io, folder.string(), ": no such folder");
+  const std::string ending = folder.extension().string();
+  if (!fs::is_directory(folder) && (ending == ".pt" || ending == ".pth" || ending == ".bin"))
+    fail(ErrorKind::unsupported, folder.string(),
+         ": a PyTorch pickle, which can run programs when it is read; get the model's .safetensors files, or make some with "
+         "torch.load(FILE, weights_only=True) and safetensors.torch.save_file, and convert their folder");
   if (!fs::is_directory(folder))
     fail(ErrorKind::io, folder.string(),
          ": is a file, expected a folder with config.json, *.safetensors and a "
          "tokenizer (for a GGUF file: duet quantize)");
-  if (fs::exists(folder / "config.json")) return;
-  if (fs::exists(folder / "params.json"))
-    fail(ErrorKind::unsupported, folder.string(),
-         ": Mistral's native layout (params.json); use the Hugging Face form of the model "
-         "(config.json)");
-  fail(ErrorKind::io, folder.string(), ": no config.json; not a Hugging Face model folder");
+  if (fs::exists(folder / "config.json") || is_mistral_folder(folder)) return;
+  fail(ErrorKind::io, folder.string(), ": no config.json and no params.json; not a model folder");
 }
 
 // ---- from names to rows -------------------------------------------------------------------------
@@ -87,19 +92,55 @@ std::string missing_name(const std::vector<HfSource>& forms, const Safetensors& 
   return best;
 }
 
+// One tensor of a folder, and what is known of its rows beside their place.
+struct SourceTensor {
+  const TensorView* view;
+  RowChange scale;
+
+  RowRun run(uint64_t first_row, uint64_t n_rows) const {
+    RowRun out{.source = row_slice(*view, first_row, n_rows)};
+    if (scale) out.scale = [change = scale, first_row](uint64_t row, float* values) { change(first_row + row, values); };
+    return out;
+  }
+};
+
+using Names = std::unordered_set<std::string>;
+
+SourceTensor source_tensor(const Safetensors& weights, const std::string& name, const std::vector<uint64_t>& expected, Names& used) {
+  const TensorView& view = checked_source(weights, name, expected);
+  std::string scale_name;
+  SourceTensor out{&view, float8_scales(weights, view, scale_name)};
+  used.insert(name);
+  if (out.scale) used.insert(scale_name);
+  return out;
+}
+
 // One fused tensor [E, rows, cols] or [E, 2 * rows, cols] of gate and up: its rows, expert by
 // expert.
 std::vector<RowRun> fused_runs(const Safetensors& weights, const HfSource& form,
-                               const TensorSpec& spec) {
+                               const TensorSpec& spec, Names& used) {
   std::vector<uint64_t> expected = spec.shape;
   const uint64_t n_expert = spec.shape[0], rows = spec.shape[1];
   const bool half = form.rows != HfSource::Rows::all;
   if (half) expected[1] *= 2;
-  const TensorView& tensor = checked_source(weights, form.names[0], expected);
+  const SourceTensor tensor = source_tensor(weights, form.names[0], expected, used);
   const uint64_t offset = form.rows == HfSource::Rows::second_half ? rows : 0;
   std::vector<RowRun> runs;
   for (uint64_t e = 0; e < n_expert; ++e) {
-    runs.push_back({.source = row_slice(tensor, e * expected[1] + offset, rows)});
+    runs.push_back(tensor.run(e * expected[1] + offset, rows));
+  }
+  return runs;
+}
+
+// One matrix [E * n_ff, n_embd] for all experts, also for the down projections [n_embd, n_ff].
+std::vector<RowRun> stacked_runs(const Safetensors& weights, const HfSource& form, const TensorSpec& spec, Names& used) {
+  const uint64_t n_expert = spec.shape[0], rows = spec.shape[form.transposed ? 2 : 1], cols = spec.shape[form.transposed ? 1 : 2];
+  const SourceTensor tensor = source_tensor(weights, form.names[0], {n_expert * rows, cols}, used);
+  if (tensor.scale && form.transposed) fail(ErrorKind::unsupported, "tensor '", form.names[0], "' is of 8-bit floats and to be transposed");
+  std::vector<RowRun> runs;
+  for (uint64_t e = 0; e < n_expert; ++e) {
+    runs.push_back(tensor.run(e * rows, rows));
+    runs.back().transposed = form.transposed;
   }
   return runs;
 }
@@ -110,14 +151,17 @@ uint32_t permuted_heads(const HParams& hparams, const TensorSpec& spec) {
 }
 
 std::vector<RowRun> source_runs(const Safetensors& weights, const HfSource& form,
-                                const HParams& hparams, const TensorSpec& spec) {
-  if (spec.shape.size() == 3 && form.names.size() == 1) return fused_runs(weights, form, spec);
+                                const HParams& hparams, const TensorSpec& spec, Names& used) {
+  if (form.stacked) return stacked_runs(weights, form, spec, used);
+  if (spec.shape.size() == 3 && form.names.size() == 1) return fused_runs(weights, form, spec, used);
   const std::vector<uint64_t> expected(
       spec.shape.end() - std::min<ptrdiff_t>(2, std::ssize(spec.shape)), spec.shape.end());
   std::vector<RowRun> runs;
   for (const std::string& name : form.names) {
-    runs.push_back({.source = checked_source(weights, name, expected),
-                    .permute_heads = form.permute_rope ? permuted_heads(hparams, spec) : 0});
+    const SourceTensor tensor = source_tensor(weights, name, expected, used);
+    RowRun run{.source = *tensor.view, .permute_heads = form.permute_rope ? permuted_heads(hparams, spec) : 0};
+    run.scale = tensor.scale;
+    runs.push_back(std::move(run));
   }
   return runs;
 }
@@ -138,11 +182,12 @@ TensorJob rope_factor_job(const TensorSpec& spec, const std::vector<float>& fact
 // Tensors that folders hold and GGUF does not: tables that follow from config.json, and the copy of
 // the embedding that some tools write for tied models.
 bool known_extra(const std::string& name, const HParams& hparams) {
-  return name.ends_with("rotary_emb.inv_freq") || name.ends_with(".attn.bias") ||
+  return name.ends_with("rotary_emb.inv_freq") || name == "rope.freqs" || name.ends_with(".attn.bias") ||
+         name.ends_with(".input_scale") || name.ends_with(".k_scale") || name.ends_with(".v_scale") ||  // of activations
          name.ends_with(".attn.masked_bias") || (hparams.tied_output && name == "lm_head.weight");
 }
 
-void check_all_used(const Safetensors& weights, const std::unordered_set<std::string>& used,
+void check_all_used(const Safetensors& weights, const Names& used,
                     const HParams& hparams) {
   for (const TensorView& tensor : weights.tensors()) {
     if (used.contains(tensor.name) || known_extra(tensor.name, hparams)) continue;
@@ -151,9 +196,9 @@ void check_all_used(const Safetensors& weights, const std::unordered_set<std::st
   }
 }
 
-void make_jobs(ConversionSource& model, const Recipe& recipe, TypeRules rules) {
+void make_jobs(ConversionSource& model, bool mistral, const Recipe& recipe, TypeRules rules) {
   const Safetensors& weights = *model.weights;
-  std::unordered_set<std::string> used;
+  Names used;
   for (const TensorSpec& spec : tensor_table(model.hparams)) {
     if (spec.kind == TensorKind::rope_freqs) {
       model.rope_factors = llama3_rope_freqs(model.hparams);
@@ -161,14 +206,13 @@ void make_jobs(ConversionSource& model, const Recipe& recipe, TypeRules rules) {
       continue;
     }
     if (spec.kind == TensorKind::output && model.hparams.tied_output) continue;
-    const std::vector<HfSource> forms = hf_sources(model.hparams, spec);
+    const std::vector<HfSource> forms = mistral ? mistral_sources(model.hparams, spec) : hf_sources(model.hparams, spec);
     const HfSource* form = find_form(forms, weights);
     if (form == nullptr)
       fail(ErrorKind::format, "tensor '", missing_name(forms, weights),
            "' is missing from the folder (for ", spec.gguf_name, ")");
-    used.insert(form->names.begin(), form->names.end());
     model.jobs.push_back({spec.gguf_name, &rules.format(recipe, model.hparams, spec), spec.shape,
-                          source_runs(weights, *form, model.hparams, spec)});
+                          source_runs(weights, *form, model.hparams, spec, used)});
     for (RowRun& run : model.jobs.back().runs)
       run.drop = [weights](const TensorView& view) { weights.drop(view); };
   }
@@ -185,10 +229,13 @@ std::string folder_name(const fs::path& folder) {
 
 ConversionSource open_folder(const fs::path& folder, const ConvertOptions& options) {
   require_folder(folder);
-  const std::string source = (folder / "config.json").string();
-  const Json config = parse_json(read_file(folder / "config.json", kMaxConfigBytes), source);
+  const bool mistral = is_mistral_folder(folder);
+  const std::string source = (folder / (mistral ? "params.json" : "config.json")).string();
   const NoticeFn notice = options.notice ? options.notice : [](const std::string&) {};
   ConversionSource model;
+  if (mistral) model.weights = open_consolidated(folder);
+  const Json config = mistral ? config_of_params(folder, *model.weights, notice)
+                              : parse_json(read_file(folder / "config.json", kMaxConfigBytes), source);
   model.hparams = read_hf_config(config, source, notice);
   model.hparams.name = options.name.empty() ? folder_name(folder) : options.name;
   model.metadata = hparams_metadata(model.hparams);
@@ -199,8 +246,10 @@ ConversionSource open_folder(const fs::path& folder, const ConvertOptions& optio
     model.metadata.push_back(
         {"general.file_type", GgufValue::u32(static_cast<uint32_t>(recipe.file_type))});
     model.metadata.push_back({"general.quantization_version", GgufValue::u32(2)});
-    model.weights = Safetensors::open(folder);
-    make_jobs(model, recipe, TypeRules(options));
+    if (!model.weights) model.weights = Safetensors::open(folder);
+    make_jobs(model, mistral, recipe, TypeRules(options));
+    model.identity = identity_of(*model.weights) + sha256_of(std::as_bytes(std::span(model.rope_factors)));
+    apply_loras(options, model);
     apply_imatrix(options, model.hparams, model.jobs, model.metadata);
   }
   model.metadata.insert(model.metadata.end(), tokenizer.begin(), tokenizer.end());
@@ -210,14 +259,13 @@ ConversionSource open_folder(const fs::path& folder, const ConvertOptions& optio
 ConvertPlan plan_convert(const fs::path& folder, const ConvertOptions& options) {
   ConversionSource model = open_folder(folder, options);
   choose_types(options, {}, model);
-  return plan_of(model.jobs, options.vocab_only ? "vocabulary" : recipe_label(options));
+  return plan_parts(model.metadata, model.jobs, options.vocab_only ? "vocabulary" : recipe_label(options), options);
 }
 
 void convert(const fs::path& folder, const fs::path& output, const ConvertOptions& options) {
-  check_overwrite(output, options.overwrite);
   ConversionSource model = open_folder(folder, options);
   choose_types(options, {}, model);
-  write_parts(output, model.metadata, model.jobs, options);
+  write_parts(output, model.metadata, model.jobs, model.identity, options);
 }
 
 }  // namespace duet

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "formats/gguf.h"
+#include "formats/lora.h"
 #include "formats/schema.h"
 
 namespace duet {
@@ -36,13 +37,18 @@ struct ConvertOptions {
   double target_bpw = 0;
   bool vocab_only = false;
   bool overwrite = false;  // an existing output is an error otherwise
+  // Goes on with what an interrupted run has left (base/resumable_file.h), and leaves what there is when it is
+  // interrupted itself.
+  bool resume = false;
+  std::string program = {};  // which program this is: another one's unfinished output is not gone on with
   uint64_t split_max_bytes = 0;  // more make several files (converters/repack.h); 0: always one
   int n_threads = 0;       // 0: HostCores::usable()
   std::string name;        // general.name; "": from the folder
   std::string imatrix;     // importance matrix (formats/imatrix.h) that weights squared errors; "": none
+  std::vector<LoraChoice> loras = {};  // adapters to merge into the weights
   NoticeFn notice;         // one-line remarks; may be null
   std::function<void(const ConvertProgress&)> progress;
-  const std::atomic<bool>* cancel = nullptr;  // true -> Error(cancelled), nothing left behind
+  const std::atomic<bool>* cancel = nullptr;  // true -> Error(cancelled)
 };
 
 struct PlannedTensor {
@@ -53,7 +59,9 @@ struct PlannedTensor {
 };
 struct ConvertPlan {
   std::string recipe;
-  uint64_t source_bytes = 0, output_bytes = 0;
+  uint64_t source_bytes = 0, output_bytes = 0;  // of all tensors
+  uint64_t file_bytes = 0;                      // of the file, or of all its parts
+  size_t n_files = 1;
   double bits_per_weight = 0;
   std::vector<PlannedTensor> tensors;
 };
@@ -62,7 +70,8 @@ struct ConvertPlan {
 // Q3_K_S Q2_K IQ4_NL IQ4_XS.
 std::vector<std::string> recipe_names();
 
-// Hugging Face folder (config.json, *.safetensors, tokenizer.model or tokenizer.json) -> GGUF.
+// Model folder -> GGUF: Hugging Face's form (config.json, *.safetensors, tokenizer.model or tokenizer.json) or
+// Mistral's (params.json, consolidated*.safetensors, tokenizer.model).
 ConvertPlan plan_convert(const std::filesystem::path& folder, const ConvertOptions& options);
 void convert(const std::filesystem::path& folder, const std::filesystem::path& output,
              const ConvertOptions& options);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -16,14 +17,31 @@
 
 namespace duet {
 
+// Changes a row in place.
+using RowChange = std::function<void(uint64_t row, float* values)>;
+
 // Rows from one source tensor (or a slice of one), appended to those of the run before.
 struct RowRun {
-  TensorView source;  // borrowed; rows() x cols(), cols as in the output tensor
+  TensorView source;  // borrowed; [rows(), cols()], cols as in the output tensor
   // Rows of q and k: Hugging Face rotates pairs (i, i + head_dim/2), GGUF "llama" pairs (2i, 2i+1).
   // Number of heads to reorder the rows of; 0: rows stay as they are.
   uint32_t permute_heads = 0;
   std::function<void(const TensorView&)> drop = {};  // gives pages back; may be null
+  bool transposed = false;  // the source is [cols(), rows()]
+  RowChange scale = {};     // of a row of the source, as it was stored; may be null
+  RowChange add = {};       // then, of a row of the output tensor: `row` counts from the first of the run
+
+  uint64_t rows() const { return transposed ? source.cols() : source.rows(); }
+  uint64_t cols() const { return transposed ? source.rows() : source.cols(); }
+  // The bytes of a source row are those of its values.
+  bool is_plain() const { return !transposed && !scale && !add; }
+  // Rows come in another order than they lie in the file.
+  bool is_scattered() const { return transposed || permute_heads != 0; }
+  uint64_t source_row(uint64_t row) const;  // of a run that is not transposed
 };
+
+// Rows [first, first + n) that a run gives, as values.
+void read_rows(const RowRun& run, uint64_t first, uint64_t n, float* out);
 
 struct TensorJob {
   std::string name;
@@ -38,11 +56,7 @@ struct TensorJob {
 // Where a row of the output tensor comes from.
 struct SourceRow {
   const RowRun* run;
-  uint64_t row;  // of run->source
-
-  const std::byte* data() const {
-    return run->source.data.data() + row * row_bytes(*run->source.format, run->source.cols());
-  }
+  uint64_t row;  // of those that the run gives
 };
 SourceRow find_row(const TensorJob& job, uint64_t row);
 uint64_t source_bytes(const TensorJob& job);  // of all runs
@@ -56,13 +70,20 @@ TensorView row_slice(const TensorView& view, uint64_t first, uint64_t n);
 // The plan that the jobs amount to, without file header.
 ConvertPlan plan_of(const std::vector<TensorJob>& jobs, const std::string& recipe);
 
+// How these options and jobs have an output begun or gone on with. source: which files the jobs read
+// (ConversionSource::identity); settings: what else the bytes depend on, beside names, types and metadata.
+PartOptions part_options(const ConvertOptions& options, const std::vector<TensorJob>& jobs, const std::string& source, const std::string& settings);
+
 // Writes the whole file: metadata, then every job. Throws Error: format (a source value that is
-// not finite, naming tensor and row), io, cancelled; nothing is left behind then.
-void write_gguf(const std::filesystem::path& output, const std::vector<GgufKeyValue>& metadata,
-                const std::vector<TensorJob>& jobs, const ConvertOptions& options);
+// not finite, naming tensor and row), io, cancelled. It is complete; the caller calls forget(), when all else
+// that belongs to it is.
+std::unique_ptr<GgufWriter> write_gguf(const std::filesystem::path& output, const std::vector<GgufKeyValue>& metadata,
+                                       const std::vector<TensorJob>& jobs, const std::string& source, const ConvertOptions& options);
 
 // Error(io) when output exists and may not be replaced.
 void check_overwrite(const std::filesystem::path& output, bool overwrite);
+// The same; options.resume accepts one that an interrupted run had just completed.
+void check_overwrite(const std::filesystem::path& output, const ConvertOptions& options);
 // options.n_threads, or what the host allows.
 int thread_count(int n_threads);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <memory>
 #include <system_error>
 
 #include "base/error.h"
@@ -57,6 +58,27 @@ void add_split_keys(std::vector<GgufKeyValue>& metadata, size_t index, size_t n_
   metadata.push_back({"split.tensors.count", GgufValue{GgufType::i32, {}, static_cast<int64_t>(n_tensors)}});
 }
 
+// Of part `index`; of the only one: without split.* keys.
+std::vector<GgufKeyValue> part_metadata(const std::vector<GgufKeyValue>& metadata, size_t index, size_t n_parts, size_t n_tensors) {
+  std::vector<GgufKeyValue> out;
+  if (index == 0) out = metadata;
+  if (n_parts > 1) add_split_keys(out, index, n_parts, n_tensors);
+  return out;
+}
+
+// Room for all of them, before the first is begun.
+template <class PathOf>
+void check_room(const std::vector<std::vector<TensorJob>>& parts, const PathOf& path_of) {
+  uint64_t needed = 0, there = 0;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    for (const TensorJob& job : parts[i]) needed += output_bytes(job);
+    std::error_code ec;
+    const fs::path part = part_file_of(path_of(i)), file = is_unfinished(path_of(i)) ? path_of(i) : part;
+    if (fs::exists(file, ec)) there += fs::file_size(file, ec);
+  }
+  check_destination(path_of(0), needed - std::min(needed, there));
+}
+
 // Progress over all parts, from that of one.
 ConvertOptions options_of_part(const ConvertOptions& options, uint64_t done_bytes, uint64_t total_bytes, size_t first_tensor, size_t n_tensors) {
   ConvertOptions out = options;
@@ -71,17 +93,6 @@ ConvertOptions options_of_part(const ConvertOptions& options, uint64_t done_byte
     };
   return out;
 }
-
-// Removes what it was told of, unless all went well.
-struct Written {
-  std::vector<fs::path> paths;
-  bool keep = false;
-  ~Written() {
-    std::error_code ignored;
-    for (const fs::path& path : paths)
-      if (!keep) fs::remove(path, ignored);
-  }
-};
 
 uint64_t source_bytes(const std::vector<TensorJob>& jobs) {
   uint64_t n = 0;
@@ -99,27 +110,39 @@ fs::path part_path(const fs::path& output, size_t index, size_t n) {
   return stem.string() + suffix;
 }
 
-void write_parts(const fs::path& output, const std::vector<GgufKeyValue>& metadata, std::vector<TensorJob> jobs, const ConvertOptions& options) {
+ConvertPlan plan_parts(const std::vector<GgufKeyValue>& metadata, const std::vector<TensorJob>& jobs, const std::string& recipe, const ConvertOptions& options) {
+  ConvertPlan plan = plan_of(jobs, recipe);
+  const auto parts = cut(jobs, options.split_max_bytes);
+  plan.n_files = parts.size();
+  for (size_t i = 0; i < parts.size(); ++i) {
+    GgufWriter writer(std::filesystem::path{});
+    for (const GgufKeyValue& kv : part_metadata(metadata, i, parts.size(), jobs.size())) writer.set(kv.key, kv.value);
+    for (const TensorJob& job : parts[i]) writer.add_tensor(job.name, *job.format, job.shape);
+    plan.file_bytes += writer.total_bytes();
+  }
+  return plan;
+}
+
+void write_parts(const fs::path& output, const std::vector<GgufKeyValue>& metadata, std::vector<TensorJob> jobs, const std::string& source,
+                 const ConvertOptions& options) {
   const size_t n_tensors = jobs.size();
   const uint64_t total_bytes = source_bytes(jobs);
   const auto parts = cut(std::move(jobs), options.split_max_bytes);
-  if (parts.size() == 1) return write_gguf(output, metadata, parts[0], options);
-  if (parts.size() > UINT16_MAX) fail(ErrorKind::usage, "parts of ", options.split_max_bytes, " bytes make ", parts.size(), " files; at most ", UINT16_MAX);
-  for (size_t i = 0; i < parts.size(); ++i) check_overwrite(part_path(output, i, parts.size()), options.overwrite);
-  Written written;
+  const size_t n = parts.size();
+  if (n > UINT16_MAX) fail(ErrorKind::usage, "parts of ", options.split_max_bytes, " bytes make ", n, " files; at most ", UINT16_MAX);
+  const auto path_of = [&](size_t i) { return n == 1 ? output : part_path(output, i, n); };
+  for (size_t i = 0; i < n; ++i) check_overwrite(path_of(i), options);
+  check_room(parts, path_of);
+  std::vector<std::unique_ptr<GgufWriter>> written;
   uint64_t done_bytes = 0;
   size_t first_tensor = 0;
-  for (size_t i = 0; i < parts.size(); ++i) {
-    std::vector<GgufKeyValue> keys;
-    if (i == 0) keys = metadata;
-    add_split_keys(keys, i, parts.size(), n_tensors);
-    const fs::path path = part_path(output, i, parts.size());
-    write_gguf(path, keys, parts[i], options_of_part(options, done_bytes, total_bytes, first_tensor, n_tensors));
-    written.paths.push_back(path);
+  for (size_t i = 0; i < n; ++i) {
+    const ConvertOptions as = options_of_part(options, done_bytes, total_bytes, first_tensor, n_tensors);
+    written.push_back(write_gguf(path_of(i), part_metadata(metadata, i, n, n_tensors), parts[i], source, as));
     done_bytes += source_bytes(parts[i]);
     first_tensor += parts[i].size();
   }
-  written.keep = true;
+  for (const auto& file : written) file->forget();
 }
 
 void repack(const fs::path& input, const fs::path& output, const ConvertOptions& options) {
@@ -130,7 +153,7 @@ void repack(const fs::path& input, const fs::path& output, const ConvertOptions&
     job.format = &stored_format(job);
     job.must_be_finite = false;
   }
-  write_parts(output, own_metadata(*source.file), std::move(source.jobs), options);
+  write_parts(output, own_metadata(*source.file), std::move(source.jobs), source.identity, options);
 }
 
 void merge_parts(const fs::path& input, const fs::path& output, const ConvertOptions& options) {
@@ -138,7 +161,9 @@ void merge_parts(const fs::path& input, const fs::path& output, const ConvertOpt
   std::vector<TensorJob> jobs;
   for (const TensorView& tensor : file.tensors())
     jobs.push_back({tensor.name, tensor.format, tensor.shape, {{.source = tensor, .drop = [file](const TensorView& view) { file.drop(view); }}}, false});
-  write_gguf(output, own_metadata(file), jobs, options);
+  ConvertOptions whole = options;
+  whole.split_max_bytes = 0;
+  write_parts(output, own_metadata(file), std::move(jobs), identity_of(file), whole);
 }
 
 }  // namespace duet

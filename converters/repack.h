@@ -23,8 +23,11 @@ std::filesystem::path part_path(const std::filesystem::path& output, size_t inde
 
 // The jobs as one file, or, when max_bytes > 0 and they are larger, as parts of about at most so many
 // bytes (a tensor is never cut): metadata in the first, split.* keys in all. Nothing is left behind after
-// an error. Error(io) when a file exists and may not be replaced.
+// an error, unless options.resume. Error(io) when a file exists and may not be replaced. source: as of part_options().
 void write_parts(const std::filesystem::path& output, const std::vector<GgufKeyValue>& metadata, std::vector<TensorJob> jobs,
-                 const ConvertOptions& options);
+                 const std::string& source, const ConvertOptions& options);
+
+// What that makes.
+ConvertPlan plan_parts(const std::vector<GgufKeyValue>& metadata, const std::vector<TensorJob>& jobs, const std::string& recipe, const ConvertOptions& options);
 
 }  // namespace duet

@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "converters/convert.h"
 #include "converters/importance.h"
+#include "converters/lora.h"
 #include "converters/quantize.h"
 #include "converters/recipe.h"
 #include "converters/repack.h"
@@ -85,6 +86,7 @@ ConversionSource open_gguf(const fs::path& input, const ConvertOptions& options)
   ConversionSource source;
   source.file = GgufFile::open(input);
   const GgufFile& file = *source.file;
+  source.identity = identity_of(file);
   TypeRules rules(options);
   const NoticeFn notice = options.notice ? options.notice : [](const std::string&) {};
   const HParams hparams = source.hparams = read_hparams(file, notice);
@@ -107,20 +109,20 @@ ConversionSource open_gguf(const fs::path& input, const ConvertOptions& options)
     source.jobs.push_back({tensor.name, tensor.format, tensor.shape, {{.source = tensor}}, false});
   }
   apply_imatrix(options, hparams, source.jobs, source.metadata);
+  apply_loras(options, source);
   return source;
 }
 
 ConvertPlan plan_quantize(const fs::path& input, const ConvertOptions& options) {
   ConversionSource source = open_gguf(input, options);
   choose_types(options, {}, source);
-  return plan_of(source.jobs, recipe_label(options));
+  return plan_parts(source.metadata, source.jobs, recipe_label(options), options);
 }
 
 void quantize(const fs::path& input, const fs::path& output, const ConvertOptions& options) {
-  check_overwrite(output, options.overwrite);
   ConversionSource source = open_gguf(input, options);
   choose_types(options, {}, source);
-  write_parts(output, source.metadata, source.jobs, options);
+  write_parts(output, source.metadata, source.jobs, source.identity, options);
 }
 
 }  // namespace duet

@@ -18,11 +18,16 @@ struct ConversionSource {
   std::optional<Safetensors> weights;  // of a folder, unless only its vocabulary is converted
   std::optional<GgufFile> file;        // of GGUF -> GGUF
   std::vector<float> rope_factors;     // data of rope_freqs.weight
+  std::string identity;            // which files these are, in which state
   std::vector<TensorJob> jobs;  // the tensors of the output, in the formats that options ask for
 };
 
 // Errors as of convert() and quantize().
 ConversionSource open_folder(const std::filesystem::path& folder, const ConvertOptions& options);
 ConversionSource open_gguf(const std::filesystem::path& input, const ConvertOptions& options);
+
+// Names, sizes and dates of the files.
+std::string identity_of(const GgufFile& file);
+std::string identity_of(const Safetensors& files);
 
 }  // namespace duet

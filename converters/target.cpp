@@ -49,7 +49,7 @@ uint64_t stored_bytes(const TensorJob& job, const Format& format) { return n_row
 uint64_t padded(uint64_t n) { return (n + kGgufAlignment - 1) / kGgufAlignment * kGgufAlignment; }
 
 bool has_format(const TensorJob& job, const Format& format) {
-  return std::all_of(job.runs.begin(), job.runs.end(), [&](const RowRun& run) { return run.source.format == &format; });
+  return std::all_of(job.runs.begin(), job.runs.end(), [&](const RowRun& run) { return run.source.format == &format && run.is_plain(); });
 }
 
 // Weighted squares of a row and of its error.

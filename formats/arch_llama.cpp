@@ -197,4 +197,67 @@ std::vector<HfSource> hf_sources(const HParams& hparams, const TensorSpec& spec)
   return out;
 }
 
+// ---- Mistral's own names
+// -------------------------------------------------------------------------
+
+namespace {
+
+const char* mistral_name(TensorKind kind) {
+  switch (kind) {
+    case TensorKind::token_embd:
+      return "tok_embeddings";
+    case TensorKind::output_norm:
+      return "norm";
+    case TensorKind::output:
+      return "output";
+    case TensorKind::attn_norm:
+      return "attention_norm";
+    case TensorKind::attn_q:
+      return "attention.wq";
+    case TensorKind::attn_k:
+      return "attention.wk";
+    case TensorKind::attn_v:
+      return "attention.wv";
+    case TensorKind::attn_output:
+      return "attention.wo";
+    case TensorKind::ffn_norm:
+      return "ffn_norm";
+    case TensorKind::ffn_gate_inp:
+      return "feed_forward.gate";
+    case TensorKind::ffn_gate:
+      return "feed_forward.w1";
+    case TensorKind::ffn_down:
+      return "feed_forward.w2";
+    case TensorKind::ffn_up:
+      return "feed_forward.w3";
+    default:
+      return nullptr;
+  }
+}
+
+std::vector<HfSource> mistral_experts(const HParams& h, TensorKind kind, const std::string& prefix) {
+  HfSource single, stacked;
+  const char* matrix = hf_expert_matrix(kind);
+  for (uint32_t e = 0; e < h.n_expert; ++e) single.names.push_back(concat(prefix, "feed_forward.experts.", e, ".", matrix, ".weight"));
+  stacked.stacked = true;
+  stacked.transposed = kind == TensorKind::ffn_down_exps;
+  stacked.names = {concat(prefix, "block_sparse_moe.", matrix)};
+  std::vector<HfSource> out = {single, stacked};
+  stacked.names = {concat(prefix, "block_sparse_moe.", matrix, ".weight")};
+  out.push_back(stacked);
+  return out;
+}
+
+}  // namespace
+
+std::vector<HfSource> mistral_sources(const HParams& hparams, const TensorSpec& spec) {
+  const std::string prefix = spec.layer < 0 ? "" : concat("layers.", spec.layer, ".");
+  if (hf_expert_matrix(spec.kind) != nullptr) return mistral_experts(hparams, spec.kind, prefix);
+  const char* name = mistral_name(spec.kind);
+  if (name == nullptr) return {};
+  std::vector<HfSource> out = {{.names = {concat(prefix, name, ".weight")}}};
+  if (spec.kind == TensorKind::ffn_gate_inp) out.push_back({.names = {concat(prefix, "block_sparse_moe.gate.weight")}});
+  return out;
+}
+
 }  // namespace duet

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "base/mapped_file.h"
+#include "base/resumable_file.h"
 #include "formats/tensor.h"
 
 namespace duet {
@@ -105,6 +106,9 @@ class GgufFile {
 class GgufWriter {
  public:
   explicit GgufWriter(std::filesystem::path path);
+  // As a file that an interrupted run can go on with (base/resumable_file.h). Metadata and declarations are
+  // part of its settings without being named there.
+  GgufWriter(std::filesystem::path path, PartOptions options);
   ~GgufWriter();
   GgufWriter(const GgufWriter&) = delete;
   GgufWriter& operator=(const GgufWriter&) = delete;
@@ -118,7 +122,16 @@ class GgufWriter {
   // Appends to the current tensor; may be called in pieces. A tensor is complete when its declared
   // size has been delivered; more, or the next tensor too early, is a programmer error.
   void write(std::span<const std::byte> bytes);
-  void finish();  // checks completeness, fsync, rename
+  // Whether an interrupted run has left the next n bytes of tensor data, and passing over them.
+  bool has(uint64_t n) const;
+  void pass(uint64_t n);
+  // Of ResumableFile: what is needed to go on after the last tensor written; that of an earlier run.
+  void save_state(const std::vector<std::span<const std::byte>>& pieces);
+  std::vector<std::byte> take_state();
+  void finish();  // checks completeness, fsync, rename; forgets how to go on
+  // The same in two steps, for files that belong together; without forget() the destructor removes the file.
+  void complete();
+  void forget();
 
  private:
   struct State;

@@ -124,7 +124,9 @@ struct GgufWriter::State {
   std::vector<GgufKeyValue> metadata;
   std::vector<DeclaredTensor> tensors;
   std::unordered_set<std::string> names;
-  std::unique_ptr<OutputFile> file;  // from begin() on
+  std::optional<PartOptions> part_options;
+  std::unique_ptr<OutputFile> file;     // from begin() on: one of these
+  std::unique_ptr<ResumableFile> part;
   std::vector<std::byte> buffer;
   size_t current = 0;      // tensor being written
   uint64_t delivered = 0;  // bytes of it
@@ -132,8 +134,11 @@ struct GgufWriter::State {
   uint64_t alignment() const;
   HeaderBytes header() const;
   uint64_t data_bytes() const;
+  bool begun() const { return file != nullptr || part != nullptr; }
   void put(std::span<const std::byte> bytes);
+  void raw(std::span<const std::byte> bytes);
   void flush();
+  void check_room(uint64_t n) const;
   void end_tensor();
 };
 
@@ -175,13 +180,18 @@ uint64_t GgufWriter::State::data_bytes() const {
 void GgufWriter::State::put(std::span<const std::byte> bytes) {
   if (buffer.size() + bytes.size() > kBufferBytes) flush();
   if (bytes.size() >= kBufferBytes)
-    file->write(bytes);
+    raw(bytes);
   else
     buffer.insert(buffer.end(), bytes.begin(), bytes.end());
 }
 
+void GgufWriter::State::raw(std::span<const std::byte> bytes) {
+  if (part != nullptr) return part->write(bytes);
+  file->write(bytes);
+}
+
 void GgufWriter::State::flush() {
-  file->write(buffer);
+  raw(buffer);
   buffer.clear();
 }
 
@@ -196,10 +206,14 @@ GgufWriter::GgufWriter(std::filesystem::path path) : state_(std::make_unique<Sta
   state_->path = std::move(path);
 }
 
+GgufWriter::GgufWriter(std::filesystem::path path, PartOptions options) : GgufWriter(std::move(path)) {
+  state_->part_options = std::move(options);
+}
+
 GgufWriter::~GgufWriter() = default;
 
 void GgufWriter::set(std::string key, GgufValue value) {
-  DUET_ASSERT(state_->file == nullptr);
+  DUET_ASSERT(!state_->begun());
   auto& metadata = state_->metadata;
   const auto it =
       std::find_if(metadata.begin(), metadata.end(), [&](const auto& kv) { return kv.key == key; });
@@ -210,7 +224,7 @@ void GgufWriter::set(std::string key, GgufValue value) {
 }
 
 void GgufWriter::add_tensor(std::string name, const Format& format, std::vector<uint64_t> shape) {
-  DUET_ASSERT(state_->file == nullptr);
+  DUET_ASSERT(!state_->begun());
   DUET_ASSERT(!shape.empty() && shape.size() <= 4);
   DUET_ASSERT(shape.back() % format.block_elems == 0);
   uint64_t n_bytes = row_bytes(format, shape.back());
@@ -225,32 +239,80 @@ void GgufWriter::add_tensor(std::string name, const Format& format, std::vector<
 uint64_t GgufWriter::total_bytes() const { return state_->header().size() + state_->data_bytes(); }
 
 void GgufWriter::begin() {
-  DUET_ASSERT(state_->file == nullptr);
+  DUET_ASSERT(!state_->begun());
   const HeaderBytes header = state_->header();
-  state_->file = std::make_unique<OutputFile>(state_->path, header.size() + state_->data_bytes());
+  const uint64_t n_bytes = header.size() + state_->data_bytes();
+  const auto bytes = std::as_bytes(std::span(header.bytes()));
+  if (state_->part_options) {
+    PartOptions options = *state_->part_options;
+    options.identity.settings += concat(" ", sha256_of(bytes));
+    state_->part = std::make_unique<ResumableFile>(state_->path, n_bytes, std::move(options));
+  } else {
+    state_->file = std::make_unique<OutputFile>(state_->path, n_bytes);
+  }
   state_->buffer.reserve(kBufferBytes);
-  state_->put(std::as_bytes(std::span(header.bytes())));
+  state_->put(bytes);
+}
+
+void GgufWriter::State::check_room(uint64_t n) const {
+  DUET_ASSERT(begun() && current < tensors.size());
+  const DeclaredTensor& tensor = tensors[current];
+  if (n > tensor.n_bytes - delivered)
+    fail(ErrorKind::internal, "tensor '", tensor.name, "': ", delivered + n, " bytes delivered, declared ", tensor.n_bytes);
 }
 
 void GgufWriter::write(std::span<const std::byte> bytes) {
-  DUET_ASSERT(state_->file != nullptr && state_->current < state_->tensors.size());
-  const DeclaredTensor& tensor = state_->tensors[state_->current];
-  if (bytes.size() > tensor.n_bytes - state_->delivered)
-    fail(ErrorKind::internal, "tensor '", tensor.name, "': ", state_->delivered + bytes.size(),
-         " bytes delivered, declared ", tensor.n_bytes);
+  state_->check_room(bytes.size());
   state_->put(bytes);
   state_->delivered += bytes.size();
-  if (state_->delivered == tensor.n_bytes) state_->end_tensor();
+  if (state_->delivered == state_->tensors[state_->current].n_bytes) state_->end_tensor();
+}
+
+bool GgufWriter::has(uint64_t n) const {
+  DUET_ASSERT(state_->begun());
+  if (state_->part == nullptr) return false;
+  const uint64_t at = state_->part->position() + state_->buffer.size(), intact = state_->part->intact();
+  return at <= intact && n <= intact - at;
+}
+
+void GgufWriter::pass(uint64_t n) {
+  DUET_ASSERT(has(n));
+  state_->check_room(n);
+  state_->flush();
+  state_->part->skip(n);
+  state_->delivered += n;
+  if (state_->delivered == state_->tensors[state_->current].n_bytes) state_->end_tensor();
+}
+
+void GgufWriter::save_state(const std::vector<std::span<const std::byte>>& pieces) {
+  DUET_ASSERT(state_->part != nullptr && state_->delivered == 0);
+  state_->flush();
+  state_->part->save_state(pieces);
+}
+
+std::vector<std::byte> GgufWriter::take_state() {
+  DUET_ASSERT(state_->part != nullptr);
+  return state_->part->take_state();
 }
 
 void GgufWriter::finish() {
-  DUET_ASSERT(state_->file != nullptr);
+  complete();
+  forget();
+}
+
+void GgufWriter::complete() {
+  DUET_ASSERT(state_->begun());
   if (state_->current < state_->tensors.size())
     fail(ErrorKind::internal, "tensor '", state_->tensors[state_->current].name,
          "' is incomplete: ", state_->delivered, " of ", state_->tensors[state_->current].n_bytes,
          " bytes");
   state_->flush();
+  if (state_->part != nullptr) return state_->part->complete();
   state_->file->commit();
+}
+
+void GgufWriter::forget() {
+  if (state_->part != nullptr) state_->part->forget();
 }
 
 }  // namespace duet

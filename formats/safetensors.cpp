@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <map>
-#include <optional>
 #include <unordered_map>
 #include <unordered_set>
 
@@ -11,6 +10,7 @@
 #include "base/error.h"
 #include "base/json.h"
 #include "base/mapped_file.h"
+#include "quant/float8.h"
 
 namespace duet {
 namespace {
@@ -23,15 +23,8 @@ constexpr const char* kIndexName = "model.safetensors.index.json";
 struct Dtype {
   const char* name;
   uint64_t n_bytes;
-  std::optional<DType> dtype;  // empty: known, but not a weight format here
+  const Format* format = nullptr;  // null: known, but not a weight format here
 };
-constexpr Dtype kDtypes[] = {
-    {"F32", 4, DType::F32}, {"F16", 2, DType::F16}, {"BF16", 2, DType::BF16}, {"F64", 8, {}},
-    {"I64", 8, {}},         {"I32", 4, {}},         {"I16", 2, {}},           {"I8", 1, {}},
-    {"U64", 8, {}},         {"U32", 4, {}},         {"U16", 2, {}},           {"U8", 1, {}},
-    {"BOOL", 1, {}},        {"F8_E4M3", 1, {}},     {"F8_E5M2", 1, {}},
-};
-
 struct Entry {
   std::string name;
   const Dtype* dtype = nullptr;
@@ -40,10 +33,16 @@ struct Entry {
 };
 
 const Dtype& dtype_named(const std::string& name, const std::string& where) {
+  static const Dtype kDtypes[] = {
+      {"F32", 4, &format_of(DType::F32)}, {"F16", 2, &format_of(DType::F16)}, {"BF16", 2, &format_of(DType::BF16)}, {"F64", 8, {}},
+      {"I64", 8, {}},         {"I32", 4, {}},         {"I16", 2, {}},           {"I8", 1, {}},
+      {"U64", 8, {}},         {"U32", 4, {}},         {"U16", 2, {}},           {"U8", 1, {}},
+      {"BOOL", 1, {}},        {"F8_E4M3", 1, &f8_e4m3()},     {"F8_E5M2", 1, {}},
+  };
   for (const Dtype& dtype : kDtypes)
     if (name == dtype.name) return dtype;
   fail(ErrorKind::unsupported, where, ": dtype ", quote(name),
-       " is not known; duet reads F32, F16 and BF16");
+       " is not known; duet reads F32, F16, BF16 and F8_E4M3");
 }
 
 uint64_t uint_of(const Json& value, const std::string& where, const char* what) {
@@ -100,20 +99,20 @@ void check_coverage(const std::vector<Entry>& entries, uint64_t data_bytes,
 
 TensorView view_of(const Entry& entry, std::span<const std::byte> data, const std::string& source) {
   const std::string where = concat(source, ": tensor ", quote(entry.name));
-  if (!entry.dtype->dtype)
+  if (entry.dtype->format == nullptr)
     fail(ErrorKind::unsupported, where, " is of dtype ", entry.dtype->name,
-         "; duet reads F32, F16 and BF16 weights");
+         "; duet reads F32, F16, BF16 and F8_E4M3 weights");
   if (entry.shape.size() > 4)
     fail(ErrorKind::unsupported, where, " has ", entry.shape.size(),
          " dimensions, at most 4 accepted");
   // Kernels read 16-bit values in place. Writers pad the header to 8 bytes, so this is rare.
-  if (reinterpret_cast<uintptr_t>(data.data() + entry.begin) % 2 != 0)
+  if (entry.dtype->n_bytes > 1 && reinterpret_cast<uintptr_t>(data.data() + entry.begin) % 2 != 0)
     fail(ErrorKind::unsupported, where,
          " begins at an odd byte of the file; rewrite the file with a current safetensors library");
   if (entry.begin == entry.end) fail(ErrorKind::unsupported, where, " has no elements");
   TensorView view;
   view.name = entry.name;
-  view.format = &format_of(*entry.dtype->dtype);
+  view.format = entry.dtype->format;
   view.shape = entry.shape.empty() ? std::vector<uint64_t>{1} : entry.shape;
   view.data = data.subspan(entry.begin, entry.end - entry.begin);
   return view;
@@ -171,7 +170,8 @@ fs::path single_file(const fs::path& folder) {
   if (!pickles.empty())
     fail(ErrorKind::unsupported, folder.string(), ": only PyTorch pickles (",
          pickles[0].filename().string(),
-         "); duet reads safetensors: get the repository's .safetensors files");
+         "), which can run programs when they are read; duet reads safetensors: get the repository's .safetensors files, or "
+         "make some with torch.load(FILE, weights_only=True) and safetensors.torch.save_file");
   fail(ErrorKind::io, folder.string(), ": no .safetensors file there");
 }
 
@@ -264,6 +264,17 @@ Safetensors Safetensors::open(const fs::path& path) {
   return Safetensors(std::move(state));
 }
 
+Safetensors Safetensors::open_all(const std::vector<fs::path>& files) {
+  auto state = std::make_shared<State>();
+  for (const fs::path& file : files) state->add_file(file, nullptr);
+  state->index();
+  if (state->tensor_index.size() == state->tensors.size()) return Safetensors(std::move(state));
+  std::unordered_set<std::string_view> seen;
+  for (const TensorView& tensor : state->tensors)
+    if (!seen.insert(tensor.name).second) fail(ErrorKind::format, files[0].parent_path().string(), ": two files hold tensor ", quote(tensor.name));
+  return Safetensors(std::move(state));
+}
+
 Safetensors Safetensors::parse(std::span<const std::byte> bytes, const std::string& source) {
   auto state = std::make_shared<State>();
   state->add(bytes, source, nullptr);
@@ -273,6 +284,12 @@ Safetensors Safetensors::parse(std::span<const std::byte> bytes, const std::stri
 
 std::span<const TensorView> Safetensors::tensors() const { return state_->tensors; }
 uint64_t Safetensors::file_bytes() const { return state_->file_bytes; }
+
+std::vector<std::pair<fs::path, FileIdentity>> Safetensors::files() const {
+  std::vector<std::pair<fs::path, FileIdentity>> out;
+  for (const MappedFile& file : state_->files) out.emplace_back(file.path(), file.identity());
+  return out;
+}
 
 const TensorView* Safetensors::find_tensor(std::string_view name) const {
   const auto it = state_->tensor_index.find(name);

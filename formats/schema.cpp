@@ -266,12 +266,20 @@ class HfConfig {
     if (act != "silu")
       fail(ErrorKind::unsupported, source_, ": hidden_act ", quote(act),
            " is not supported (silu)");
-    if (const auto q = config_.find("quantization_config"); q != config_.end() && !q->is_null())
-      fail(ErrorKind::unsupported, source_,
-           ": the weights are quantized ('quantization_config'); convert the original model");
+    check_quantization();
     if (json_get_or<double>(config_, "partial_rotary_factor", 1.0, source_) != 1.0)
       fail(ErrorKind::unsupported, source_,
            ": 'partial_rotary_factor' other than 1 is not supported");
+  }
+
+  // 8-bit floats with scales are read (the tensors tell their kind); integers are not.
+  void check_quantization() {
+    const auto q = config_.find("quantization_config");
+    if (q == config_.end() || q->is_null()) return;
+    const auto method = q->is_object() ? json_get_or<std::string>(*q, "quant_method", "", source_) : "";
+    if (method != "fp8" && method != "fbgemm_fp8" && method != "compressed-tensors")
+      fail(ErrorKind::unsupported, source_, ": the weights are quantized ('quantization_config', ", quote(method),
+           "); of such, duet reads 8-bit floats (fp8, fbgemm_fp8, compressed-tensors): convert the original model");
   }
 
   uint32_t required(const char* key) const {

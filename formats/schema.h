@@ -84,7 +84,12 @@ struct HfSource {
   std::vector<std::string> names;  // one, or n_expert of them (per-expert tensors to be stacked)
   enum class Rows { all, first_half, second_half } rows = Rows::all;  // of a fused gate_up_proj [E, 2I, H]
   bool permute_rope = false;       // q/k rows: half-split pairs -> interleaved pairs
+  // One matrix [n_expert * n_ff, n_embd] for all experts; transposed: that of down, which is [n_ff, n_embd] there.
+  bool stacked = false, transposed = false;
 };
 std::vector<HfSource> hf_sources(const HParams& hparams, const TensorSpec& spec);
+// The same for Mistral's own files, whose q and k have interleaved pairs already: layout A (an expert's matrices
+// apart) and B (the first release of 8x7B: stacked).
+std::vector<HfSource> mistral_sources(const HParams& hparams, const TensorSpec& spec);
 
 }  // namespace duet

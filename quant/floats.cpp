@@ -1,9 +1,12 @@
 // F32, F16 and BF16: plain arrays, a block is one element.
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "quant/block_codec.h"
 #include "quant/f16.h"
+#include "quant/float8.h"
 
 namespace duet {
 namespace {
@@ -43,7 +46,36 @@ bool finite_half(const void* src, size_t n) noexcept {
   return finite;
 }
 
+// Exponent 15 with mantissa 7 alone is NaN.
+float f8_e4m3_value(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if (exponent == 15 && mantissa == 7) return std::numeric_limits<float>::quiet_NaN();
+  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9) : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  return bits >> 7 ? -magnitude : magnitude;
+}
+
+void decode_f8_e4m3(const void* src, float* dst, size_t n) noexcept {
+  static const std::array<float, 256> kValues = [] {
+    std::array<float, 256> values{};
+    for (size_t i = 0; i < values.size(); ++i) values[i] = f8_e4m3_value(static_cast<uint8_t>(i));
+    return values;
+  }();
+  const auto* bytes = static_cast<const uint8_t*>(src);
+  for (size_t i = 0; i < n; ++i) dst[i] = kValues[bytes[i]];
+}
+bool finite_f8_e4m3(const void* src, size_t n) noexcept {
+  const auto* bytes = static_cast<const uint8_t*>(src);
+  bool finite = true;
+  for (size_t i = 0; i < n; ++i) finite &= (bytes[i] & 0x7f) != 0x7f;
+  return finite;
+}
+
 }  // namespace
+
+const Format& f8_e4m3() {
+  static const Format kFormat = {static_cast<DType>(38), "F8_E4M3", 1, 1, ActFormat::f32, decode_f8_e4m3, nullptr, finite_f8_e4m3};
+  return kFormat;
+}
 
 extern const Format kFormatF32, kFormatF16, kFormatBF16;
 const Format kFormatF32 = {DType::F32,     "F32",      1,          4,

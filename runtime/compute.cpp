@@ -108,13 +108,39 @@ void observe(const Compute& compute, TensorKind kind, int layer, const float* ro
   (*compute.observer)({.kind = kind, .layer = layer, .tensor = name, .expert = -1, .n_rows = n_rows, .cols = cols, .rows = rows, .router_weights = {}});
 }
 
-void multiply(const Compute& compute, const Product& p, std::span<float> panel) {
+namespace {
+
+// y += b (a x). The products with `a` are made again for each piece of rows: they are few.
+void add_low_rank(const Compute& compute, const Product& p, std::span<float> panel) {
+  const LowRank& low = *p.w->low_rank;
+  const auto matmul = compute.kernels->matmul[static_cast<size_t>(DType::F32)];
+  const size_t cols_bytes = p.w->cols * sizeof(float), rank_bytes = low.rank * sizeof(float);
+  float *inner = panel.data(), *added = inner + p.n_tokens * low.rank;
+  const size_t n_rows = std::min(p.n_rows, (panel.size() - p.n_tokens * low.rank) / p.n_tokens);
+  matmul({.w = reinterpret_cast<const std::byte*>(low.a.data()), .w_stride = cols_bytes, .n_rows = low.rank, .cols = p.w->cols,
+          .x = p.x->data(ActFormat::f32, p.first_token), .x_stride = p.x->stride(ActFormat::f32), .n_tokens = p.n_tokens, .y = inner, .y_stride = low.rank});
+  for (size_t row = 0; row < p.n_rows; row += n_rows) {
+    const size_t n = std::min(n_rows, p.n_rows - row);
+    matmul({.w = reinterpret_cast<const std::byte*>(low.b.data() + (p.first_row + row) * low.rank), .w_stride = rank_bytes, .n_rows = n, .cols = low.rank,
+            .x = reinterpret_cast<const std::byte*>(inner), .x_stride = rank_bytes, .n_tokens = p.n_tokens, .y = added, .y_stride = n});
+    for (size_t t = 0; t < p.n_tokens; ++t) compute.kernels->add(p.y + t * p.y_stride + row, added + t * n, n);
+  }
+}
+
+void multiply_stored(const Compute& compute, const Product& p, std::span<float> panel) {
   const Format& format = *p.w->format;
   const MatmulArgs args{.w = p.w->data + p.first_row * p.w->row_bytes, .w_stride = p.w->row_bytes,
                         .n_rows = p.n_rows, .cols = p.w->cols, .x = p.x->data(format.act, p.first_token),
                         .x_stride = p.x->stride(format.act), .n_tokens = p.n_tokens, .y = p.y, .y_stride = p.y_stride};
   if (is_gemm(*p.w, p.n_tokens) && try_gemm(*compute.kernels, format.dtype, args, 1, panel)) return;
   compute.kernels->matmul[static_cast<size_t>(format.dtype)](args);
+}
+
+}  // namespace
+
+void multiply(const Compute& compute, const Product& p, std::span<float> panel) {
+  multiply_stored(compute, p, panel);
+  if (p.w->low_rank != nullptr) add_low_rank(compute, p, panel);
 }
 
 void MatmulQueue::add(const Weight& w, const Activations& x, size_t first_row, size_t n_tokens, float* y,

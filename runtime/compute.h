@@ -66,7 +66,9 @@ struct Compute {
 // A set of ActFormats, as bits.
 using ActFormats = unsigned;
 inline ActFormats act_bit(ActFormat format) { return 1u << static_cast<unsigned>(format); }
-inline ActFormats act_bit(const Weight& weight) { return act_bit(weight.format->act); }
+inline ActFormats act_bit(const Weight& weight) {
+  return act_bit(weight.format->act) | (weight.low_rank != nullptr ? act_bit(ActFormat::f32) : 0);
+}
 inline constexpr ActFormats kAllActFormats = 7;
 
 // Input of matrix products: up to max_rows rows of `cols` floats, and the same rows in the formats

@@ -66,6 +66,7 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
   const HParams hparams = read_hparams(file, notice);
   auto state = std::make_shared<State>(Model::bind(file, hparams));
   state->notice = notice;
+  for (const LoraChoice& lora : options.loras) state->model.apply(lora);
   const HostCores cores = read_host_cores();
   const int n_threads = options.n_threads > 0 ? options.n_threads : cores.usable();
   state->placement = place(cores, n_threads, options, notice);

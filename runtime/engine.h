@@ -22,6 +22,7 @@
 
 #include "base/block_reader.h"
 #include "base/topology.h"
+#include "formats/lora.h"
 #include "formats/schema.h"
 #include "runtime/chat_template.h"
 #include "runtime/observer.h"
@@ -98,6 +99,7 @@ struct EngineOptions {
   MemoryOptions memory = {};
   StreamOptions stream = {};
   WatchOptions watch = {};
+  std::vector<LoraChoice> loras = {};  // adapters (formats/lora.h), applied to the matrix products
 };
 
 // Told after each layer of each chunk of tokens which experts they chose, best first: [n_tokens, n_used].

@@ -2,16 +2,24 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "base/pages.h"
 #include "formats/gguf.h"
+#include "formats/lora.h"
 #include "formats/schema.h"
 
 namespace duet {
 
 struct StreamOptions;
+
+// What adapters add to a matrix: y += b (a x).
+struct LowRank {
+  size_t rank = 0;
+  std::vector<float> a, b;  // [rank, cols], [rows, rank]
+};
 
 // A matrix in place in the file (or, for small ones, decoded): y[rows] = W x[cols].
 struct Weight {
@@ -19,6 +27,7 @@ struct Weight {
   size_t rows = 0, cols = 0;
   const std::byte* data = nullptr;  // [rows, cols]
   size_t row_bytes = 0;
+  const LowRank* low_rank = nullptr;  // of the model; null: nothing
 };
 
 struct Expert {
@@ -44,6 +53,9 @@ class Model {
   // where possible, and lets go of the file's pages: for models whose experts are streamed. Error: io, memory.
   void own_dense(const StreamOptions& options);
 
+  // From now on the products of these matrices are those with the adapter. Error: as of read_lora().
+  void apply(const LoraChoice& lora);
+
   const HParams& hparams() const { return hparams_; }
   const GgufFile& file() const { return file_; }
   const Weight& token_embd() const { return token_embd_; }               // [n_vocab, n_embd]
@@ -68,6 +80,7 @@ class Model {
   std::vector<Layer> layers_;
   bool split_experts_ = false;
   PageArray dense_;  // own_dense()
+  std::vector<std::unique_ptr<LowRank>> low_ranks_;  // by Weight::low_rank
 };
 
 }  // namespace duet

@@ -260,6 +260,7 @@ void Moe::make_hidden_block(const Activations& input, size_t worker, const Segme
     compute_.kernels->silu_mul(values, up + t * kHiddenRows, values, n_rows);
     if (compute_.observer != nullptr) std::copy_n(values, n_rows, observed_.data() + (block.hidden_row + t) * n_ff_ + first_row);
     hidden_.set_part(*compute_.kernels, block.hidden_row + t, first_row, values, n_rows, expert.down.format->act);
+    if (expert.down.low_rank != nullptr) hidden_.set_part(*compute_.kernels, block.hidden_row + t, first_row, values, n_rows, ActFormat::f32);
   }
 }
 

@@ -117,8 +117,10 @@ std::string safetensors_bytes(const std::vector<HfTensor>& tensors, bool as_f32)
   std::string data;
   for (const HfTensor& tensor : tensors) {
     const size_t begin = data.size();
-    for (const float v : tensor.values) data += as_f32 ? raw(v) : raw(f32_to_bf16(v));
-    header[tensor.name] = {{"dtype", as_f32 ? "F32" : "BF16"},
+    data += tensor.bytes;
+    for (const float v : tensor.values)
+      if (tensor.bytes.empty()) data += as_f32 ? raw(v) : raw(f32_to_bf16(v));
+    header[tensor.name] = {{"dtype", !tensor.dtype.empty() ? tensor.dtype : as_f32 ? "F32" : "BF16"},
                            {"shape", tensor.shape},
                            {"data_offsets", {begin, data.size()}}};
   }
@@ -163,11 +165,11 @@ void HfFolder::remove(std::string_view name) {
 }
 
 void HfFolder::write(const std::filesystem::path& folder) const {
-  write_text(folder / "config.json", config.dump(1));
+  write_text(folder / config_name, config.dump(1));
   if (!tokenizer_model.empty()) write_text(folder / "tokenizer.model", tokenizer_model);
   for (const auto& [name, content] : files) write_text(folder / name, content);
   if (n_shards == 1)
-    return write_text(folder / "model.safetensors", safetensors_bytes(tensors, f32));
+    return write_text(folder / weights_name, safetensors_bytes(tensors, f32));
   Json index = {{"metadata", {{"total_size", 0}}}, {"weight_map", Json::object()}};
   for (size_t shard = 0; shard < n_shards; ++shard) {
     const std::string name = concat("model-0000", shard + 1, "-of-0000", n_shards, ".safetensors");

@@ -16,6 +16,8 @@ struct HfTensor {
   std::string name;
   std::vector<uint64_t> shape;
   std::vector<float> values;  // each exact in bfloat16
+  // Stored instead of the values when not empty: "F8_E4M3", and bytes.
+  std::string dtype = {}, bytes = {};
 };
 
 // One safetensors file of these tensors in BF16, or in F32 when `as_f32`.
@@ -43,6 +45,8 @@ struct HfFolder {
   std::vector<HfTensor> tensors;
   bool f32 = false;             // stored as F32 instead of BF16
   size_t n_shards = 1;          // > 1: with model.safetensors.index.json
+  std::string weights_name = "model.safetensors";  // of a single file
+  std::string config_name = "config.json";
   std::string tokenizer_model;  // empty: no such file
   std::vector<std::pair<std::string, std::string>> files = {};  // further files: name, content
 

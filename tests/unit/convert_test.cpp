@@ -337,7 +337,7 @@ TEST_CASE("convert: missing files are named") {
   fs::remove(folder / "hf/config.json");
   test::check_thrown(attempt(folder / "hf"), ErrorKind::io, "no config.json");
   test::write_text(folder / "hf/params.json", "{}");
-  test::check_thrown(attempt(folder / "hf"), ErrorKind::unsupported, "params.json");
+  test::check_thrown(attempt(folder / "hf"), ErrorKind::io, "no consolidated*.safetensors");
 }
 
 TEST_CASE("convert: an existing output is kept unless it may be replaced") {
