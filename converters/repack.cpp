@@ -131,18 +131,21 @@ void write_parts(const fs::path& output, const std::vector<GgufKeyValue>& metada
   const size_t n = parts.size();
   if (n > UINT16_MAX) fail(ErrorKind::usage, "parts of ", options.split_max_bytes, " bytes make ", n, " files; at most ", UINT16_MAX);
   const auto path_of = [&](size_t i) { return n == 1 ? output : part_path(output, i, n); };
-  for (size_t i = 0; i < n; ++i) check_overwrite(path_of(i), options);
+  // The first part is forgotten last: as long as it is not, the others are of the same unfinished run.
+  ConvertOptions own = options;
+  own.overwrite = options.overwrite || (options.resume && is_unfinished(path_of(0)));
+  for (size_t i = 0; i < n; ++i) check_overwrite(path_of(i), own);
   check_room(parts, path_of);
   std::vector<std::unique_ptr<GgufWriter>> written;
   uint64_t done_bytes = 0;
   size_t first_tensor = 0;
   for (size_t i = 0; i < n; ++i) {
-    const ConvertOptions as = options_of_part(options, done_bytes, total_bytes, first_tensor, n_tensors);
+    const ConvertOptions as = options_of_part(own, done_bytes, total_bytes, first_tensor, n_tensors);
     written.push_back(write_gguf(path_of(i), part_metadata(metadata, i, n, n_tensors), parts[i], source, as));
     done_bytes += source_bytes(parts[i]);
     first_tensor += parts[i].size();
   }
-  for (const auto& file : written) file->forget();
+  for (auto file = written.rbegin(); file != written.rend(); ++file) (*file)->forget();
 }
 
 void repack(const fs::path& input, const fs::path& output, const ConvertOptions& options) {
