@@ -62,7 +62,7 @@ RowError row_error(const TensorJob& job, const Format& format, uint64_t row) {
   std::vector<float> x(cols), y(cols);
   std::vector<std::byte> bytes(row_bytes(format, cols));
   const SourceRow from = find_row(job, row);
-  from.run->source.format->decode_row(from.data(), x.data(), cols);
+  read_rows(*from.run, from.row, 1, x.data());
   const uint64_t matrix_rows = job.shape.size() < 2 ? 1 : job.shape[job.shape.size() - 2];
   const float* importance = job.importance.empty() ? nullptr : job.importance.data() + row / matrix_rows * cols;
   format.encode_row(x.data(), bytes.data(), cols, importance);
