@@ -14,8 +14,8 @@ endif()
 install(FILES packaging/duet.service DESTINATION ${CMAKE_INSTALL_DATADIR}/duet)
 install(TARGETS duet_base duet_quant duet_formats duet_converters duet_kernels duet_runtime
   EXPORT duetTargets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
-foreach(header base/block_reader.h base/error.h base/bytes.h base/json.h base/mapped_file.h base/topology.h quant/format.h formats/tensor.h formats/gguf.h
-        formats/schema.h base/json_fwd.h runtime/engine.h runtime/observer.h runtime/tokenizer.h runtime/vocabulary.h runtime/chat_template.h
+foreach(header base/block_reader.h base/error.h base/file_descriptor.h base/resumable_file.h base/sha256.h base/bytes.h base/json.h base/mapped_file.h base/topology.h quant/format.h formats/tensor.h formats/gguf.h
+        formats/lora.h formats/schema.h base/json_fwd.h runtime/engine.h runtime/observer.h runtime/tokenizer.h runtime/vocabulary.h runtime/chat_template.h
         runtime/sampler.h runtime/memory_plan.h base/host.h converters/convert.h)
   get_filename_component(dir ${header} DIRECTORY)
   install(FILES ${header} DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/duet/${dir})

@@ -20,7 +20,6 @@
 #include <vector>
 
 #include "base/sha256.h"
-#include "formats/schema.h"
 #include "runtime/batch.h"
 
 namespace duet::server {

@@ -23,7 +23,12 @@ namespace fs = std::filesystem;
 
 namespace {
 
-const fs::path kFolder = fs::path(DUET_TEST_DIR) / "calibrate_unit";
+// Of one test case: cases run at the same time.
+fs::path folder_of(const char* name) {
+  const fs::path folder = fs::path(DUET_TEST_DIR) / "calibrate_unit" / name;
+  fs::create_directories(folder);
+  return folder;
+}
 constexpr uint32_t kSequence = 64;
 
 // Of the first sequence of the text that the models below are calibrated with.
@@ -53,46 +58,46 @@ std::string spread_text() {
 }  // namespace
 
 TEST_CASE("calibrate: dense, per-expert and tied models, wide experts that see few tokens") {
-  fs::create_directories(kFolder);
+  const fs::path folder = folder_of("layouts");
   TinyModelOptions dense, split, tied, many;
   dense.n_expert = dense.n_expert_used = 0;
   split.split_experts = true;
   tied.tied_output = true;
   many.n_expert = 8;
   for (const TinyModelOptions& model : {dense, split, tied, many}) {
-    write_tiny_model(kFolder / "in.gguf", model);
+    write_tiny_model(folder / "in.gguf", model);
     ConvertOptions options;
     options.recipe = "Q4_0";
     options.overwrite = true;
     options.n_threads = 2;
-    quantize(kFolder / "in.gguf", kFolder / "plain.gguf", options);
-    quantize_calibrated(kFolder / "in.gguf", kFolder / "fitted.gguf", options,
+    quantize(folder / "in.gguf", folder / "plain.gguf", options);
+    quantize_calibrated(folder / "in.gguf", folder / "fitted.gguf", options,
                         {.text = spread_text(), .n_ctx = kSequence});
-    CHECK(fs::file_size(kFolder / "plain.gguf") == fs::file_size(kFolder / "fitted.gguf"));
+    CHECK(fs::file_size(folder / "plain.gguf") == fs::file_size(folder / "fitted.gguf"));
     // Random weights have nothing in common from text to text: what was fitted to is looked at.
-    const std::vector<float> original = logits_of(kFolder / "in.gguf", spread_text());
-    CHECK(distance(original, logits_of(kFolder / "fitted.gguf", spread_text())) <
-          0.8 * distance(original, logits_of(kFolder / "plain.gguf", spread_text())));
+    const std::vector<float> original = logits_of(folder / "in.gguf", spread_text());
+    CHECK(distance(original, logits_of(folder / "fitted.gguf", spread_text())) <
+          0.8 * distance(original, logits_of(folder / "plain.gguf", spread_text())));
   }
 }
 
 TEST_CASE("calibrate: types are chosen for a size in every layout") {
-  fs::create_directories(kFolder);
+  const fs::path folder = folder_of("size");
   TinyModelOptions dense, split, tied;
   dense.n_expert = dense.n_expert_used = 0;
   split.split_experts = true;
   tied.tied_output = true;
   for (const TinyModelOptions& model : {dense, split, tied}) {
-    write_tiny_model(kFolder / "in.gguf", model);
+    write_tiny_model(folder / "in.gguf", model);
     ConvertOptions options;
     options.n_threads = 2;
     options.target_bpw = 6.5;
     const CalibrationOptions calibration{.text = spread_text(), .n_ctx = kSequence};
-    const ConvertPlan plan = plan_quantize_calibrated(kFolder / "in.gguf", options, calibration);
+    const ConvertPlan plan = plan_quantize_calibrated(folder / "in.gguf", options, calibration);
     CHECK(plan.bits_per_weight <= 6.5);
     CHECK(plan.bits_per_weight > 6.3);
-    ConversionSource source = open_gguf(kFolder / "in.gguf", options);
-    const Engine engine = Engine::open(kFolder / "in.gguf", {.n_threads = 1, .isa = {}, .notice = {}});
+    ConversionSource source = open_gguf(folder / "in.gguf", options);
+    const Engine engine = Engine::open(folder / "in.gguf", {.n_threads = 1, .isa = {}, .notice = {}});
     std::vector<Token> ids = some_tokens(4 * kSequence, engine.info().hparams.n_vocab);
     const std::vector<double> sensitivity = measure_sensitivity(source, ids, kSequence, 0, options);
     const std::vector<bool> is_free = free_types(source, options);
@@ -101,14 +106,14 @@ TEST_CASE("calibrate: types are chosen for a size in every layout") {
 }
 
 TEST_CASE("calibrate: a limit on memory makes it smaller, too small a one is refused") {
-  fs::create_directories(kFolder);
+  const fs::path folder = folder_of("ram");
   TinyModelOptions model;
   model.n_embd = 256;
   model.n_ff = 1024;
-  write_tiny_model(kFolder / "in.gguf", model);
+  write_tiny_model(folder / "in.gguf", model);
   ConvertOptions options;
   options.overwrite = true;
-  const ConversionSource source = open_gguf(kFolder / "in.gguf", options);
+  const ConversionSource source = open_gguf(folder / "in.gguf", options);
   const CalibrationSizes all = plan_calibration(source, 64, 100000, 0);
   CHECK(all.moment_cols == 4096);
   CHECK(all.chunk_tokens == 4096);
@@ -123,39 +128,39 @@ TEST_CASE("calibrate: a limit on memory makes it smaller, too small a one is ref
   }
   options.recipe = "Q3_K_S";
   const CalibrationOptions calibration{.text = spread_text(), .n_ctx = 64, .ram_bytes = most - (120 << 20)};
-  quantize_calibrated(kFolder / "in.gguf", kFolder / "small.gguf", options, calibration);
-  CHECK(std::isfinite(logits_of(kFolder / "small.gguf", spread_text())[0]));
+  quantize_calibrated(folder / "in.gguf", folder / "small.gguf", options, calibration);
+  CHECK(std::isfinite(logits_of(folder / "small.gguf", spread_text())[0]));
   check_thrown(thrown_by([&] {
-    quantize_calibrated(kFolder / "in.gguf", kFolder / "small.gguf", options,
+    quantize_calibrated(folder / "in.gguf", folder / "small.gguf", options,
                         {.text = spread_text(), .n_ctx = 64, .ram_bytes = 16 << 20});
   }), ErrorKind::memory, "at least");
 }
 
 TEST_CASE("calibrate: experts without tokens are reported, and encoded all the same") {
-  fs::create_directories(kFolder);
+  const fs::path folder = folder_of("unseen");
   TinyModelOptions model;
   model.n_expert = 8;
-  write_tiny_model(kFolder / "in.gguf", model);
+  write_tiny_model(folder / "in.gguf", model);
   ConvertOptions options;
   options.recipe = "Q8_0";
   options.overwrite = true;
   std::string notices;
   options.notice = [&](const std::string& line) { notices += line + "\n"; };
-  quantize_calibrated(kFolder / "in.gguf", kFolder / "out.gguf", options,
+  quantize_calibrated(folder / "in.gguf", folder / "out.gguf", options,
                       {.text = "the the the the", .n_ctx = 4, .max_tokens = 4});
   CHECK(notices.find("4 tokens") != std::string::npos);
   CHECK(notices.find("saw no token") != std::string::npos);
   CHECK(notices.find("fewer than") != std::string::npos);
-  CHECK(std::isfinite(logits_of(kFolder / "out.gguf", spread_text())[0]));
+  CHECK(std::isfinite(logits_of(folder / "out.gguf", spread_text())[0]));
 }
 
 TEST_CASE("calibrate: types without blocks leave nothing to fit") {
-  fs::create_directories(kFolder);
-  write_tiny_model(kFolder / "in.gguf", {});
+  const fs::path folder = folder_of("floats");
+  write_tiny_model(folder / "in.gguf", {});
   ConvertOptions options;
   options.recipe = "F16";
   options.overwrite = true;
-  CHECK_THROWS_WITH_AS(quantize_calibrated(kFolder / "in.gguf", kFolder / "out.gguf", options,
+  CHECK_THROWS_WITH_AS(quantize_calibrated(folder / "in.gguf", folder / "out.gguf", options,
                                            {.text = spread_text()}),
                        doctest::Contains("nothing to fit"), Error);
 }
