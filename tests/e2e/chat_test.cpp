@@ -247,6 +247,7 @@ TEST_CASE("chat on a terminal: lines are edited by characters, and remembered ac
     REQUIRE(t.wait_for(kPrompt));
     t.type("/save " + file + "\r");
     REQUIRE(t.wait_for("2 messages saved"));
+    REQUIRE(t.wait_for(kPrompt));  // typed before, the key would be the end of a line of the terminal
     t.type("\x04");
     CHECK(t.wait_exit() == 0);
   }

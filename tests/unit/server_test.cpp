@@ -1,5 +1,6 @@
 // The server without sockets: requests in, replies out, on a tiny model.
 #include <doctest/doctest.h>
+#include <unistd.h>
 
 #include <set>
 
@@ -18,7 +19,7 @@ struct Fixture {
   explicit Fixture(uint32_t n_ctx = 256) : engine(open()), server(engine, options(n_ctx)) {}
 
   static Engine open() {
-    const std::filesystem::path path = std::filesystem::path(DUET_TEST_DIR) / "server_tiny.gguf";
+    const std::filesystem::path path = std::filesystem::path(DUET_TEST_DIR) / concat("server_tiny_", ::getpid(), ".gguf");  // cases run at the same time
     test::write_tiny_model(path, {.type = DType::Q8_0});
     Engine engine = Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}});
     std::filesystem::remove(path);
