@@ -173,7 +173,7 @@ def write_tasks(folder):
         pathlib.Path(folder, name + ".yaml").write_text(task.format(folder=folder))
 
 
-def evaluate(folder, model, **arguments):
+def evaluate(folder, model, /, **arguments):
     import lm_eval
     from lm_eval.tasks import TaskManager
     out = lm_eval.simple_evaluate(model=model, model_args=arguments, tasks=["demo_choice", "demo_word"], batch_size=1, bootstrap_iters=0,
