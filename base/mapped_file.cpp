@@ -128,6 +128,16 @@ void check_destination(const fs::path& path, uint64_t n_bytes) {
          " free; make room or choose another folder");
 }
 
+void write_all(int fd, std::span<const std::byte> bytes, const fs::path& path, uint64_t done) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::write(fd, bytes.data(), bytes.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) fail(ErrorKind::io, path.string(), ": write failed after ", format_size(done), ": ", errno_text());
+    bytes = bytes.subspan(static_cast<size_t>(n));
+    done += static_cast<uint64_t>(n);
+  }
+}
+
 OutputFile::OutputFile(fs::path path, uint64_t expected_bytes) : path_(std::move(path)) {
   check_destination(path_, expected_bytes);
   temp_ = path_;
@@ -142,15 +152,8 @@ OutputFile::~OutputFile() {
 }
 
 void OutputFile::write(std::span<const std::byte> bytes) {
-  while (!bytes.empty()) {
-    const ssize_t n = ::write(fd_, bytes.data(), bytes.size());
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0)
-      fail(ErrorKind::io, path_.string(), ": write failed after ", format_size(size_), ": ",
-           errno_text());
-    bytes = bytes.subspan(static_cast<size_t>(n));
-    size_ += static_cast<uint64_t>(n);
-  }
+  write_all(fd_, bytes, path_, size_);
+  size_ += bytes.size();
 }
 
 void OutputFile::write(std::string_view text) {

@@ -58,6 +58,9 @@ std::string read_file(const std::filesystem::path& path, uint64_t max_bytes);
 // disk has less than n_bytes free (naming both figures; 0: unknown).
 void check_destination(const std::filesystem::path& path, uint64_t n_bytes);
 
+// All of the bytes. Error(io) naming the path and how much had been written: `done` before this call.
+void write_all(int fd, std::span<const std::byte> bytes, const std::filesystem::path& path, uint64_t done);
+
 // Writes `path` by way of a temporary file in the same folder and a rename, so that a reader sees
 // the old file or the complete new one. Without commit() nothing is left behind.
 class OutputFile {

@@ -49,16 +49,6 @@ std::optional<NumberAndHash> parse_line(std::string_view line) {
   return out.hash.size() == kHashDigits ? std::optional(out) : std::nullopt;
 }
 
-void write_all(int fd, std::span<const std::byte> bytes, const fs::path& path, uint64_t done) {
-  while (!bytes.empty()) {
-    const ssize_t n = ::write(fd, bytes.data(), bytes.size());
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) fail(ErrorKind::io, path.string(), ": write failed after ", format_size(done), ": ", errno_text());
-    bytes = bytes.subspan(static_cast<size_t>(n));
-    done += static_cast<uint64_t>(n);
-  }
-}
-
 std::span<const std::byte> bytes_of(std::string_view text) { return std::as_bytes(std::span(text.data(), text.size())); }
 
 FileDescriptor open_file(const fs::path& path, int flags) {
@@ -122,7 +112,9 @@ struct ResumableFile::Journal {
 
 ResumableFile::ResumableFile(fs::path path, uint64_t expected_bytes, PartOptions options) : path_(std::move(path)), options_(std::move(options)) {
   std::error_code ec;
-  const uint64_t there = fs::exists(beside(".part"), ec) ? fs::file_size(beside(".part"), ec) : 0;
+  const bool named = options_.mode == PartOptions::Mode::resume && is_unfinished(path_);
+  const fs::path begun = named ? path_ : beside(".part");
+  const uint64_t there = fs::exists(begun, ec) ? fs::file_size(begun, ec) : 0;
   check_destination(path_, expected_bytes - std::min(expected_bytes, there) + 2 * options_.state_bytes);
   const auto journal = Journal::read(beside(".part.journal"));
   const bool resume = options_.mode == PartOptions::Mode::resume;
@@ -228,6 +220,9 @@ void ResumableFile::find_state(uint64_t end) {
 // leaves a part file shorter than its journal says, or an empty one.
 void ResumableFile::begin_anew(uint64_t expected_bytes) {
   ours_ = true;
+  std::error_code ec;
+  if (intact_ == 0)  // those of a run before would be taken for this one's
+    for (const char* ending : kStateEndings) fs::remove(beside(ending), ec);
   cut(file_, beside(".part"), intact_);
   const PartIdentity& id = options_.identity;
   std::string head = Json{{"format", kFormat},     {"version", 1},        {"bytes", expected_bytes},

@@ -145,7 +145,7 @@ void CalibratedEncoder::pass_tensors(int next_layer) {
   for (const size_t i : order_) {
     const TensorJob& job = source_.jobs[i];
     if (model_.layer_of(i) >= next_layer || model_.is(i, TensorKind::output)) break;
-    writer_->pass(matrix_count(job) * matrix_rows(job) * row_bytes(*job.format, job.shape.back()));
+    writer_->pass(output_bytes(job));
     progress_.done_bytes += source_bytes(job);
     ++progress_.tensor_index;
   }

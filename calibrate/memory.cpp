@@ -15,10 +15,6 @@ constexpr size_t kFewestSequences = 16;
 // Code, kernels' scratch, metadata, vocabulary.
 constexpr uint64_t kOwnBytes = uint64_t{64} << 20;
 
-uint64_t encoded_bytes(const TensorJob& job) {
-  return uint64_t{matrix_count(job)} * matrix_rows(job) * row_bytes(*job.format, job.shape.back());
-}
-
 // Of one token, while a layer is at work: two residuals, and either all heads of both or what experts add.
 uint64_t token_bytes(const HParams& h) {
   const uint64_t heads = uint64_t{h.n_head} * h.head_dim, embd = h.n_embd;
@@ -32,7 +28,7 @@ uint64_t most_encoded(const ConversionSource& source) {
   uint64_t most = 0;
   for (size_t i = 0; i < source.jobs.size(); ++i) {
     const int layer = model.layer_of(i);
-    const uint64_t n = encoded_bytes(source.jobs[i]);
+    const uint64_t n = output_bytes(source.jobs[i]);
     most = std::max(most, layer < 0 ? n : layers[layer] += n);
   }
   return most;

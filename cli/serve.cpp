@@ -156,6 +156,7 @@ void run_serve(ServeOptions options) {
   check_files(options);
   std::optional<AccessLog> log;
   if (!options.access_log.empty()) log.emplace(options.access_log);
+  const uint64_t cache_bytes = parse_size(options.cache_size);
   options.model.path = model_file(options.model.path).string();
   if (options.n_parallel == 0) options.n_parallel = default_parallel(options.model);
   options.model.memory.n_sequences = options.n_parallel;
@@ -165,7 +166,7 @@ void run_serve(ServeOptions options) {
   server_options.port = options.port;
   server_options.http.max_connections = options.max_connections;
   server_options.scheduler = {.n_parallel = options.n_parallel, .max_queue = options.max_queue, .n_ctx = options.model.n_ctx, .n_batch = options.model.n_batch, .kv_type = options.model.kv_type};
-  server_options.scheduler.store = {.folder = expand_home(options.cache_dir), .max_bytes = parse_size(options.cache_size), .version = DUET_VERSION, .notice = notices()};
+  server_options.scheduler.store = {.folder = expand_home(options.cache_dir), .max_bytes = cache_bytes, .version = DUET_VERSION, .notice = notices()};
   server_options.answer.timeout = std::chrono::milliseconds(static_cast<int64_t>(options.timeout_s * 1e3));
   server_options.file_name = options.model.path;
   server_options.aliases = options.aliases;

@@ -33,10 +33,16 @@ std::string types_of(const TensorJob& job) {
   return out;
 }
 
-// Row `row` of the tensor as the converter would write it.
-void decode_row(const TensorJob& job, uint64_t row, float* out) {
-  const SourceRow from = find_row(job, row);
-  read_rows(*from.run, from.row, 1, out);
+constexpr uint64_t kTileRows = 64;  // of a transposed source: 128 bytes of each of its rows
+
+// Rows [first, first + n) of the tensor as the converter would write them.
+void decode_rows(const TensorJob& job, uint64_t first, uint64_t n, float* out) {
+  for (uint64_t done = 0; done < n;) {
+    const SourceRow from = find_row(job, first + done);
+    const uint64_t n_run = std::min(n - done, from.run->rows() - from.row);
+    read_rows(*from.run, from.row, n_run, out + done * job.shape.back());
+    done += n_run;
+  }
 }
 
 struct Sums {
@@ -44,12 +50,10 @@ struct Sums {
   uint64_t worst_row = 0;
 };
 
-Sums sum_row(const TensorJob& a, const TensorJob& b, uint64_t row, std::vector<float>& x, std::vector<float>& y) {
-  decode_row(a, row, x.data());
-  decode_row(b, row, y.data());
+Sums sum_row(uint64_t row, const float* x, const float* y, uint64_t cols) {
   Sums out;
   out.worst_row = row;
-  for (size_t i = 0; i < x.size(); ++i) {
+  for (uint64_t i = 0; i < cols; ++i) {
     const double d = double{y[i]} - double{x[i]};
     out.errors += d * d;
     out.squares += double{x[i]} * double{x[i]};
@@ -64,11 +68,16 @@ TensorDifference compare_tensor(const TensorJob& a, const TensorJob& b, int n_th
   const uint64_t cols = a.shape.back();
   TensorDifference out{a.name, types_of(a), types_of(b), cols, source_bytes(a), source_bytes(b)};
   for (size_t i = 0; i + 1 < a.shape.size(); ++i) out.n_elems *= a.shape[i];
-  const uint64_t n_rows = out.n_elems / cols, step = std::max<uint64_t>(1, (uint64_t{1} << 16) / cols);
+  const uint64_t n_rows = out.n_elems / cols, step = std::max<uint64_t>(kTileRows, (uint64_t{1} << 16) / cols);
   std::vector<Sums> rows(n_rows);
   parallel_for(n_threads, n_rows, step, [&](size_t begin, size_t end) {
-    std::vector<float> x(cols), y(cols);
-    for (size_t row = begin; row < end; ++row) rows[row] = sum_row(a, b, row, x, y);
+    std::vector<float> x(std::min<uint64_t>(kTileRows, end - begin) * cols), y(x.size());
+    for (uint64_t first = begin; first < end; first += kTileRows) {
+      const uint64_t n = std::min<uint64_t>(kTileRows, end - first);
+      decode_rows(a, first, n, x.data());
+      decode_rows(b, first, n, y.data());
+      for (uint64_t i = 0; i < n; ++i) rows[first + i] = sum_row(first + i, x.data() + i * cols, y.data() + i * cols, cols);
+    }
   });
   double errors = 0, squares = 0;
   for (const Sums& row : rows) {

@@ -200,6 +200,12 @@ uint64_t source_bytes(const TensorJob& job) {
   return n;
 }
 
+uint64_t output_bytes(const TensorJob& job) {
+  uint64_t n_rows = 1;
+  for (size_t i = 0; i + 1 < job.shape.size(); ++i) n_rows *= job.shape[i];
+  return n_rows * row_bytes(*job.format, job.shape.back());
+}
+
 uint64_t RowRun::source_row(uint64_t row) const { return permute_heads == 0 ? row : rope_source_row(row, rows(), permute_heads); }
 
 namespace {
@@ -246,7 +252,7 @@ ConvertPlan plan_of(const std::vector<TensorJob>& jobs, const std::string& recip
     PlannedTensor tensor{job.name, job.format, job.shape, 0};
     uint64_t n = 1;
     for (const uint64_t d : job.shape) n *= d;
-    tensor.n_bytes = n / job.shape.back() * row_bytes(*job.format, job.shape.back());
+    tensor.n_bytes = output_bytes(job);
     plan.source_bytes += source_bytes(job);
     plan.output_bytes += tensor.n_bytes;
     n_elems += static_cast<double>(n);

@@ -60,6 +60,7 @@ struct SourceRow {
 };
 SourceRow find_row(const TensorJob& job, uint64_t row);
 uint64_t source_bytes(const TensorJob& job);  // of all runs
+uint64_t output_bytes(const TensorJob& job);  // of all rows, encoded
 
 // Row of the source from which output row `row` comes. [n_heads * head_dim] rows.
 uint64_t rope_source_row(uint64_t row, uint64_t n_rows, uint32_t n_heads);

@@ -31,12 +31,6 @@ std::vector<GgufKeyValue> own_metadata(const GgufFile& file) {
   return out;
 }
 
-uint64_t output_bytes(const TensorJob& job) {
-  uint64_t n_rows = 1;
-  for (size_t i = 0; i + 1 < job.shape.size(); ++i) n_rows *= job.shape[i];
-  return n_rows * row_bytes(*job.format, job.shape.back());
-}
-
 std::vector<std::vector<TensorJob>> cut(std::vector<TensorJob> jobs, uint64_t max_bytes) {
   std::vector<std::vector<TensorJob>> parts(1);
   uint64_t filled = 0;

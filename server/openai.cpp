@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <limits>
-#include <random>
 
 #include "base/json.h"
 #include "server/api_error.h"
@@ -47,13 +46,7 @@ Parsed parse_common(const Fields& f, const ServedModel& model) {
   return out;
 }
 
-std::string new_id(const char* prefix) {
-  static constexpr char kDigits[] = "0123456789abcdefghijklmnopqrstuvwxyz";
-  std::random_device device;
-  std::string id = prefix;
-  for (int i = 0; i < 24; ++i) id += kDigits[device() % 36];
-  return id;
-}
+std::string new_id(const char* prefix) { return prefix + random_text("0123456789abcdefghijklmnopqrstuvwxyz", 24); }
 
 Json bytes_of(const std::string& text) {
   Json out = Json::array();

@@ -1,9 +1,6 @@
 #include "server/page.h"
 
-#include <algorithm>
-
 #include "base/json.h"
-#include "server/api_error.h"
 
 namespace duet::server {
 namespace {
@@ -28,16 +25,13 @@ Json expert_lists(const std::vector<bool>& cells, size_t n_expert) {
 
 bool wants_page(const HttpRequest& request) { return request.header("Accept").find("text/html") != std::string::npos; }
 
-HttpReply page_reply(std::string_view path, const HttpRequest& request) {
-  const auto files = page_files();
-  const auto file = std::find_if(files.begin(), files.end(), [&](const PageFile& f) { return f.path == path; });
-  if (file == files.end()) throw ApiError(404, concat("there is no ", path, " here"));
-  HttpReply reply{.content_type = std::string(file->content_type)};
+HttpReply page_reply(const PageFile& file, const HttpRequest& request) {
+  HttpReply reply{.content_type = std::string(file.content_type)};
   reply.headers = {{"Content-Security-Policy", kPolicy}, {"X-Content-Type-Options", "nosniff"}, {"X-Frame-Options", "DENY"},
                    {"Referrer-Policy", "no-referrer"},   {"Cross-Origin-Opener-Policy", "same-origin"}, {"Cross-Origin-Resource-Policy", "same-origin"},
-                   {"Cache-Control", "no-cache"},        {"ETag", std::string(file->etag)}};
-  if (request.header("If-None-Match") == file->etag) reply.status = 304;
-  else reply.body = file->content;
+                   {"Cache-Control", "no-cache"},        {"ETag", std::string(file.etag)}};
+  if (request.header("If-None-Match") == file.etag) reply.status = 304;
+  else reply.body = file.content;
   return reply;
 }
 
@@ -49,7 +43,7 @@ Json router_json(Scheduler& scheduler, const HParams& hparams) {
   for (size_t i = 0; i < picture.uses.size(); i += n_expert)
     uses.push_back(std::vector<int>(picture.uses.begin() + static_cast<ptrdiff_t>(i), picture.uses.begin() + static_cast<ptrdiff_t>(i + n_expert)));
   Json out{{"layers", n_expert > 0 ? hparams.n_layer : 0}, {"experts", n_expert}, {"used", hparams.n_expert_used}, {"window", RouterWatch::kWindow},
-           {"tokens", picture.n_tokens}, {"running", status.running.size()}, {"uses", std::move(uses)}, {"last", expert_lists(picture.last, std::max<size_t>(n_expert, 1))},
+           {"tokens", picture.n_tokens}, {"running", status.running.size()}, {"uses", std::move(uses)}, {"last", expert_lists(picture.last, n_expert)},
            {"streamed", status.stream.has_value()}};
   if (!status.stream) return out;
   out["read"] = expert_lists(picture.read, n_expert);

@@ -19,7 +19,7 @@ std::span<const PageFile> page_files();  // made by cmake/embed_page.cmake of se
 bool wants_page(const HttpRequest& request);
 // With headers that let the page load nothing but itself and be framed by nobody; 304 when the browser
 // has it already.
-HttpReply page_reply(std::string_view path, const HttpRequest& request);
+HttpReply page_reply(const PageFile& file, const HttpRequest& request);
 // GET /router.
 Json router_json(Scheduler& scheduler, const HParams& hparams);
 

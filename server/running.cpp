@@ -72,15 +72,17 @@ void Running::take(std::span<const float> logits) {
 
 void Running::take_token(std::span<const float> logits) {
   const Token token = choose(logits);
+  const int n_top = job_->params.n_top;
   sampler_.accept(token);
   ++n_generated_;
   last_ = token;
   if (!job_->params.ignore_eos && tokenizer_->is_eog(token)) {
     finished_ = FinishReason::stop;
+    // Who scores a prompt counts on the record of one token behind it, whichever that is.
+    if (job_->params.prompt_logprobs) record_ = logprob_record(logits, token, static_cast<size_t>(n_top));
     return;
   }
   if (constraint_) constraint_->accept(token);
-  const int n_top = job_->params.n_top;
   add(token, n_top >= 0 ? logprob_record(logits, token, static_cast<size_t>(n_top)) : TokenRecord{token, 0, {}});
 }
 

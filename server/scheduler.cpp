@@ -169,12 +169,15 @@ bool Scheduler::shares_running_prompt(const Job& job) const {
 }
 
 void Scheduler::start(Job& job, Clock::time_point since) {
+  SequencePool::Entry* entry = nullptr;
   try {
-    SequencePool::Entry& entry = pool_.acquire(job.prompt, !job.params.needs_whole_prompt());
-    running_.push_back(std::make_unique<Running>(job, entry, engine_.tokenizer(), batch_.n_ctx(), since, expert_counts()));
-    metrics_.cached_tokens += running_.back()->n_evaluated();
-    running_.back()->prompt_progress();
-  } catch (const std::exception& e) {
+    entry = &pool_.acquire(job.prompt, !job.params.needs_whole_prompt());
+    auto running = std::make_unique<Running>(job, *entry, engine_.tokenizer(), batch_.n_ctx(), since, expert_counts());
+    running->prompt_progress();
+    metrics_.cached_tokens += running->n_evaluated();
+    running_.push_back(std::move(running));
+  } catch (const std::exception& e) {  // a grammar that is too ambiguous from its start
+    if (entry != nullptr) pool_.release(*entry, !job.params.needs_whole_prompt());
     ++metrics_.failed;
     job.publish([&](Update& update) { update.finish = Finish{.reason = FinishReason::failed, .error = e.what()}; });
     const std::lock_guard lock(mutex_);

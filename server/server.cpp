@@ -6,7 +6,6 @@
 #include <condition_variable>
 #include <filesystem>
 #include <mutex>
-#include <random>
 
 #include "base/json.h"
 #include "base/rapl.h"
@@ -21,14 +20,7 @@
 namespace duet::server {
 namespace {
 
-std::string new_request_id() {
-  static constexpr char kHex[] = "0123456789abcdef";
-  std::random_device device;
-  std::string id = "req_";
-  for (int i = 0; i < 4; ++i)
-    for (uint32_t bits = device(), n = 0; n < 8; ++n, bits >>= 4) id += kHex[bits & 15];
-  return id;
-}
+std::string new_request_id() { return "req_" + random_text("0123456789abcdef", 32); }
 
 // A client's own id, so that logs of several servers can be joined, where it is one.
 std::string request_id(const HttpRequest& request) {
@@ -134,13 +126,13 @@ struct Server::State {
 void Server::State::add_routes() {
   get("/health", [] { return json_reply({{"status", "ok"}}); });
   get("/v1/health", [] { return json_reply({{"status", "ok"}}); });
-  routes.push_back({"GET", "/", [](const HttpRequest& r) {
-    HttpReply reply = wants_page(r) ? page_reply("/", r) : text_reply("Ollama is running");  // what Ollama's clients look for
-    reply.headers.emplace_back("Vary", "Accept");
-    return reply;
-  }});
   for (const PageFile& file : page_files())
-    if (file.path != "/") routes.push_back({"GET", std::string(file.path), [path = file.path](const HttpRequest& r) { return page_reply(path, r); }});
+    routes.push_back({"GET", std::string(file.path), [&file](const HttpRequest& r) {
+      if (file.path != "/") return page_reply(file, r);
+      HttpReply reply = wants_page(r) ? page_reply(file, r) : text_reply("Ollama is running");  // what Ollama's clients look for
+      reply.headers.emplace_back("Vary", "Accept");
+      return reply;
+    }});
   get("/router", [this] { return json_reply(router_json(scheduler, engine.info().hparams)); });
   add_openai_routes();
   add_embedding_routes();

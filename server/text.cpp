@@ -1,6 +1,7 @@
 #include "server/text.h"
 
 #include <chrono>
+#include <random>
 
 #include "base/json.h"
 #include "runtime/chat_tools.h"
@@ -17,6 +18,13 @@ size_t count_chars(std::string_view utf8) {
   size_t n = 0;
   for (const char c : utf8) n += (static_cast<unsigned char>(c) & 0xC0) != 0x80;
   return n;
+}
+
+std::string random_text(std::string_view alphabet, size_t n) {
+  std::random_device device;
+  std::string out;
+  for (size_t i = 0; i < n; ++i) out += alphabet[device() % alphabet.size()];
+  return out;
 }
 
 std::string printable(std::string_view text) {

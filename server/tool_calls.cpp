@@ -1,11 +1,11 @@
 #include "server/tool_calls.h"
 
 #include <algorithm>
-#include <random>
 
 #include "base/error.h"
 #include "base/json.h"
 #include "grammar/json_schema.h"
+#include "server/text.h"
 
 namespace duet::server {
 namespace {
@@ -226,12 +226,6 @@ void add_pieces(std::vector<ToolCall>& calls, const std::vector<CallPiece>& piec
   }
 }
 
-std::string new_call_id() {
-  static constexpr std::string_view kAlphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
-  std::random_device device;
-  std::string id;
-  for (int i = 0; i < 9; ++i) id += kAlphabet[device() % kAlphabet.size()];
-  return id;
-}
+std::string new_call_id() { return random_text("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz", 9); }
 
 }  // namespace duet::server

@@ -34,7 +34,7 @@ Tools checked_list(const Fields& f) {
   const Json* list = f.find("tools");
   if (list == nullptr) return out;
   if (!list->is_array() || list->size() > kMaxTools) bad_request("tools", "'tools' must be an array of at most ", kMaxTools, " tools");
-  if (list->dump(-1, ' ', false, Json::error_handler_t::replace).size() > kMaxToolsBytes) bad_request("tools", "'tools' is larger than ", kMaxToolsBytes, " bytes");
+  if (dump(*list).size() > kMaxToolsBytes) bad_request("tools", "'tools' is larger than ", kMaxToolsBytes, " bytes");
   for (size_t i = 0; i < list->size(); ++i) {
     check_tool((*list)[i], i);
     if (!out.names.insert(name_of((*list)[i])).second) bad_request("tools", "'tools' has two functions of the name ", quote(name_of((*list)[i])));
@@ -84,7 +84,7 @@ std::string arguments_rule(const Json& tool, grammar::GrammarWriter& writer) {
 void add_calls(const Tools& tools, grammar::GrammarWriter& writer) {
   std::string call;
   for (const Json& tool : tools.list) {
-    const std::string name = grammar::gbnf_literal(Json(name_of(tool)).dump(-1, ' ', false, Json::error_handler_t::replace));
+    const std::string name = grammar::gbnf_literal(dump(Json(name_of(tool))));
     call += concat(call.empty() ? "" : " | ", R"("{" ws "\"name\"" ws ":" ws )", name, R"( ws "," ws "\"arguments\"" ws ":" ws )", arguments_rule(tool, writer), R"( ws "}")");
   }
   writer.add_rule("call", call);

@@ -10,6 +10,13 @@ std::vector<Token> some_tokens(size_t n, uint32_t n_vocab) {
   return out;
 }
 
+EngineOptions with_threads(int n_threads, const std::vector<LoraChoice>& loras) {
+  EngineOptions options;
+  options.n_threads = n_threads;
+  options.loras = loras;
+  return options;
+}
+
 std::vector<float> all_logits(Session& session, std::span<const Token> tokens) {
   std::vector<float> out;
   session.append_all_logits(tokens, [&](size_t, size_t, std::span<const float> logits) {

@@ -12,6 +12,7 @@
 #include "tests/support/errors.h"
 #include "tests/support/gguf_builder.h"
 #include "tests/support/hf_folder.h"
+#include "tests/support/logits.h"
 
 namespace duet {
 namespace {
@@ -21,6 +22,7 @@ using test::HfFolder;
 using test::HfForm;
 using test::HfTensor;
 using test::TempFolder;
+using test::with_threads;
 
 constexpr uint64_t kMaxBytes = 1 << 24;
 constexpr size_t kEmbd = 32, kFf = 64, kExperts = 4, kLayers = 2;
@@ -35,18 +37,10 @@ fs::path converted(const TempFolder& folder, const std::string& name, const HfFo
   return out;
 }
 
-EngineOptions with_threads(int n_threads, const std::vector<LoraChoice>& loras = {}) {
-  EngineOptions options;
-  options.n_threads = n_threads;
-  options.loras = loras;
-  return options;
-}
-
 std::vector<float> logits_of(const fs::path& file) {
   const Engine engine = Engine::open(file, with_threads(1));
   Session session = engine.new_session({.n_ctx = 32});
-  std::vector<float> out;
-  session.append_all_logits(std::vector<Token>{1, 70, 71, 100, 259, 40}, [&](size_t, size_t, std::span<const float> rows) { out.insert(out.end(), rows.begin(), rows.end()); });
+  std::vector<float> out = test::all_logits(session, std::vector<Token>{1, 70, 71, 100, 259, 40});
   for (const float v : out) REQUIRE(std::isfinite(v));
   return out;
 }

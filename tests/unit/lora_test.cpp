@@ -11,6 +11,7 @@
 #include "tests/support/errors.h"
 #include "tests/support/gguf_builder.h"
 #include "tests/support/hf_folder.h"
+#include "tests/support/logits.h"
 
 namespace duet {
 namespace {
@@ -20,6 +21,7 @@ using test::HfFolder;
 using test::HfForm;
 using test::HfTensor;
 using test::TempFolder;
+using test::with_threads;
 
 constexpr uint64_t kEmbd = 32, kFf = 64, kExperts = 4, kRank = 3;
 
@@ -87,13 +89,6 @@ fs::path converted(const TempFolder& folder, const std::string& name, const HfFo
   return out;
 }
 
-EngineOptions with_threads(int n_threads, const std::vector<LoraChoice>& loras = {}) {
-  EngineOptions options;
-  options.n_threads = n_threads;
-  options.loras = loras;
-  return options;
-}
-
 EngineOptions streamed(uint32_t n_slots, const std::vector<LoraChoice>& loras) {
   EngineOptions options = with_threads(2, loras);
   options.memory.slots = n_slots;
@@ -111,9 +106,7 @@ std::vector<float> logits_of(const fs::path& file, const EngineOptions& options 
   Session session = engine.new_session({.n_ctx = 64, .n_batch = 8, .kv_type = KvType::f32});  // half precision would round small differences up
   std::vector<Token> ids;
   for (int i = 0; i < 12; ++i) ids.push_back(1 + i * 13 % 250);
-  std::vector<float> out;
-  session.append_all_logits(ids, [&](size_t, size_t, std::span<const float> rows) { out.insert(out.end(), rows.begin(), rows.end()); });
-  return out;
+  return test::all_logits(session, ids);
 }
 
 // Largest difference over the largest magnitude.
