@@ -222,8 +222,8 @@ ImportanceNorm importance_norm(const float* importance, size_t n) {
   return mean > 1e-30 ? ImportanceNorm{static_cast<float>(1 / mean), 1e-4f} : ImportanceNorm{0, 1};
 }
 
-// Fills one lane with a group. Without importance the weights are |x| + rms(x): large weights count
-// more, which measures better (mean KLD of the demo model) than plain squares or x^2.
+// Fills one lane with a group. Errors count by |x| + rms(x), times the importance where there is one: that large
+// weights count more measures better (mean KLD of the demo model) than plain squares or x^2, importance or not.
 template <size_t N>
 void load_group(Tile<N>& t, size_t lane, const float* x, const float* importance,
                 ImportanceNorm norm) {
@@ -236,8 +236,8 @@ void load_group(Tile<N>& t, size_t lane, const float* x, const float* importance
   }
   const float rms = std::sqrt(sum_xx / N);
   for (size_t i = 0; i < N; ++i) {
-    const float w = importance != nullptr ? importance[i] * norm.scale + norm.floor
-                                          : rms + std::fabs(t.x[i][lane]);
+    const float own = rms + std::fabs(t.x[i][lane]);
+    const float w = importance != nullptr ? own * (importance[i] * norm.scale + norm.floor) : own;
     t.w[i][lane] = w;
     t.sum_w[lane] += w;
   }
