@@ -7,7 +7,8 @@
 // the tables in runtime/kernels/kernels.h: exact integer sums, one chain of fused multiply-adds in block order. All
 // else agrees to rounding. What a row becomes never depends on the rows beside it.
 //
-// Pointers named so are of device memory: rows 16-byte aligned, row-major, sizes in elements. Nothing throws: an
+// Pointers named so are of device memory: rows 16-byte aligned, row-major, sizes in elements. Matrices of weights begin
+// at multiples of 16 bytes, their rows follow each other row_bytes apart; memory is allocated in whole 16 bytes. Nothing throws: an
 // operation that fails is remembered, and told by the next synchronize().
 #pragma once
 
@@ -78,6 +79,9 @@ class Device {
  public:
   virtual ~Device() = default;
   virtual const DeviceInfo& info() const = 0;
+  // Weights that multiply() and decode_rows() take, heads that attend() and rotate_and_store() take.
+  virtual bool supports(DType dtype) const = 0;
+  virtual bool supports(const HeadShape& shape) const = 0;
   virtual uint64_t free_bytes() = 0;
 
   // ---- memory: null when there is not enough ----
