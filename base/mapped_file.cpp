@@ -46,6 +46,10 @@ std::optional<FileIdentity> identify(int descriptor) {
                       .modified_ns = int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec};
 }
 
+std::string identity_line(const fs::path& path, const FileIdentity& identity) {
+  return concat(path.filename().string(), " ", identity.size, " ", identity.modified_ns, "\n");
+}
+
 MappedFile MappedFile::open(const fs::path& path) {
   uint64_t size = 0;
   const FileDescriptor fd(open_regular(path, size));

@@ -17,6 +17,7 @@ struct FileIdentity {
   int64_t modified_ns = 0;
   bool operator==(const FileIdentity&) const = default;
 };
+std::string identity_line(const std::filesystem::path& path, const FileIdentity& identity);  // name, size and date
 // Of an open file; nothing when the system does not tell.
 std::optional<FileIdentity> identify(int descriptor);
 

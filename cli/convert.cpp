@@ -29,12 +29,6 @@ struct ConvertArgs {
   int n_threads = 0;
 };
 
-std::string joined(const std::vector<std::string>& names) {
-  std::string out;
-  for (const std::string& name : names) out += (out.empty() ? "" : " ") + name;
-  return out;
-}
-
 auto progress_on(ProgressBar& bar) {
   return [&bar](const ConvertProgress& p) {
     bar.update(p.done_bytes, p.total_bytes,
@@ -132,7 +126,7 @@ CalibrationOptions calibration_options(const ConvertArgs& args) {
 void check_target(const ConvertArgs& args) {
   const bool target = !args.target_size.empty() || args.target_bpw > 0;
   if (args.type.empty() && !target)
-    fail(ErrorKind::usage, "no type given: add one of ", joined(recipe_names()), ", or --target-size or --target-bpw");
+    fail(ErrorKind::usage, "no type given: add one of ", joined(recipe_names(), " "), ", or --target-size or --target-bpw");
   if (target && args.vocab_only) fail(ErrorKind::usage, "--vocab-only writes no tensors: there is no size to choose");
   if (target && !args.split_max_size.empty())
     fail(ErrorKind::usage, "--target-size and --target-bpw are for one file: cut it by duet repack --split-max-size afterwards");
@@ -230,7 +224,7 @@ void add_convert(CLI::App& app) {
   args->type = "Q4_K_M";
   command.add_option("SRC", args->source, "Folder with *.safetensors, a tokenizer and config.json, or params.json (Mistral's own form)")
       ->required();
-  CLI::Option* type = command.add_option("-q,--type", args->type, "Mix of types: " + joined(recipe_names()))
+  CLI::Option* type = command.add_option("-q,--type", args->type, "Mix of types: " + joined(recipe_names(), " "))
                           ->capture_default_str();
   command.add_option("-o,--output", args->output, "GGUF file to write");
   command.add_option("--name", args->name,
@@ -249,7 +243,7 @@ void add_quantize(CLI::App& app) {
   auto args = std::make_shared<ConvertArgs>();
   command.add_option("IN", args->source, "GGUF file (for a split one, any part)")->required();
   command.add_option("OUT", args->output, "GGUF file to write")->required();
-  CLI::Option* type = command.add_option("TYPE", args->type, "Mix of types: " + joined(recipe_names()));
+  CLI::Option* type = command.add_option("TYPE", args->type, "Mix of types: " + joined(recipe_names(), " "));
   add_shared_options(command, *type, *args);
   add_environment(command);
   command.callback([args] {

@@ -189,6 +189,12 @@ void add_environment(CLI::App& command) {
   command.parse_complete_callback([&command, config] { take_from_config(command, *config); });
 }
 
+std::string joined(const std::vector<std::string>& words, const std::string& between) {
+  std::string out;
+  for (const std::string& word : words) out += (out.empty() ? "" : between) + word;
+  return out;
+}
+
 std::vector<int32_t> parse_ids(const std::string& text) {
   std::string spaced = text;
   for (char& c : spaced)

@@ -39,6 +39,7 @@ void add_placement_options(CLI::App& command, PinMode& pin, NumaMode& numa);
 // the line. Call after the last option has been added.
 void add_environment(CLI::App& command);
 
+std::string joined(const std::vector<std::string>& words, const std::string& between);
 // "1,2,3", "1 2 3" or "[1, 2, 3]". Error(usage).
 std::vector<int32_t> parse_ids(const std::string& text);
 // Whole text file; "-" is standard input. Error(io).

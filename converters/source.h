@@ -28,6 +28,5 @@ ConversionSource open_gguf(const std::filesystem::path& input, const ConvertOpti
 
 // Names, sizes and dates of the files.
 std::string identity_of(const GgufFile& file);
-std::string identity_of(const Safetensors& files);
 
 }  // namespace duet

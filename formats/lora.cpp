@@ -245,8 +245,7 @@ LoraChoice parse_lora(const std::string& text) {
 LoraAdapter read_lora(const LoraChoice& choice, const HParams& hparams) {
   const Safetensors weights = open_weights(choice.folder);
   LoraAdapter out;
-  out.identity = concat("adapter ", choice.strength, " ", read_file(choice.folder / "adapter_config.json", kMaxConfigBytes), "\n");
-  for (const auto& [path, id] : weights.files()) out.identity += concat(path.filename().string(), " ", id.size, " ", id.modified_ns, "\n");
+  out.identity = concat("adapter ", choice.strength, " ", read_file(choice.folder / "adapter_config.json", kMaxConfigBytes), "\n", identity_of(weights));
   out.parts = AdapterReader(hparams, Config::read(choice.folder / "adapter_config.json"), choice.strength).read(weights);
   if (out.parts.empty()) fail(ErrorKind::format, choice.folder.string(), ": the adapter is empty");
   return out;

@@ -291,6 +291,12 @@ std::vector<std::pair<fs::path, FileIdentity>> Safetensors::files() const {
   return out;
 }
 
+std::string identity_of(const Safetensors& files) {
+  std::string out;
+  for (const auto& [path, identity] : files.files()) out += identity_line(path, identity);
+  return out;
+}
+
 const TensorView* Safetensors::find_tensor(std::string_view name) const {
   const auto it = state_->tensor_index.find(name);
   return it == state_->tensor_index.end() ? nullptr : it->second;

@@ -41,4 +41,7 @@ class Safetensors {
   std::shared_ptr<const State> state_;
 };
 
+// Names, sizes and dates of the files: a line for each.
+std::string identity_of(const Safetensors& files);
+
 }  // namespace duet

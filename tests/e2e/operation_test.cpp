@@ -109,6 +109,7 @@ TEST_CASE("serve refuses a log it cannot write and certificates that are none") 
   const TempFolder folder;
   CHECK(refusal(run_duet({"serve", kModel, "--access-log", "/nowhere/log"}), 3, "/nowhere/log: cannot be written") == "");
   CHECK(refusal(run_duet({"serve", kModel, "--tls-cert", "x.pem"}), 2, "--tls-key") == "");
+  CHECK(refusal(run_duet({"serve", kModel, "--cache-size", "1GiB"}), 2, "--cache-dir") == "");
   CHECK(refusal(run_duet({"serve", kModel, "--tls-cert", "/nowhere.pem", "--tls-key", "/nowhere.key"}), 3, "/nowhere.pem: cannot open") == "");
   write_text(folder / "no.pem", "hello\n");
   CHECK(refusal(run_duet({"serve", kModel, "--tls-cert", (folder / "no.pem").string(), "--tls-key", (folder / "no.pem").string()}), 4, "no certificate in PEM form") == "");
