@@ -67,8 +67,8 @@ void ConstraintState::accept(Token token) {
   limit_memory();
 }
 
-const ConstraintState::Mask& ConstraintState::mask() {
-  if (at_start_) return first_mask_ = make_mask();
+ConstraintState::Mask ConstraintState::mask() {
+  if (at_start_) return make_mask();
   const auto known = masks_.find(state_);
   if (known != masks_.end()) return known->second;
   return masks_.emplace(state_, make_mask()).first->second;

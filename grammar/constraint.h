@@ -37,7 +37,7 @@ class ConstraintState {
  private:
   using Mask = std::vector<uint64_t>;  // a bit for each token
   void follow(const Grammar& grammar);
-  const Mask& mask();
+  Mask mask();
   Mask make_mask();
   void walk(size_t first, size_t last, bool dropped, Mask& mask);
   void limit_memory();
@@ -48,7 +48,6 @@ class ConstraintState {
   bool at_start_, untouched_ = true;
   std::vector<Matcher::State> path_;  // scratch: by depth
   std::unordered_map<Matcher::State, Mask> masks_;
-  Mask first_mask_;
   size_t max_bytes_;  // before what is not needed is forgotten
 };
 

@@ -37,6 +37,12 @@ constexpr std::array<std::string_view, 21> kRefused = {"not", "if", "then", "els
                                                        "propertyNames", "minProperties", "maxProperties", "uniqueItems", "contains", "minContains", "maxContains",
                                                        "unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef", "additionalItems", "multipleOf"};
 
+// Keywords that say something of one type, and which.
+constexpr std::pair<const char*, const char*> kTypeKeywords[] = {
+    {"properties", "object"}, {"required", "object"}, {"additionalProperties", "object"}, {"items", "array"}, {"prefixItems", "array"}, {"minItems", "array"}, {"maxItems", "array"},
+    {"pattern", "string"}, {"minLength", "string"}, {"maxLength", "string"}, {"format", "string"}, {"minimum", "number"}, {"maximum", "number"}, {"exclusiveMinimum", "number"},
+    {"exclusiveMaximum", "number"}};
+
 bool has_type(const Json& value, const std::string& type) {
   if (type == "integer") return value.is_number_integer();
   if (type == "number") return value.is_number();
@@ -70,10 +76,6 @@ struct GrammarWriter::State {
     fail(ErrorKind::usage, source, ": ", parts...);
   }
 
-  void basic(const std::string& name) {
-    for (const auto& [known_name, body] : kBasics)
-      if (known_name == name) rules[name] = body;
-  }
   std::string new_rule(const std::string& body) {
     const std::string name = concat("r", n_rules++);
     set_rule(name, body);
@@ -180,8 +182,9 @@ std::string GrammarWriter::State::alternatives(const Json& schema, const char* k
 std::string GrammarWriter::State::values(const Json& schema) {
   Json all = schema.contains("enum") ? schema["enum"] : Json::array({schema["const"]});
   if (!all.is_array() || all.empty()) wrong("'enum' must be an array that is not empty");
-  for (const char* keyword : {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength", "pattern", "format", "properties", "required", "items", "minItems", "maxItems"})
-    if (schema.contains(keyword)) unsupported("'", keyword, "' beside 'enum' or 'const' is not supported");
+  const auto any_is = [&](const char* type) { return std::any_of(all.begin(), all.end(), [&](const Json& value) { return has_type(value, type); }); };
+  for (const auto& [keyword, type] : kTypeKeywords)
+    if (schema.contains(keyword) && any_is(type)) unsupported("'", keyword, "' beside 'enum' or 'const' is not supported");
   const auto fits = [&](const Json& value) {
     if (schema.contains("const") && value != schema["const"]) return false;
     const auto type = schema.find("type");
@@ -198,11 +201,7 @@ std::string GrammarWriter::State::values(const Json& schema) {
 
 // Of a schema that names no type: the one its keywords are for.
 std::string GrammarWriter::State::type_of(const Json& schema) const {
-  static constexpr std::pair<const char*, const char*> kKeywords[] = {
-      {"properties", "object"}, {"required", "object"}, {"additionalProperties", "object"}, {"items", "array"}, {"prefixItems", "array"}, {"minItems", "array"}, {"maxItems", "array"},
-      {"pattern", "string"}, {"minLength", "string"}, {"maxLength", "string"}, {"format", "string"}, {"minimum", "number"}, {"maximum", "number"}, {"exclusiveMinimum", "number"},
-      {"exclusiveMaximum", "number"}};
-  for (const auto& [keyword, type] : kKeywords)
+  for (const auto& [keyword, type] : kTypeKeywords)
     if (schema.contains(keyword)) return type;
   return "any";
 }

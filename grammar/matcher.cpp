@@ -58,7 +58,7 @@ Matcher::State Matcher::find_next(State state, uint8_t byte) {
 
 void Matcher::begin_step() {
   // What an exception may have left behind.
-  for (std::vector<Place>& back : calls_) back.clear();
+  for (const uint32_t rank : called_) calls_[grammar_.callers_first()[rank]].clear();
   called_.clear();
   to_visit_.clear();
   found_.clear();
@@ -151,10 +151,10 @@ void Matcher::call(uint32_t rule, Place back) {
 void Matcher::follow_calls() {
   while (!called_.empty()) {
     const uint32_t rule = grammar_.callers_first()[called_.front()];
-    std::pop_heap(called_.begin(), called_.end(), std::greater<>());
-    called_.pop_back();
     const uint32_t node = intern_node(calls_[rule]);
     calls_[rule].clear();
+    std::pop_heap(called_.begin(), called_.end(), std::greater<>());
+    called_.pop_back();
     visit({grammar_.rules()[rule].start, node});
     visit_all();
   }

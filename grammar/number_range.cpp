@@ -9,9 +9,8 @@
 namespace duet::grammar {
 namespace {
 
-constexpr size_t kDigits = 16;                        // of what has no bound
-constexpr uint64_t kMost = 9999999999999999;          // so many digits
-constexpr uint64_t kTooLarge = 1000000000000000000;   // 10^18
+constexpr size_t kDigits = 16;                // of what has no bound
+constexpr uint64_t kMost = 9999999999999999;  // so many digits
 constexpr size_t kMaxFraction = 30;
 
 using Text = std::optional<std::string>;  // an expression; nothing: no number fits
@@ -110,14 +109,14 @@ Signed by_sign(const std::optional<Bound>& low, const std::optional<Bound>& high
     bound.value.negative = false;
     return bound;
   };
-  if (!low || (low->value.negative && !is_zero(low->value))) {
+  if (!low || low->value.negative) {
     Magnitudes m{{}, std::nullopt};
     if (low) m.high = positive_of(*low);
     if (high && high->value.negative) m.low = positive_of(*high);
     else m.low.exclusive = true;  // no "-0"
     out.negative = m;
   }
-  if (!high || !high->value.negative || is_zero(high->value)) {
+  if (!high || !high->value.negative) {
     Magnitudes m{{}, std::nullopt};
     if (high) m.high = positive_of(*high);
     if (low && !low->value.negative) m.low = *low;
@@ -189,7 +188,8 @@ std::optional<Decimal> parse_decimal(const std::string& text) {
   out.fraction.erase(out.fraction.find_last_not_of('0') + 1);
   if (integer.size() > 18 || out.fraction.size() > kMaxFraction) return std::nullopt;
   for (const char c : integer) out.integer = out.integer * 10 + static_cast<uint64_t>(c - '0');
-  return out.integer < kTooLarge ? std::optional(out) : std::nullopt;
+  if (is_zero(out)) out.negative = false;
+  return out;
 }
 
 std::optional<std::string> integer_range(const std::optional<Bound>& low, const std::optional<Bound>& high) { return signed_range(low, high, whole_numbers); }

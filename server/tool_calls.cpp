@@ -70,7 +70,7 @@ void CallReader::read(char c, std::vector<CallPiece>& out) {
 void CallReader::begin_call() {
   at_ = At::key;
   told_ = false;
-  for (std::string* text : {&key_, &value_, &name_, &pending_}) text->clear();
+  for (std::string* text : {&key_, &value_, &pending_}) text->clear();
 }
 
 void CallReader::read_key(char c) {
@@ -124,10 +124,9 @@ void CallReader::read_value(char c, std::vector<CallPiece>& out) {
 void CallReader::end_value(std::vector<CallPiece>& out) {
   if (key_ == "name" && !told_) {
     const std::optional<Json> name = parsed(value_);
-    if (name && name->is_string()) {
-      name_ = name->get<std::string>();
+    if (name && name->is_string() && *name != Json("")) {  // a first piece is known by its name
       told_ = true;
-      out.push_back({.index = n_calls_, .id = new_call_id(), .name = name_});
+      out.push_back({.index = n_calls_, .id = new_call_id(), .name = name->get<std::string>()});
     }
   }
   value_.clear();

@@ -38,7 +38,7 @@ class CallReader {
   int depth_ = 0;                            // of the value at hand
   bool in_string_ = false, escaped_ = false;
   bool told_ = false;                        // the call's name
-  std::string key_, value_, name_, pending_;  // pending_: arguments not yet given
+  std::string key_, value_, pending_;        // pending_: arguments not yet given
 };
 
 // How an answer may hold tool calls.

@@ -67,36 +67,46 @@ bool can_be_kept_to(const Json& schema) {
   }
 }
 
-std::string arguments_rule(const Json& tool, grammar::GrammarWriter& writer) {
+// each_alone: a schema that cannot be kept to is any object, unless it is strict.
+std::string arguments_rule(const Json& tool, bool each_alone, grammar::GrammarWriter& writer) {
   const Json& function = function_of(tool);
   const auto parameters = function.find("parameters");
-  if (parameters == function.end() || parameters->is_null()) return writer.any_object();
+  if (parameters == function.end() || parameters->empty()) return writer.any_object();
   const bool strict = function.contains("strict") && function["strict"] == Json(true);
-  if (!strict && !can_be_kept_to(*parameters)) return writer.any_object();
-  try {
-    return writer.add_schema(*parameters, concat("the parameters of the tool ", quote(name_of(tool))));
-  } catch (const Error& e) {
-    bad_request("tools", e.what());
-  }
+  if (each_alone && !strict && !can_be_kept_to(*parameters)) return writer.any_object();
+  return writer.add_schema(*parameters, concat("the parameters of the tool ", quote(name_of(tool))));
 }
 
 // The rule "calls": an array of calls. Only "ws" stands where models put a space.
-void add_calls(const Tools& tools, grammar::GrammarWriter& writer) {
+void add_calls(const Tools& tools, bool each_alone, grammar::GrammarWriter& writer) {
   std::string call;
   for (const Json& tool : tools.list) {
     const std::string name = grammar::gbnf_literal(dump(Json(name_of(tool))));
-    call += concat(call.empty() ? "" : " | ", R"("{" ws "\"name\"" ws ":" ws )", name, R"( ws "," ws "\"arguments\"" ws ":" ws )", arguments_rule(tool, writer), R"( ws "}")");
+    call += concat(call.empty() ? "" : " | ", R"("{" ws "\"name\"" ws ":" ws )", name, R"( ws "," ws "\"arguments\"" ws ":" ws )", arguments_rule(tool, each_alone, writer), R"( ws "}")");
   }
   writer.add_rule("call", call);
   const std::string more = tools.parallel ? concat("(\",\" ws call ws){0,", kMaxCalls - 1, "}") : "";
   writer.add_rule("calls", concat("\" \"? \"[\" ws call ws ", more, " \"]\""));
 }
 
-grammar::Grammar calls_grammar(const Tools& tools) {
+grammar::Grammar calls_grammar(const Tools& tools, bool each_alone) {
   grammar::GrammarWriter writer;
-  add_calls(tools, writer);
+  add_calls(tools, each_alone, writer);
   writer.add_rule("root", "calls");
-  return compiled(writer.text(), "tools");
+  return grammar::Grammar::parse(writer.text());
+}
+
+grammar::Grammar calls_grammar(const Tools& tools) {
+  try {
+    return calls_grammar(tools, false);
+  } catch (const Error&) {
+    // One of them, most likely: made again with each tried alone.
+  }
+  try {
+    return calls_grammar(tools, true);
+  } catch (const Error& e) {
+    bad_request("tools", e.what());
+  }
 }
 
 std::optional<Token> call_token(const ServedModel& model) {

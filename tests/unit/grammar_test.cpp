@@ -189,9 +189,10 @@ TEST_CASE("matcher: equal situations are one state, and forgetting keeps the pre
   Matcher::State deep = matcher.start();
   for (int i = 0; i < 300; ++i) deep = follow(deep, R"({"k": [1, )");
   const size_t before = matcher.bytes();
-  for (int i = 0; i < 300; ++i) deep = follow(deep, "2]}");
-  deep = follow(deep, "  ");
-  CHECK(deep == Matcher::kDead);  // more than one space
+  deep = follow(deep, "2");
+  for (int i = 0; i < 300; ++i) deep = follow(deep, "]}");
+  CHECK(matcher.may_end(deep));
+  CHECK(follow(deep, "  ") == Matcher::kDead);  // more than one space
   deep = follow(matcher.start(), R"({"k": [)");
   deep = matcher.forget(deep);
   CHECK(matcher.bytes() < before / 10);

@@ -138,6 +138,11 @@ TEST_CASE("json schema: bounds of integers hold for every integer") {
     for (int i = -1500; i <= 1500; ++i) n_wrong += matches(grammar, std::to_string(i)) != (i >= low && i <= high);
     CHECK_MESSAGE(n_wrong == 0, low, " ", high);
   }
+  for (const char* bound : {"minimum", "exclusiveMinimum"}) {  // a zero with a sign is zero
+    CHECK(fits(concat(R"({"type":"number",")", bound, R"(":-0.0})"), "0") == (std::string_view(bound) == "minimum"));
+    CHECK_FALSE(fits(concat(R"({"type":"number",")", bound, R"(":-0.0})"), "-1"));
+    CHECK(fits(concat(R"({"type":"number",")", bound, R"(":-0.0})"), "0.5"));
+  }
   const std::string open = R"({"type":"integer","exclusiveMinimum":-3})";
   for (const char* text : {"-2", "0", "99", "1234567890123456"}) CHECK_MESSAGE(fits(open, text), text);
   for (const char* text : {"-3", "-10", "-0", "01", "1.5"}) CHECK_FALSE_MESSAGE(fits(open, text), text);
@@ -197,6 +202,9 @@ TEST_CASE("json schema: what cannot be kept is refused by name") {
   CHECK(refusal(R"({"type":"integer","multipleOf":5})").find("'multipleOf'") != std::string::npos);
   CHECK(refusal(R"({"type":"string","format":"iri"})").find("the format 'iri'") != std::string::npos);
   CHECK(refusal(R"({"type":"string","pattern":"a","minLength":2})").find("'pattern'") != std::string::npos);
+  CHECK(refusal(R"({"enum":[{"a":1},"b"],"additionalProperties":false})").find("'additionalProperties' beside 'enum'") != std::string::npos);
+  CHECK(refusal(R"({"const":[1],"prefixItems":[{"type":"string"}]})").find("'prefixItems' beside 'enum'") != std::string::npos);
+  CHECK(refusal(R"({"enum":["a"],"additionalProperties":false})").empty());  // says nothing of texts
   CHECK(refusal(R"({"$ref":"other.json"})").find("another document") != std::string::npos);
   CHECK(refusal(R"({"$ref":"#/x"})").find("leads nowhere") != std::string::npos);
   CHECK(refusal(R"({"$ref":"#"})") != "");
@@ -246,6 +254,7 @@ TEST_CASE("json schema: whatever is written can be read and fits") {
     ++n_read;
     Json read;
     const test::Thrown thrown = test::thrown_by([&] { read = parse_json(text, "text"); });
+    CHECK_MESSAGE((thrown.message.empty() || thrown.message.find("twice") != std::string::npos || thrown.message.find("deep") != std::string::npos), thrown.message, text);
     if (!thrown.message.empty()) continue;
     CHECK(read["age"].get<int64_t>() <= 150);
     CHECK(std::abs(read["score"].get<double>()) <= 1);

@@ -96,4 +96,13 @@ TEST_CASE("tool calls: what is cut off keeps what there is") {
   CHECK(in_pieces({CallForm::calls, {}, false}, R"([{"na)", 3).calls.empty());
 }
 
+TEST_CASE("tool calls: without a name there is none") {
+  for (const size_t n : {size_t{1}, size_t{3}, size_t{1000}}) {
+    CHECK(in_pieces({CallForm::calls, {}, false}, R"([{"name": "", "arguments": {}}])", n).calls.empty());
+    const Joined joined = in_pieces({CallForm::calls, {}, false}, R"([{"arguments": {"a": 1}, "name": ""}, {"name": "f", "arguments": {"b": 2}}])", n);
+    REQUIRE(joined.calls.size() == 1);
+    CHECK(joined.calls[0].arguments == R"({"b": 2})");
+  }
+}
+
 }  // namespace duet::server
