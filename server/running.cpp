@@ -78,6 +78,7 @@ void Running::take_token(std::span<const float> logits) {
   last_ = token;
   if (!job_->params.ignore_eos && tokenizer_->is_eog(token)) {
     finished_ = FinishReason::stop;
+    shown_.clear();
     // Who scores a prompt counts on the record of one token behind it, whichever that is.
     if (job_->params.prompt_logprobs) record_ = logprob_record(logits, token, static_cast<size_t>(n_top));
     return;

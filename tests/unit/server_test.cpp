@@ -139,6 +139,31 @@ TEST_CASE("completions: echo with log probabilities in the legacy shape") {
   for (size_t i = 1; i < echoed.size(); ++i) CHECK(!echoed[i].is_null());
 }
 
+// Who scores texts (lm-eval) takes the prompt's part to be all but the last entry.
+TEST_CASE("completions: echo with log probabilities ends with the token that was generated, also where that ends the text") {
+  Fixture f;
+  const std::string ends = R"("prompt":"the hat","temperature":0,"logit_bias":{"2":1000})";
+  const std::string scored = R"(,"echo":true,"logprobs":1)";
+  const Json one = f.ok("/v1/completions", concat("{", ends, scored, R"(,"max_tokens":1})"));
+  const Json& logprobs = one["choices"][0]["logprobs"];
+  const size_t n_prompt = one["usage"]["prompt_tokens"];
+  CHECK(one["choices"][0]["text"] == "the hat");
+  CHECK(one["choices"][0]["finish_reason"] == "stop");
+  CHECK(logprobs["token_logprobs"].size() == n_prompt + 1);
+  CHECK(logprobs["tokens"].back() == "</s>");
+  CHECK(logprobs["text_offset"].back() == 7);
+  CHECK(logprobs["token_logprobs"].back().get<double>() < 0);
+  // A token before the last: told once.
+  const std::string letter = R"(,"max_tokens":5,"grammar":"root ::= \"a\" \"bcdefgh\"?")";
+  const Json two = f.ok("/v1/completions", concat("{", ends, letter, scored, "}"));
+  CHECK(two["choices"][0]["text"] == "the hata");
+  CHECK(two["choices"][0]["logprobs"]["tokens"].size() == n_prompt + 2);
+  std::string streamed;
+  for (const Json& event : events(f.streamed("/v1/completions", concat("{", ends, letter, scored, R"(,"stream":true})")))) streamed += event["choices"][0]["text"].get<std::string>();
+  CHECK(streamed == "the hata");
+  CHECK(f.ok("/v1/completions", concat("{", ends, letter, "}"))["choices"][0]["text"] == "a");
+}
+
 TEST_CASE("completions: texts, ids and lists of ids; n; stop; bias") {
   Fixture f;
   const Json texts = f.ok("/v1/completions", R"({"prompt":["a","b"],"max_tokens":3,"n":2,"temperature":1,"seed":4,"ignore_eos":true})");
@@ -406,6 +431,18 @@ TEST_CASE("tools: a named one, several calls, none") {
   CHECK(f.ok("/v1/chat/completions", body + "}")["choices"][0]["message"].contains("content"));
   CHECK(begins(f.refusal("/v1/chat/completions", body + R"(,"tool_choice":{"type":"function","function":{"name":"sub"}}})"), "400 tool_choice:"));
   CHECK(begins(f.refusal("/v1/chat/completions", concat("{", kHello, R"(,"tool_choice":"required"})")), "400 tool_choice:"));
+  // Arguments of no schema, and of one that cannot be kept to: any object; those beside it are kept to.
+  for (const char* parameters : {"{}", R"({"type":"object","minProperties":2})"}) {
+    const std::string free = concat(R"({"type":"function","function":{"name":"f","parameters":)", parameters, "}}");
+    const std::string tools = kTools.substr(0, kTools.size() - 1) + "," + free + "]";
+    for (const char* which : {R"({"type":"function","function":{"name":"f"}})", R"("required")"}) {
+      const Json choice = f.ok("/v1/chat/completions", concat("{", kHello, R"(,"max_tokens":500,"parallel_tool_calls":false,)", tools, R"(,"tool_choice":)", which, "}"))["choices"][0];
+      const Json& call = choice["message"]["tool_calls"][0];
+      if (choice["finish_reason"] != "tool_calls") continue;  // cut off
+      if (call["function"]["name"] != "f") CHECK(is_call(call));
+      else CHECK(parse_json(call["function"]["arguments"].get<std::string>(), "arguments").is_object());
+    }
+  }
   const std::string strict = R"(,"tools":[{"type":"function","function":{"name":"f","strict":true,"parameters":{"type":"object","minProperties":2}}}]})";
   const HttpReply refused = f.post("/v1/chat/completions", concat("{", kHello, R"(,"tool_choice":"required")", strict));
   CHECK(refused.status == 400);
