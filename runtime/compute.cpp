@@ -110,19 +110,16 @@ void observe(const Compute& compute, TensorKind kind, int layer, const float* ro
 
 namespace {
 
-// y += b (a x). The products with `a` are made again for each piece of rows: they are few.
+// y += b (a x).
 void add_low_rank(const Compute& compute, const Product& p, std::span<float> panel) {
   const LowRank& low = *p.w->low_rank;
   const auto matmul = compute.kernels->matmul[static_cast<size_t>(DType::F32)];
-  const size_t cols_bytes = p.w->cols * sizeof(float), rank_bytes = low.rank * sizeof(float);
-  float *inner = panel.data(), *added = inner + p.n_tokens * low.rank;
-  const size_t n_rows = std::min(p.n_rows, (panel.size() - p.n_tokens * low.rank) / p.n_tokens);
-  matmul({.w = reinterpret_cast<const std::byte*>(low.a.data()), .w_stride = cols_bytes, .n_rows = low.rank, .cols = p.w->cols,
-          .x = p.x->data(ActFormat::f32, p.first_token), .x_stride = p.x->stride(ActFormat::f32), .n_tokens = p.n_tokens, .y = inner, .y_stride = low.rank});
+  const size_t rank_bytes = low.rank * sizeof(float), n_rows = std::min(p.n_rows, panel.size() / p.n_tokens);
+  float* added = panel.data();
   for (size_t row = 0; row < p.n_rows; row += n_rows) {
     const size_t n = std::min(n_rows, p.n_rows - row);
     matmul({.w = reinterpret_cast<const std::byte*>(low.b.data() + (p.first_row + row) * low.rank), .w_stride = rank_bytes, .n_rows = n, .cols = low.rank,
-            .x = reinterpret_cast<const std::byte*>(inner), .x_stride = rank_bytes, .n_tokens = p.n_tokens, .y = added, .y_stride = n});
+            .x = reinterpret_cast<const std::byte*>(p.inner), .x_stride = rank_bytes, .n_tokens = p.n_tokens, .y = added, .y_stride = n});
     for (size_t t = 0; t < p.n_tokens; ++t) compute.kernels->add(p.y + t * p.y_stride + row, added + t * n, n);
   }
 }
@@ -143,6 +140,43 @@ void multiply(const Compute& compute, const Product& p, std::span<float> panel) 
   if (p.w->low_rank != nullptr) add_low_rank(compute, p, panel);
 }
 
+void InnerProducts::clear() {
+  first_.clear();
+  pieces_.clear();
+  n_values_ = 0;
+}
+
+void InnerProducts::add(const Product& product) {
+  constexpr size_t kTokens = 32;  // of one piece
+  first_.push_back(product.w->low_rank != nullptr ? n_values_ : kNone);
+  if (product.w->low_rank == nullptr) return;
+  const size_t rank = product.w->low_rank->rank;
+  for (size_t t = 0; t < product.n_tokens; t += kTokens) {
+    Piece piece{product, n_values_ + t * rank};
+    piece.tokens.first_token += t;
+    piece.tokens.n_tokens = std::min(kTokens, product.n_tokens - t);
+    pieces_.push_back(piece);
+  }
+  n_values_ += product.n_tokens * rank;
+}
+
+void InnerProducts::make(const Compute& compute) {
+  if (pieces_.empty()) return;
+  if (values_.size() < n_values_) values_.resize(n_values_);
+  const auto matmul = compute.kernels->matmul[static_cast<size_t>(DType::F32)];
+  uint64_t n_bytes = 0;
+  for (const Piece& piece : pieces_) n_bytes += piece.tokens.w->low_rank->a.size() * sizeof(float);
+  parallel_for(compute.threads_for(n_bytes), pieces_.size(), 1, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const Product& p = pieces_[i].tokens;
+      const LowRank& low = *p.w->low_rank;
+      matmul({.w = reinterpret_cast<const std::byte*>(low.a.data()), .w_stride = p.w->cols * sizeof(float), .n_rows = low.rank, .cols = p.w->cols,
+              .x = p.x->data(ActFormat::f32, p.first_token), .x_stride = p.x->stride(ActFormat::f32), .n_tokens = p.n_tokens,
+              .y = values_.data() + pieces_[i].first, .y_stride = low.rank});
+    }
+  });
+}
+
 void MatmulQueue::add(const Weight& w, const Activations& x, size_t first_row, size_t n_tokens, float* y,
                       size_t y_stride) {
   for (size_t t = 0; t < n_tokens; t += kTokenBlock) {
@@ -158,10 +192,17 @@ struct MatmulQueue::Emptied {
   MatmulQueue* queue;
   ~Emptied() {
     queue->jobs_.clear();
+    queue->inner_.clear();
     queue->n_chunks_ = 0;
     queue->n_bytes_ = 0;
   }
 };
+
+void MatmulQueue::make_inner(const Compute& compute) {
+  for (const Job& job : jobs_) inner_.add(job.all);
+  inner_.make(compute);
+  for (size_t i = 0; i < jobs_.size(); ++i) jobs_[i].all.inner = inner_.of(i);
+}
 
 bool MatmulQueue::alike() const {
   return std::all_of(jobs_.begin(), jobs_.end(), [&](const Job& job) { return job.n_chunks == jobs_[0].n_chunks; });
@@ -178,6 +219,7 @@ MatmulQueue::Chunk MatmulQueue::chunk_at(size_t i, bool alike) const {
 
 void MatmulQueue::run(const Compute& compute) {
   const Emptied emptied{this};
+  make_inner(compute);
   const bool take_turns = alike();
   parallel_shares(compute.threads_for(n_bytes_), n_chunks_,
                   [&](size_t worker, size_t i) { run_chunk(compute, worker, chunk_at(i, take_turns)); });
@@ -185,6 +227,7 @@ void MatmulQueue::run(const Compute& compute) {
 
 void MatmulQueue::run_arriving(const Compute& compute, const std::function<void(size_t, size_t)>& ready) {
   const Emptied emptied{this};
+  make_inner(compute);
   const bool take_turns = alike();
   parallel_tasks(compute.n_threads, n_chunks_, [&](size_t worker, size_t i) {
     const Chunk chunk = chunk_at(i, take_turns);

@@ -114,7 +114,30 @@ struct Product {
   size_t first_token, n_tokens;
   float* y;         // y[t * y_stride + r] for row first_row + r
   size_t y_stride;
+  const float* inner = nullptr;  // of a weight with adapters, which needs it: see InnerProducts
 };
+
+// What adapters make of the input of products, a x: once for all the pieces that products are made in.
+class InnerProducts {
+ public:
+  void clear();
+  void add(const Product& product);    // its tokens; any weight
+  void make(const Compute& compute);   // those of all that were added
+  // Product::inner of the i-th that was added, [n_tokens, rank], until clear(); null without adapters.
+  const float* of(size_t i) const { return first_[i] == kNone ? nullptr : values_.data() + first_[i]; }
+
+ private:
+  static constexpr size_t kNone = SIZE_MAX;
+  struct Piece {
+    Product tokens;
+    size_t first;  // in values_
+  };
+  std::vector<size_t> first_;  // in values_, by product
+  std::vector<Piece> pieces_;
+  size_t n_values_ = 0;
+  std::vector<float> values_;
+};
+
 // On the calling thread; `panel` is scratch of any size.
 void multiply(const Compute& compute, const Product& product, std::span<float> panel);
 
@@ -143,11 +166,13 @@ class MatmulQueue {
     const Job* job;
     size_t index;
   };
+  void make_inner(const Compute& compute);
   Chunk chunk_at(size_t i, bool alike) const;
   bool alike() const;
   void run_chunk(const Compute& compute, size_t worker, const Chunk& chunk) const;
 
   std::vector<Job> jobs_;
+  InnerProducts inner_;
   size_t n_chunks_ = 0;
   uint64_t n_bytes_ = 0;  // of weights, counted once per token
 };

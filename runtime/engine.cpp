@@ -71,7 +71,8 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
   const int n_threads = options.n_threads > 0 ? options.n_threads : cores.usable();
   state->placement = place(cores, n_threads, options, notice);
   state->compute = {.kernels = &kernels, .n_threads = n_threads, .placement = &state->placement};
-  const ModelSizes sizes = model_sizes(file, hparams);
+  ModelSizes sizes = model_sizes(file, hparams);
+  sizes.dense_bytes += state->model.lora_bytes();
   state->plan = plan_memory(sizes, options.memory, n_threads, read_host_memory());
   if (state->plan.streamed) state->stream(sizes, options);
   state->tokenizer_error = try_load([&] { state->tokenizer = Tokenizer::load(file, notice); });

@@ -68,6 +68,7 @@ class Model {
   std::string layout() const;  // "dense", "merged experts", "per-expert"
   std::string types() const;   // formats by bytes, "Q4_K (experts), Q8_0, F32"
   uint64_t n_params() const;
+  uint64_t lora_bytes() const;  // of adapters, in memory
 
  private:
   friend class ModelBinder;

@@ -7,7 +7,7 @@
 namespace duet {
 namespace {
 
-// Of all adapters of a matrix together; what multiply() has room for.
+// Of all adapters of a matrix together: their products stay small beside the rest of the working memory.
 constexpr size_t kMaxRank = 1024;
 
 // Null: that of the router, which is held as floats.
@@ -73,6 +73,12 @@ void Model::apply(const LoraChoice& choice) {
     }
     widen(**owner, part);
   }
+}
+
+uint64_t Model::lora_bytes() const {
+  uint64_t n_floats = 0;
+  for (const auto& low : low_ranks_) n_floats += low->a.size() + low->b.size();
+  return n_floats * sizeof(float);
 }
 
 }  // namespace duet

@@ -230,8 +230,9 @@ void Moe::make_hidden(const Activations& input, bool arriving) {
       blocks_.push_back({segment.expert, segment.index, segment.first_slot + at, std::min(block_size_, segment.n - at), segment.hidden_row + at});
   const size_t n_blocks = blocks_.size(), n_tasks = n_blocks * div_up(n_ff_, kHiddenRows);
   const auto run = [&](size_t worker, size_t task) {
-    make_hidden_block(input, worker, blocks_[task % n_blocks], task / n_blocks * kHiddenRows);
+    make_hidden_block(input, worker, task % n_blocks, task / n_blocks * kHiddenRows);
   };
+  make_inner(input);
   const Weight& gate = wave_[0].expert->gate;
   if (!arriving) return parallel_shares(compute_.threads_for(2 * uint64_t{wave_rows_} * gate.rows * gate.row_bytes), n_tasks, run);
   parallel_tasks(compute_.n_threads, n_tasks, [&](size_t worker, size_t task) {
@@ -242,19 +243,34 @@ void Moe::make_hidden(const Activations& input, bool arriving) {
   });
 }
 
+// Of all rows of a weight.
+Product Moe::hidden_product(const Weight& weight, const Activations& input, const Segment& block, float* y) const {
+  return {&weight, 0, weight.rows, &input, n_ == 1 ? 0 : block.first_slot, block.n, y, kHiddenRows};
+}
+
+void Moe::make_inner(const Activations& input) {
+  inner_.clear();
+  for (const Segment& block : blocks_)
+    for (const Weight* weight : {&block.expert->gate, &block.expert->up}) inner_.add(hidden_product(*weight, input, block, nullptr));
+  inner_.make(compute_);
+}
+
 // Columns [first_row, first_row + 256) of the hidden rows of a block of tokens, straight to the
 // form in which the down projection reads them: the products never leave the worker's cache.
-void Moe::make_hidden_block(const Activations& input, size_t worker, const Segment& block, size_t first_row) {
+void Moe::make_hidden_block(const Activations& input, size_t worker, size_t block_index, size_t first_row) {
+  const Segment& block = blocks_[block_index];
   const Expert& expert = *block.expert;
   const size_t n_rows = std::min(kHiddenRows, n_ff_ - first_row), n_floats = block.n * kHiddenRows;
   float* gate = compute_.panel(worker);  // [block.n, kHiddenRows], as up
   float* up = gate + n_floats;
   const std::span<float> rest{up + n_floats, kPanelFloats - 2 * n_floats};
-  Product product{&expert.gate, first_row, n_rows, &input, n_ == 1 ? 0 : block.first_slot, block.n, gate, kHiddenRows};
-  multiply(compute_, product, rest);
-  product.w = &expert.up;
-  product.y = up;
-  multiply(compute_, product, rest);
+  for (const bool is_up : {false, true}) {
+    Product product = hidden_product(is_up ? expert.up : expert.gate, input, block, is_up ? up : gate);
+    product.first_row = first_row;
+    product.n_rows = n_rows;
+    product.inner = inner_.of(2 * block_index + is_up);
+    multiply(compute_, product, rest);
+  }
   for (size_t t = 0; t < block.n; ++t) {
     float* values = gate + t * kHiddenRows;
     compute_.kernels->silu_mul(values, up + t * kHiddenRows, values, n_rows);

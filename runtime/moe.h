@@ -54,7 +54,9 @@ class Moe {
   void add_to_waves(int32_t index, const Expert& expert, const Activations& input, bool arriving);
   void run_wave(const Activations& input, bool arriving);
   void make_hidden(const Activations& input, bool arriving);
-  void make_hidden_block(const Activations& input, size_t worker, const Segment& block, size_t first_row);
+  void make_inner(const Activations& input);
+  Product hidden_product(const Weight& weight, const Activations& input, const Segment& block, float* y) const;
+  void make_hidden_block(const Activations& input, size_t worker, size_t block_index, size_t first_row);
   void down(bool arriving);
   void combine(float* residual) const;
   void observe_inputs(Activations& input);
@@ -81,6 +83,7 @@ class Moe {
   std::vector<Segment> wave_;       // what is computed at once
   size_t wave_rows_ = 0;
   std::vector<Segment> blocks_;     // the same in pieces of block_size_
+  InnerProducts inner_;             // of gate and up of each block
   Activations gathered_;            // [n_batch * n_used, n_embd]
   Activations hidden_;              // [rows of a wave, n_ff]
   // Of the look-ahead, for short chunks.

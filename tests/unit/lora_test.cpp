@@ -7,6 +7,7 @@
 #include "converters/convert.h"
 #include "formats/lora.h"
 #include "runtime/engine.h"
+#include "runtime/memory_plan.h"
 #include "tests/support/close.h"
 #include "tests/support/errors.h"
 #include "tests/support/gguf_builder.h"
@@ -101,9 +102,9 @@ EngineOptions scalar(const std::vector<LoraChoice>& loras) {
   return options;
 }
 
-std::vector<float> logits_of(const fs::path& file, const EngineOptions& options = with_threads(2)) {
+std::vector<float> logits_of(const fs::path& file, const EngineOptions& options = with_threads(2), uint32_t n_batch = 8) {
   const Engine engine = Engine::open(file, options);
-  Session session = engine.new_session({.n_ctx = 64, .n_batch = 8, .kv_type = KvType::f32});  // half precision would round small differences up
+  Session session = engine.new_session({.n_ctx = 64, .n_batch = n_batch, .kv_type = KvType::f32});  // half precision would round small differences up
   std::vector<Token> ids;
   for (int i = 0; i < 12; ++i) ids.push_back(1 + i * 13 % 250);
   return test::all_logits(session, ids);
@@ -191,6 +192,23 @@ TEST_CASE("lora: applied to a quantized model") {
   CHECK(distance(expected, logits_of(quantized)) > 4 * noise);
   CHECK(logits_of(quantized, with_threads(1, loras)) == logits_of(quantized, with_threads(3, loras)));
   CHECK(logits_of(quantized, with_threads(2, loras)) == logits_of(quantized, streamed(0, loras)));
+  for (const uint32_t n_batch : {1u, 3u, 12u}) CHECK(logits_of(quantized, with_threads(2, loras), n_batch) == logits_of(quantized, with_threads(2, loras)));
+}
+
+TEST_CASE("lora: the memory plan counts it with the dense weights, of whatever matrix it is") {
+  const TempFolder folder;
+  const Case c(1);
+  c.adapter.write(folder / "adapter");
+  const fs::path file = converted(folder, "plain", c.plain, "Q8_0");
+  uint64_t n_bytes = 0;
+  for (const HfTensor& tensor : c.adapter.tensors)
+    if (tensor.name.find("block_sparse_moe.gate.") == std::string::npos) n_bytes += 4 * tensor.values.size();  // the router's is added to it
+  const std::vector<LoraChoice> once = {{folder / "adapter", 1}}, twice = {{folder / "adapter", 1}, {folder / "adapter", 0.5}};
+  const uint64_t plain = Engine::open(file, with_threads(1)).plan().dense_bytes;
+  CHECK(n_bytes > 10'000);
+  CHECK(Engine::open(file, with_threads(1, once)).plan().dense_bytes == plain + n_bytes);
+  CHECK(Engine::open(file, with_threads(1, twice)).plan().dense_bytes == plain + 2 * n_bytes);
+  CHECK(Engine::open(file, streamed(1, once)).plan().dense_bytes == plain + n_bytes);
 }
 
 // peft's ParamWrapper: row e * rank + r of A, column r * E + e of B; down outside, gate and up inside.
