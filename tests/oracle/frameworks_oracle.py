@@ -2,8 +2,10 @@
 """langchain-openai, litellm, llama-index and lm-eval, as they are, against `duet serve` on the demo model.
 
 lm-eval's local-completions, by token ids, on the F32 conversion with f32 keys and values is compared with its own
-hf backend on models/demo: accuracy, each log-likelihood, is_greedy. Each part is skipped when its packages are
-missing (lm-eval's comparison needs torch and transformers); exit code 77 when all are.
+hf backend on models/demo: accuracy, each log-likelihood, is_greedy. transformers 5 reads a tokenizer.model without
+SentencePiece's space before the first word, so both get it as the tokenizer.json that Mixtral's repositories have. By
+the server's tokenizer lm-eval never asks for BOS: there its hf backend goes without too. Each part is skipped when its
+packages are missing (lm-eval's comparison needs torch and transformers); exit code 77 when all are.
 """
 import importlib
 import json
@@ -15,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DUET = os.environ.get("DUET", str(ROOT / "build/release/duet"))
@@ -152,88 +155,141 @@ metric_list: [{{metric: acc}}, {{metric: perplexity}}]
 """
 
 
-def write_tasks(folder):
-    """Sentences cut in two: which end is the right one; and what is their last word."""
+GREEDY_TASK = """task: demo_greedy
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{folder}/greedy.jsonl"}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{begin}}}}"
+doc_to_target: "{{{{word}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc}}, {{metric: perplexity}}]
+"""
+
+
+class Reference:
+    """The model as transformers has it. Its tokenizer, with the space before the first word, goes to a folder."""
+
+    def __init__(self, folder):
+        import torch
+        from tokenizers import normalizers
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        self.torch = torch
+        tokenizer = AutoTokenizer.from_pretrained(DEMO)
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        self.tokenizer_folder = os.path.join(folder, "tokenizer")
+        tokenizer.save_pretrained(self.tokenizer_folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_folder)
+        self.model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+
+    def ids(self, text, bos):
+        return self.tokenizer(text, add_special_tokens=bos)["input_ids"]
+
+    def logits(self, ids):
+        with self.torch.no_grad():
+            return self.model(self.torch.tensor([ids])).logits[0]
+
+    def lead(self, begin, whole):
+        """How far the better of the right token and the best other one leads, least of all behind `begin`."""
+        rows = self.logits(whole)
+        out = math.inf
+        for position in range(len(begin), len(whole)):
+            row = rows[position - 1].clone()
+            own = float(row[whole[position]])
+            row[whole[position]] = -math.inf
+            out = min(out, abs(own - float(row.max())))
+        return out
+
+    def continuation(self, text, n_tokens):
+        """The model's own, where its text is tokenized as it was made; else None."""
+        begin = self.ids(text, True)
+        ids = list(begin)
+        for _ in range(n_tokens):
+            ids.append(int(self.logits(ids)[-1].argmax()))
+        out = self.tokenizer.decode(ids, skip_special_tokens=True).removeprefix(" ")
+        if ids[-1] == self.tokenizer.eos_token_id or not out.startswith(text) or self.ids(out, True) != ids:
+            return None
+        return out[len(text):]
+
+
+def write_tasks(folder, reference):
+    """Sentences cut in two: which end is the right one; what is their last word; how the model would go on."""
     text = (ROOT / "tests/golden/data/sample.txt").read_text()
     sentences = [s.split() for s in re.split(r"(?<=[.!?])\s+", " ".join(text.split()))]
     sentences = [s for s in sentences if 8 <= len(s) <= 40][:40]
     if len(sentences) < 12:
         raise RuntimeError("too few sentences in sample.txt")
     pick = random.Random(1)
-    choices, words = [], []
+    choices, words, greedy = [], [], []
     for i, s in enumerate(sentences):
         others = pick.sample([t for j, t in enumerate(sentences) if j != i], 3)
         ends = [" ".join(t[len(t) // 2:]) for t in others]
         right = pick.randrange(4)
         ends.insert(right, " ".join(s[len(s) // 2:]))
-        choices.append({"begin": " ".join(s[:len(s) // 2]), "ends": ends, "right": right})
+        begin = " ".join(s[:len(s) // 2])
+        choices.append({"begin": begin, "ends": ends, "right": right})
         words.append({"begin": " ".join(s[:-1]), "word": s[-1]})
-    for name, rows, task in (("choice", choices, CHOICE_TASK), ("word", words, WORD_TASK)):
+        own = reference.continuation(begin, 4)
+        if own is not None:
+            greedy.append({"begin": begin, "word": own})
+    for name, rows, task in (("choice", choices, CHOICE_TASK), ("word", words, WORD_TASK), ("greedy", greedy, GREEDY_TASK)):
         pathlib.Path(folder, name + ".jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         pathlib.Path(folder, name + ".yaml").write_text(task.format(folder=folder))
 
 
 def evaluate(folder, model, /, **arguments):
+    """Accuracies, and answers (log-likelihood, is_greedy) by (task, document, context, end)."""
     import lm_eval
     from lm_eval.tasks import TaskManager
-    out = lm_eval.simple_evaluate(model=model, model_args=arguments, tasks=["demo_choice", "demo_word"], batch_size=1, bootstrap_iters=0,
+    out = lm_eval.simple_evaluate(model=model, model_args=arguments, tasks=["demo_choice", "demo_word", "demo_greedy"], batch_size=1, bootstrap_iters=0,
                                   log_samples=True, task_manager=TaskManager(include_path=folder, include_defaults=False))
     answers = {}
     for task, samples in out["samples"].items():
         for sample in samples:
             for request, response in zip(sample["arguments"].values() if isinstance(sample["arguments"], dict) else sample["arguments"], sample["filtered_resps"]):
                 context, end = (request["arg_0"], request["arg_1"]) if isinstance(request, dict) else request
-                answers[task, sample["doc_id"], end] = (context, float(response[0]), str(response[1]) == "True")
+                answers[task, sample["doc_id"], context, end] = (float(response[0]), str(response[1]) == "True")
     accuracy = {(task, name): value for task, results in out["results"].items() for name, value in results.items() if name.startswith("acc") and "stderr" not in name}
     return accuracy, answers
 
 
-def leads(requests):
-    """How far the better of the right token and the best other one leads, least of all tokens of the end."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
-    out = []
-    for context, end in requests:
-        begin = tokenizer(context)["input_ids"]
-        ids = tokenizer(context + end)["input_ids"]
-        with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0]
-        lead = math.inf
-        for position in range(len(begin), len(ids)):
-            row = logits[position - 1].clone()
-            own = float(row[ids[position]])
-            row[ids[position]] = -math.inf
-            lead = min(lead, abs(own - float(row.max())))
-        out.append(lead)
-    return out
+def server_ids(url, text):
+    """As lm-eval asks for them."""
+    request = urllib.request.Request(url + "/tokenize", json.dumps({"prompt": text, "add_special_tokens": False}).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as reply:
+        return json.load(reply)["tokens"]
 
 
 def check_lm_eval(folder):
     if not packages("lm-eval", "lm_eval", "datasets", "transformers", "torch"):
         return
-    write_tasks(folder)
-    expected_accuracy, expected = evaluate(folder, "hf", pretrained=str(DEMO), dtype="float32", device="cpu", add_bos_token=True)
+    reference = Reference(folder)
+    write_tasks(folder, reference)
     model = os.path.join(folder, "demo-f32.gguf")
     subprocess.run([DUET, "convert", str(DEMO), "-q", "F32", "-o", model], check=True, capture_output=True)
     with Server(model, "--kv-type", "f32") as server:
-        for backend, more in (("huggingface", {"tokenizer": str(DEMO)}), ("remote", {})):
-            accuracy, answers = evaluate(folder, "local-completions", model="demo-f32", base_url=server.url + "/v1/completions", tokenizer_backend=backend,
-                                         tokenized_requests=True, num_concurrent=4, max_retries=1, max_length=1024, add_bos_token=True, **more)
-            compare(f"lm-eval, {backend} tokenizer", expected_accuracy, expected, accuracy, answers)
+        for backend, bos, more in (("huggingface", True, {"tokenizer": reference.tokenizer_folder}), ("remote", False, {})):
+            expected = evaluate(folder, "hf", pretrained=str(DEMO), tokenizer=reference.tokenizer_folder, dtype="float32", device="cpu", add_bos_token=bos)
+            got = evaluate(folder, "local-completions", model="demo-f32", base_url=server.url + "/v1/completions", tokenizer_backend=backend,
+                           tokenized_requests=True, num_concurrent=4, max_retries=1, max_length=1024, add_bos_token=bos, **more)
+            name = f"lm-eval, {backend} tokenizer"
+            if backend == "remote":
+                wrong = [key for key in got[1] if server_ids(server.url, key[2] + key[3]) != reference.ids(key[2] + key[3], False)]
+                check(f"{name}: {len(got[1])} texts are the same ids", not wrong, wrong[:3])
+            compare(name, expected, got, reference, bos)
 
 
-def compare(name, expected_accuracy, expected, accuracy, answers):
+def compare(name, expected, got, reference, bos):
+    (expected_accuracy, expected), (accuracy, answers) = expected, got
     check(f"{name}: same requests", expected.keys() == answers.keys() and len(answers) >= 60, (len(expected), len(answers)))
-    check(f"{name}: same accuracy {list(accuracy.values())}", accuracy == expected_accuracy and len(accuracy) >= 3, (accuracy, expected_accuracy))
+    check(f"{name}: same accuracy {list(accuracy.values())}", accuracy == expected_accuracy and len(accuracy) >= 4, (accuracy, expected_accuracy))
     common = expected.keys() & answers.keys()
-    worst = max(abs(expected[k][1] - answers[k][1]) for k in common)
+    worst = max(abs(expected[key][0] - answers[key][0]) for key in common)
     check(f"{name}: {len(common)} log-likelihoods within 1e-2, worst {worst:.2e}", worst < 1e-2)
-    differ = [k for k in common if expected[k][2] != answers[k][2]]
-    n_greedy = sum(expected[k][2] for k in common)
-    wrong = [lead for lead in leads([(expected[k][0], k[2]) for k in differ]) if lead > 1e-2] if differ else []
-    check(f"{name}: is_greedy equal ({n_greedy} greedy, {len(differ)} ties)", not wrong and n_greedy > 0, wrong)
+    differ = [key for key in common if expected[key][1] != answers[key][1]]
+    n_greedy = sum(expected[key][1] for key in common)
+    wrong = [lead for lead in (reference.lead(reference.ids(key[2], bos), reference.ids(key[2] + key[3], bos)) for key in differ) if lead > 1e-2]
+    check(f"{name}: is_greedy equal ({n_greedy} greedy, {len(differ)} ties)", not wrong and n_greedy > 0, (n_greedy, wrong))
 
 
 def main():
