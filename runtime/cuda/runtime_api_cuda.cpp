@@ -25,7 +25,7 @@ const char* open(int index, DeviceInfo& info) {
   cudaDeviceProp properties;
   if (const cudaError_t error = cudaGetDeviceProperties(&properties, index); error != cudaSuccess) return cudaGetErrorString(error);
   if (properties.major * 10 + properties.minor < 75) return "the device is older than compute capability 7.5";
-  std::snprintf(info.name, sizeof info.name, "%s", properties.name);
+  std::snprintf(info.name, sizeof info.name, "%.127s", properties.name);
   info.major = properties.major;
   info.minor = properties.minor;
   info.n_processors = properties.multiProcessorCount;
