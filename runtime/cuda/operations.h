@@ -3,12 +3,11 @@
 
 #include "runtime/gpu/device.h"
 
+struct CUstream_st;
+
 namespace duet::gpu {
 
-#if defined(__CUDACC__) || defined(DUET_GPU_CUDA)
-}  // namespace duet::gpu
-struct CUstream_st;
-namespace duet::gpu {
+#if defined(DUET_GPU_CUDA)
 using Stream = CUstream_st;
 #else
 struct Stream;

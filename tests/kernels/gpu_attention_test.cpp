@@ -156,7 +156,7 @@ void check(gpu::Device& device, const gpu::HeadShape& shape, const std::vector<S
 }
 
 TEST_CASE("gpu attention within bounds") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   uint64_t seed = 1;
   for (const DType type : {DType::F32, DType::F16, DType::Q8_0}) {
     check(*device, {4, 2, 32, 32, 0, type}, {{0, 1}}, seed++);
@@ -172,7 +172,7 @@ TEST_CASE("gpu attention within bounds") {
 }
 
 TEST_CASE("gpu attention of a row does not depend on its neighbours") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   for (const uint32_t window : {0u, 60u}) {
     Problem p(*device, {4, 2, 64, 64, window, DType::F16}, {{240, 40}}, 9);
     const std::vector<float> all = p.attend(p.runs(), p.q);
@@ -190,7 +190,7 @@ TEST_CASE("gpu attention of a row does not depend on its neighbours") {
 }
 
 TEST_CASE("gpu attention: a NaN value reaches the rows that see it") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   Problem p(*device, {2, 1, 32, 32, 0, DType::F32}, {{20, 6}}, 11);
   const float nan = NAN;
   device->upload(p.caches[0]->values.data() + (23 * 32 + 5) * sizeof(float), &nan, sizeof nan);
@@ -206,7 +206,7 @@ TEST_CASE("gpu attention: a NaN value reaches the rows that see it") {
 }
 
 TEST_CASE("gpu keys and values of 8 bits are quantized as the cache of the CPU") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   Rng rng(12);
   const gpu::HeadShape shape{2, 2, 64, 0, 0, DType::Q8_0};
   const Cache cache(*device, shape, 1);

@@ -127,7 +127,7 @@ void check_products(gpu::Device& device, const Problem& p, const Slots* slots, b
 size_t unit_cols(const Format& f, size_t n) { return f.block_elems == 1 ? 37 * n : f.block_elems * n; }
 
 TEST_CASE("gpu products with one matrix: few rows and many") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   Rng rng(1);
   for (const Format& format : all_formats()) {
     CHECK(device->supports(format.dtype));
@@ -150,7 +150,7 @@ Slots random_slots(size_t n, size_t n_matrices, size_t n_tokens, Rng& rng) {
 }
 
 TEST_CASE("gpu products of experts: also none, one, and more than a tile") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   Rng rng(2);
   for (const Format& format : all_formats()) {
     for (const size_t n : {2u, 20u, 130u}) {
@@ -162,7 +162,7 @@ TEST_CASE("gpu products of experts: also none, one, and more than a tile") {
 }
 
 TEST_CASE("gpu products of long rows") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   Rng rng(3);
   for (const DType dtype : {DType::Q4_1, DType::Q8_0, DType::Q4_K, DType::Q6_K, DType::F16}) {
     for (const size_t n : {3u, 12u}) {
@@ -173,7 +173,7 @@ TEST_CASE("gpu products of long rows") {
 }
 
 TEST_CASE("gpu products pass NaN on, and to their own row only") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   Rng rng(4);
   for (const DType dtype : {DType::Q4_0, DType::Q4_K, DType::F32}) {
     for (const size_t n : {4u, 40u}) {
@@ -192,7 +192,7 @@ TEST_CASE("gpu products pass NaN on, and to their own row only") {
 
 // The bits of a slot are the same in every company.
 TEST_CASE("gpu products with float weights do not depend on neighbours") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   Rng rng(5);
   for (const DType dtype : {DType::F32, DType::F16, DType::BF16}) {
     Problem p(format_of(dtype), {1, 7, 131, 21}, rng);
@@ -206,7 +206,7 @@ TEST_CASE("gpu products with float weights do not depend on neighbours") {
 }
 
 TEST_CASE("gpu rows as floats are those of the format") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   Rng rng(6);
   for (const Format& format : all_formats()) {
     const Problem p(format, {1, 9, unit_cols(format, 3), 1}, rng);

@@ -45,7 +45,7 @@ struct Acts {
 };
 
 TEST_CASE("gpu quantized rows have the bits of the scalar kernels") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   Rng rng(1);
   for (const size_t cols : {256u, 1024u, 3072u}) {
     std::vector<float> x = random_floats(5 * cols, rng);
@@ -62,7 +62,7 @@ TEST_CASE("gpu quantized rows have the bits of the scalar kernels") {
 }
 
 TEST_CASE("gpu rows of blocks of 32 need not fill a super-block") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   Rng rng(2);
   const size_t cols = 288;
   const std::vector<float> x = random_floats(2 * cols, rng);
@@ -82,7 +82,7 @@ bool near(const std::vector<float>& got, const std::vector<float>& want, float b
 }
 
 TEST_CASE("gpu norms, with quantized forms of what they wrote") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   Rng rng(3);
   for (const size_t cols : {256u, 2048u}) {
     const std::vector<float> x = random_floats(3 * cols, rng), w = random_floats(cols, rng);
@@ -100,7 +100,7 @@ TEST_CASE("gpu norms, with quantized forms of what they wrote") {
 }
 
 TEST_CASE("gpu silu, also in place and not stored; sums") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   Rng rng(4);
   const size_t cols = 512, n = 3 * cols;
   const std::vector<float> g = random_floats(n, rng, 20.0f), u = random_floats(n, rng);
@@ -142,7 +142,7 @@ Choice choose(const std::vector<float>& logits, size_t n_expert, size_t n_used) 
 }
 
 TEST_CASE("gpu routing: choice, order of slots, combination") {
-  const auto device = emulated_gpu();
+  const auto device = test_gpu();
   Rng rng(5);
   for (const auto [n, n_expert, n_used] : {std::array<size_t, 3>{1, 8, 2}, {45, 8, 2}, {70, 60, 6}, {9, 3, 3}}) {
     std::vector<float> l(n * n_expert);

@@ -1,10 +1,12 @@
-// The emulated GPU (runtime/cuda/emulation.h), opened as the program opens a real one, and buffers on it.
+// The emulated GPU (runtime/cuda/emulation.h), opened as the program opens a real one, and buffers on it. With
+// DUET_TEST_GPU_MODULE=<path of libduet_cuda.so> the tests of operations run on the real one.
 #pragma once
 
 #include <dlfcn.h>
 
 #include <doctest/doctest.h>
 
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
@@ -19,12 +21,19 @@ inline gpu::OpenFn gpu_entry(const char* module) {
   return reinterpret_cast<gpu::OpenFn>(dlsym(handle, gpu::kOpenName));
 }
 
-inline std::unique_ptr<gpu::Device> emulated_gpu() {
+inline std::unique_ptr<gpu::Device> open_gpu(const char* module) {
   char message[256] = "";
-  std::unique_ptr<gpu::Device> device(gpu_entry(DUET_GPU_EMULATED)(gpu::kModuleVersion, 0, message, sizeof message));
+  std::unique_ptr<gpu::Device> device(gpu_entry(module)(gpu::kModuleVersion, 0, message, sizeof message));
   INFO(message);
   REQUIRE(device != nullptr);
   return device;
+}
+
+inline std::unique_ptr<gpu::Device> emulated_gpu() { return open_gpu(DUET_GPU_EMULATED); }
+
+inline std::unique_ptr<gpu::Device> test_gpu() {
+  const char* module = std::getenv("DUET_TEST_GPU_MODULE");
+  return open_gpu(module != nullptr ? module : DUET_GPU_EMULATED);
 }
 
 // n elements on a device; fresh ones are NaN.
