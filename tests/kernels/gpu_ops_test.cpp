@@ -99,7 +99,7 @@ TEST_CASE("gpu norms, with quantized forms of what they wrote") {
   check_no_error(*device);
 }
 
-TEST_CASE("gpu silu, also in place and not stored; sums") {
+TEST_CASE("gpu silu, also in place and not stored, and sums") {
   const auto device = test_gpu();
   Rng rng(4);
   const size_t cols = 512, n = 3 * cols;
