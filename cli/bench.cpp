@@ -17,6 +17,7 @@
 #include "cli/console.h"
 #include "cli/model_options.h"
 #include "cli/options.h"
+#include "runtime/gpu/placement.h"
 #include "runtime/kernels/kernels.h"
 #include "runtime/kv_cache.h"
 #include "runtime/memory_plan.h"
@@ -157,6 +158,7 @@ class Runner {
     report.info = engine.info();
     report.n_batch = engine.plan().n_batch;
     report.plan = engine.plan().streamed ? describe(engine.plan(), engine.info().hparams) : "";
+    if (const gpu::CardPlan* card = engine.card_plan()) report.card = concat(engine.info().gpu, ": ", describe(*card, engine.info().hparams));
     return engine;
   }
 

@@ -53,6 +53,7 @@ struct BenchReport {
   std::string kv_type;
   uint32_t n_batch = 0;
   std::string plan;                   // of memory, where experts are streamed
+  std::string card;                   // and what it computes; "": none
   uint64_t seed = 0;
   std::string isa;
   std::vector<int> threads;

@@ -197,6 +197,7 @@ void print_text(const BenchReport& r, bool markdown) {
   print(concat(item, model_text(r), "\n\n", table_text(rows_of(r), markdown), "\n"));
   for (const std::string& line : {experts_text(r, "prefill", r.prefill_uses), experts_text(r, "decode", r.decode_uses)})
     if (!line.empty()) print(concat(item, line));
+  if (!r.card.empty()) print(concat(item, r.card, "\n"));
   if (!r.plan.empty()) print(concat(item, r.plan, "\n"));
   for (const BenchResult& x : r.results)
     if (x.streamed) print(concat(item, streaming_text(r, x)));

@@ -13,6 +13,7 @@
 #include "cli/console.h"
 #include "cli/measure.h"
 #include "cli/options.h"
+#include "runtime/gpu/module.h"
 #include "runtime/kernels/kernels.h"
 
 namespace duet::cli {
@@ -39,6 +40,9 @@ struct Report {
   Placement placement;           // of the threads
   double memory_rate = 0;        // bytes per second
   std::optional<ReadRate> disk;  // absent: could not be measured
+  std::optional<gpu::DeviceInfo> card;
+  uint64_t card_free_bytes = 0;
+  std::string card_reason;       // why there is none
   std::vector<Warning> warnings;
 };
 
@@ -91,6 +95,14 @@ void examine_memory(Report& r) {
                               : "close other programs, or choose a smaller model or quantization"});
 }
 
+void examine_card(Report& r) {
+  const gpu::FoundDevice found = gpu::find_device();
+  r.card_reason = found.reason;
+  if (found.device == nullptr) return;
+  r.card = found.device->info();
+  r.card_free_bytes = found.device->free_bytes();
+}
+
 void examine_disk(Report& r, const std::string& path) {
   try {
     r.disk = measure_disk(path);
@@ -123,6 +135,10 @@ Json to_json(const Report& r, const std::string& path) {
   if (r.disk)
     disk = {
         {"path", path}, {"read_bytes_per_s", r.disk->bytes_per_second}, {"direct", r.disk->direct}, {"reader", r.disk->reader}};
+  Json card = {{"name", nullptr}, {"reason", r.card_reason}};
+  if (r.card)
+    card = {{"name", r.card->name}, {"compute_capability", concat(r.card->major, ".", r.card->minor)}, {"processors", r.card->n_processors},
+            {"total_bytes", r.card->total_bytes}, {"free_bytes", r.card_free_bytes}, {"memory_bytes_per_s", r.card->memory_bytes_per_s}};
   return {{"version", DUET_VERSION},
           {"cpu", {{"model", r.cpu}, {"features", r.features}}},
           {"isa", {{"chosen", r.isa}, {"usable", r.usable}, {"compiled", r.compiled}}},
@@ -144,6 +160,7 @@ Json to_json(const Report& r, const std::string& path) {
             {"usable_bytes", usable_memory(r.memory)},
             {"read_bytes_per_s", r.memory_rate}}},
           {"disk", disk},
+          {"card", card},
           {"warnings", warnings}};
 }
 
@@ -184,6 +201,12 @@ std::string memory_text(const HostMemory& memory) {
   return text;
 }
 
+std::string card_text(const Report& r) {
+  if (!r.card) return concat("none used: ", r.card_reason);
+  return concat(r.card->name, ", ", format_size(r.card_free_bytes), " free of ", format_size(r.card->total_bytes), ", compute capability ", r.card->major, ".", r.card->minor,
+                ", ", r.card->n_processors, " processors", r.card->memory_bytes_per_s > 0 ? concat(", ", rate(r.card->memory_bytes_per_s)) : "");
+}
+
 void print_report(const Report& r, const std::string& path) {
   print(concat("processor:     ", r.cpu, "\n"));
   print(concat("features:      ", r.features, "\n"));
@@ -199,6 +222,7 @@ void print_report(const Report& r, const std::string& path) {
   print(concat("memory reads:  ", rate(r.memory_rate), "\n"));
   print(concat("disk reads:    ", r.disk ? rate(r.disk->bytes_per_second) : "not measured",
                r.disk ? concat(" (", r.disk->reader, "; ", path, ")\n") : concat(" (", path, ")\n")));
+  print(concat("card:          ", card_text(r), "\n"));
   for (const Warning& w : r.warnings)
     print(concat("\nwarning: ", w.text, "\n    fix: ", w.fix, "\n"));
 }
@@ -209,6 +233,7 @@ void run_doctor(const DoctorOptions& options) {
   Report report;
   examine_processor(report, options);
   examine_memory(report);
+  examine_card(report);
   examine_disk(report, options.path);
   if (options.json) return print_json(to_json(report, options.path));
   print_report(report, options.path);
@@ -218,7 +243,7 @@ void run_doctor(const DoctorOptions& options) {
 
 void add_doctor(CLI::App& app) {
   CLI::App& command =
-      *app.add_subcommand("doctor", "Examine this machine: processor, cores, memory, disk");
+      *app.add_subcommand("doctor", "Examine this machine: processor, cores, memory, card, disk");
   auto options = std::make_shared<DoctorOptions>();
   command.add_option("--path", options->path, "Folder or file whose disk to measure")
       ->capture_default_str();

@@ -7,6 +7,7 @@
 #include "base/json.h"
 #include "base/pressure.h"
 #include "base/units.h"
+#include "cli/model_options.h"
 #include "runtime/memory_plan.h"
 
 namespace duet::cli {
@@ -45,7 +46,7 @@ void print_status(const Engine& engine, const Session& session) {
                info.hparams.name.c_str(), info.types.c_str(), format_size(info.file_bytes).c_str(),
                info.isa.c_str(), info.n_threads, info.n_threads == 1 ? "" : "s", session.n_ctx(),
                format_size(session.kv_bytes()).c_str());
-  if (engine.plan().streamed) std::fprintf(stderr, "[%s]\n", describe(engine.plan(), info.hparams).c_str());
+  print_plans(engine);
 }
 
 std::optional<StreamUse> streaming(const Engine& engine, const Generation& g) {

@@ -64,7 +64,11 @@ std::string report_text(const ImatrixCommand& command, const Imatrix& imatrix, c
 void run_imatrix(const ImatrixCommand& command) {
   check_overwrite(command.output, command.force);
   const std::string text = read_text(command.file);
-  const Engine engine = open_engine(command.model);
+  ModelOptions options = command.model;
+  if (options.gpu.mode != GpuOptions::Mode::automatic && options.gpu.mode != GpuOptions::Mode::off)
+    fail(ErrorKind::unsupported, "the inputs of matrix products are seen on the CPU only; use --gpu off");
+  options.gpu.mode = GpuOptions::Mode::off;
+  const Engine engine = open_engine(options);
   const std::vector<Token> chunks = perplexity_chunks(engine, text, command.model.n_ctx, command.max_chunks);
   ProgressBar bar("imatrix", ProgressBar::Unit::chunks);
   Imatrix imatrix = collect_imatrix(engine, chunks, command.model.n_ctx,

@@ -1,12 +1,15 @@
 #include "cli/model_options.h"
 
 #include <CLI/CLI.hpp>
+#include <charconv>
+#include <cstdio>
 
 #include "base/error.h"
 #include "base/units.h"
 #include "cli/console.h"
 #include "cli/options.h"
 #include "hub/store.h"
+#include "runtime/gpu/placement.h"
 
 namespace duet::cli {
 namespace {
@@ -25,6 +28,21 @@ MemoryOptions::Ram parse_ram(const std::string& text, uint64_t& n_bytes) {
   }
   if (n_bytes == 0) throw CLI::ValidationError("--ram", "must be more than 0");
   return MemoryOptions::Ram::bytes;
+}
+
+// "auto", "off", "attention" or a number of layers.
+void parse_gpu(const std::string& text, GpuOptions& gpu) {
+  using Mode = GpuOptions::Mode;
+  constexpr std::pair<const char*, Mode> kModes[] = {{"auto", Mode::automatic}, {"off", Mode::off}, {"attention", Mode::attention}};
+  for (const auto& [name, mode] : kModes) {
+    if (text != name) continue;
+    gpu.mode = mode;
+    return;
+  }
+  const char* const end = text.data() + text.size();
+  const auto [rest, error] = std::from_chars(text.data(), end, gpu.n_layers);
+  if (error != std::errc() || rest != end) throw CLI::ValidationError("--gpu", concat("'", text, "' is none of auto, off, attention and a number of layers"));
+  gpu.mode = Mode::layers;
 }
 
 }  // namespace
@@ -68,10 +86,29 @@ void add_memory_option(CLI::App& command, MemoryOptions& memory) {
       ->default_str("auto");
 }
 
+void add_gpu_options(CLI::App& command, GpuOptions& gpu) {
+  command
+      .add_option_function<std::string>(
+          "--gpu", [&gpu](const std::string& text) { parse_gpu(text, gpu); },
+          "What a graphics card computes. auto: what fits, where there is one; attention: all but the experts; N: and the experts of the last N layers")
+      ->type_name("auto|off|attention|N")
+      ->default_str("auto");
+  command
+      .add_option_function<std::string>(
+          "--vram",
+          [&gpu](const std::string& text) {
+            gpu.vram_bytes = parse_size(text);
+            if (gpu.vram_bytes == 0) throw CLI::ValidationError("--vram", "must be more than 0; --gpu off uses no card");
+          },
+          "Memory of the card that may be used [default: what is free, less a reserve]")
+      ->type_name("SIZE");
+}
+
 void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default) {
   command.add_option("MODEL", options.path, "GGUF file, or the name of a model that is here (duet list)")->required();
   add_lora_option(command, options.loras, "Apply this PEFT adapter");
   add_memory_option(command, options.memory);
+  add_gpu_options(command, options.gpu);
   add_stream_options(command, options);
   command
       .add_option("-c,--ctx", options.n_ctx,
@@ -131,7 +168,8 @@ Engine open_engine(const ModelOptions& options) {
                        .numa = options.numa,
                        .memory = memory_options_of(options),
                        .stream = {.backend = options.backend, .lookahead = options.lookahead},
-                       .loras = std::move(loras)});
+                       .loras = std::move(loras),
+                       .gpu = options.gpu});
 }
 
 Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx, RoutingFn routing) {
@@ -140,6 +178,12 @@ Session open_session(const Engine& engine, const ModelOptions& options, uint32_t
                              .kv_type = options.kv_type,
                              .cancel = &interrupted(),
                              .routing = std::move(routing)});
+}
+
+void print_plans(const Engine& engine) {
+  const HParams& hparams = engine.info().hparams;
+  if (const gpu::CardPlan* card = engine.card_plan()) std::fprintf(stderr, "[%s: %s]\n", engine.info().gpu.c_str(), describe(*card, hparams).c_str());
+  if (engine.plan().streamed) std::fprintf(stderr, "[%s]\n", describe(engine.plan(), hparams).c_str());
 }
 
 void add_trace_option(CLI::App& command, std::string& path) {

@@ -26,12 +26,14 @@ struct ModelOptions {
   ReadBackend backend = ReadBackend::automatic;
   Lookahead lookahead = StreamOptions{}.lookahead;
   std::vector<std::string> loras;
+  GpuOptions gpu{.mode = GpuOptions::Mode::automatic};
   MemoryOptions memory;  // of --ram; the sizes of the session are copied into it by open_engine
 };
 
-// --ram.
+// --ram; --gpu and --vram.
 void add_memory_option(CLI::App& command, MemoryOptions& memory);
-// Declares MODEL, --ram, --ctx, --threads, --pin, --numa, --batch, --kv-type and --isa. options.kv_type and the text
+void add_gpu_options(CLI::App& command, GpuOptions& gpu);
+// Declares MODEL, --ram, --gpu, --vram, --ctx, --threads, --pin, --numa, --batch, --kv-type and --isa. options.kv_type and the text
 // `ctx_default` are the command's defaults as help shows them.
 void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx_default);
 // The GGUF file that MODEL stands for: a path, or the name of a model that is on this machine (hub/store.h). Error(io)
@@ -42,6 +44,8 @@ MemoryOptions memory_options_of(const ModelOptions& options);
 Engine open_engine(const ModelOptions& options);
 // A session of the options' sizes; n_ctx 0 takes `default_ctx` (0: the library's default).
 Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx = 0, RoutingFn routing = {});
+// On standard error, what a card computes and what streams, where there is something to say.
+void print_plans(const Engine& engine);
 // --trace-experts FILE (runtime/expert_trace.h).
 void add_trace_option(CLI::App& command, std::string& path);
 

@@ -15,6 +15,8 @@
 #include "cli/model_options.h"
 #include "cli/options.h"
 #include "converters/recipe.h"
+#include "runtime/gpu/module.h"
+#include "runtime/gpu/placement.h"
 #include "runtime/memory_plan.h"
 #include "runtime/roofline.h"
 #include "runtime/speed_estimate.h"
@@ -38,7 +40,8 @@ struct Candidate {
 
 struct Outcome {
   const Candidate* candidate;
-  MemoryPlan plan;
+  MemoryPlan plan;  // of what a card leaves to the CPU
+  std::optional<gpu::CardPlan> card;
   SpeedEstimate speed;
   std::string refusal;  // why there is no plan
 };
@@ -47,6 +50,8 @@ struct Report {
   std::string model;
   std::vector<Outcome> outcomes;
   MachineRates rates;
+  gpu::FoundDevice device;
+  std::optional<gpu::Card> card;  // to plan for: here, or of a size that was given
   std::string reader, rates_missing;  // "pread, direct"; why there are no rates
   int n_threads = 1;
   bool has_speed() const { return rates_missing.empty(); }
@@ -120,6 +125,18 @@ void measure_rates(Report& report, const PlanOptions& options) {
   }
 }
 
+// A card that is here, or one of --vram with an assumed rate.
+void find_card(Report& report, const GpuOptions& options) {
+  using Mode = GpuOptions::Mode;
+  if (options.mode == Mode::off) return;
+  report.device = gpu::find_device();
+  if (report.device.device != nullptr) report.card = gpu::card_of(*report.device.device);
+  else if (options.vram_bytes > 0) report.card = gpu::Card{.name = "", .free_bytes = 0, .memory_bytes_per_s = gpu::kAssumedBytesPerS, .device = nullptr};
+  else if (options.mode != Mode::automatic)
+    fail(ErrorKind::unsupported, "no card can be used: ", report.device.reason, "; to plan for one that is not here, say how much memory it has with --vram");
+  if (report.card && !(report.card->memory_bytes_per_s > 0)) report.card->memory_bytes_per_s = gpu::kAssumedBytesPerS;
+}
+
 // ---- forms -------------------------------------------------------------------------------------
 
 std::string rate(double value) { return fixed(value, value < 1 ? 3 : value < 100 ? 2 : 0); }
@@ -145,12 +162,18 @@ Json plan_json(const Outcome& o, const Report& report) {
                   {"kv_bytes", p.kv_bytes}, {"scratch_bytes", p.scratch_bytes}, {"io_bytes", p.io_bytes},
                   {"expert_bytes", p.expert_bytes}, {"ctx", p.n_ctx}, {"batch", p.n_batch}, {"staging", p.n_staging},
                   {"slots", p.slots}, {"resident_share", p.resident_share}};
+  if (o.card)
+    json["card"] = {{"name", report.card->name.empty() ? Json() : Json(report.card->name)}, {"budget_bytes", o.card->budget_bytes}, {"budget_reason", o.card->budget_reason},
+                    {"total_bytes", o.card->total_bytes()}, {"context_bytes", o.card->context_bytes}, {"weight_bytes", o.card->weight_bytes},
+                    {"kv_bytes", o.card->kv_bytes}, {"scratch_bytes", o.card->scratch_bytes}, {"transit_bytes", o.card->transit_bytes}, {"expert_bytes", o.card->expert_bytes},
+                    {"first_layer", o.card->first_layer}, {"layers", o.card->n_layer}, {"bytes_per_s", report.card->memory_bytes_per_s}};
   if (!report.has_speed()) return json;
   const SpeedEstimate& s = o.speed;
   json["speed"] = {{"hit_rate", s.hit_rate}, {"disk_bytes_per_token", s.disk_bytes_per_token}, {"t_io_s", s.t_io_s},
                    {"t_mem_s", s.t_mem_s}, {"t_perfect_s", s.t_perfect_s}, {"t_demand_s", s.t_demand_s},
                    {"decode_tok_s", s.decode_tok_s}, {"prefill_read_s", s.prefill_read_s},
                    {"prefill_compute_s", s.prefill_compute_s}, {"prefill_tok_s", s.prefill_tok_s}};
+  if (o.card) json["speed"].update({{"card_bytes_per_token", s.card_bytes_per_token}, {"t_card_s", s.t_card_s}});
   return json;
 }
 
@@ -190,6 +213,33 @@ std::string memory_text(const Outcome& o) {
   return text;
 }
 
+// "experts of layers 6 to 31 of 32", "no experts"
+std::string card_layers(const gpu::CardPlan& p, const HParams& hparams) {
+  const char* what = hparams.n_expert > 0 ? "experts" : "feed-forward parts";
+  if (p.first_layer == p.n_layer) return concat("no ", what);
+  if (p.first_layer == 0) return concat(what, " of all ", p.n_layer, " layers");
+  return concat(what, " of layers ", p.first_layer, " to ", p.n_layer - 1, " of ", p.n_layer);
+}
+
+std::string card_text(const Outcome& o, const Report& report) {
+  const gpu::CardPlan& p = *o.card;
+  const HParams& hparams = o.candidate->sizes.hparams;
+  const std::string name = report.card->name.empty() ? "a card that is not here" : report.card->name;
+  std::string text = concat("card: ", name, ": ", format_size(p.total_bytes()), " of its memory, budget ", format_size(p.budget_bytes), " (", p.budget_reason, ")\n");
+  text += line("weights", p.weight_bytes, "attention, norms, routers, output");
+  text += line("keys and values", p.kv_bytes, concat(p.sizes.n_ctx, " positions"));
+  text += line("working memory", p.scratch_bytes, concat("batch of ", p.sizes.n_batch));
+  if (p.transit_bytes > 0) text += line("in transit", p.transit_bytes, concat("two experts of the CPU, in chunks of ", gpu::kTransitTokens, " tokens or more"));
+  if (p.context_bytes > 0) text += line("driver", p.context_bytes);
+  return text + line(hparams.n_expert > 0 ? "experts" : "feed-forward", p.expert_bytes, card_layers(p, hparams));
+}
+
+std::string card_speed_text(const Outcome& o, const Report& report) {
+  const bool assumed = report.card->memory_bytes_per_s == gpu::kAssumedBytesPerS;
+  return concat("of a token the card reads ", gigabytes(o.speed.card_bytes_per_token), " GB in ", fixed(1e3 * o.speed.t_card_s, 1), " ms, at three quarters of ",
+                fixed(report.card->memory_bytes_per_s / 1e9, 0), " GB/s (", assumed ? concat("assumed: that of an ", gpu::kAssumedCard) : "its data sheet", ")\n");
+}
+
 std::string speed_text(const Outcome& o, const Report& report) {
   const SpeedEstimate& s = o.speed;
   std::string text = concat("measured: disk ", gigabytes(report.rates.disk_bytes_per_s), " GB/s (", report.reader, "), memory ",
@@ -198,25 +248,28 @@ std::string speed_text(const Outcome& o, const Report& report) {
   if (o.plan.streamed)
     text += concat(" (", rate(1 / s.t_perfect_s), " with perfect look-ahead; hit rate ", fixed(s.hit_rate, 2), ", ",
                    gigabytes(s.disk_bytes_per_token), " GB from disk per token)");
-  text += concat("; prefill ", rate(s.prefill_tok_s), " tok/s, ", o.plan.n_batch, " at once");
+  if (o.card && s.prefill_tok_s > 0) text += concat("; prefill at most ", rate(s.prefill_tok_s), " tok/s, by the CPU's experts, ", o.plan.n_batch, " at once");
+  else if (!o.card) text += concat("; prefill ", rate(s.prefill_tok_s), " tok/s, ", o.plan.n_batch, " at once");
   if (o.plan.streamed) text += concat(" (reading ", fixed(s.prefill_read_s, 1), " s, arithmetic ", fixed(s.prefill_compute_s, 1), " s)");
-  return text + "\n";
+  return text + "\n" + (o.card ? card_speed_text(o, report) : "");
 }
 
 void print_one(const Report& report) {
   const Outcome& o = report.outcomes.front();
   const std::string type = o.candidate->type.empty() ? "" : concat(" in ", o.candidate->type);
   print(concat(report.model, type, ": ", format_size(o.candidate->sizes.file_bytes), ", ",
-               gigabytes(static_cast<double>(o.candidate->sizes.bytes_per_token)), " GB read per token\n", memory_text(o)));
+               gigabytes(static_cast<double>(o.candidate->sizes.bytes_per_token)), " GB read per token\n", o.card ? card_text(o, report) : "", memory_text(o)));
   if (report.has_speed()) print(speed_text(o, report));
 }
 
 void print_table(const Report& report) {
   print(concat(report.model, ", one row per type; budget ", report.outcomes.front().plan.budget_reason, "\n"));
+  if (report.card)
+    print(concat("card: ", report.card->name.empty() ? concat("one that is not here, ", gpu::kAssumedCard, "'s memory rate assumed") : report.card->name, "; experts of the last layers on it, the others held in memory\n"));
   if (report.has_speed())
     print(concat("measured: disk ", gigabytes(report.rates.disk_bytes_per_s), " GB/s (", report.reader, "), memory ",
                  gigabytes(report.rates.read_bytes_per_s), " GB/s with ", report.n_threads, " threads\n"));
-  print("type         file GiB  experts held  per layer  hit rate  decode tok/s  prefill tok/s\n");
+  print(concat("type         file GiB  ", report.card ? "on the card  " : "", "experts held  per layer  hit rate  decode tok/s  prefill tok/s\n"));
   for (const Outcome& o : report.outcomes) {
     char text[256];
     const double file = static_cast<double>(o.candidate->sizes.file_bytes) / (uint64_t{1} << 30);
@@ -225,9 +278,14 @@ void print_table(const Report& report) {
       print(concat(text, o.refusal, "\n"));
       continue;
     }
-    std::snprintf(text, sizeof(text), "%-10s %10.1f  %10.0f %%  %9s", o.candidate->type.c_str(), file,
-                  100 * o.plan.resident_share, slots_text(o.plan).c_str());
+    std::snprintf(text, sizeof(text), "%-10s %10.1f  ", o.candidate->type.c_str(), file);
     std::string row = text;
+    if (o.card) {
+      std::snprintf(text, sizeof(text), "%3u layers   ", o.card->n_layer - o.card->first_layer);
+      row += text;
+    }
+    std::snprintf(text, sizeof(text), "%10.0f %%  %9s", 100 * o.plan.resident_share, slots_text(o.plan).c_str());
+    row += text;
     if (report.has_speed()) {
       std::snprintf(text, sizeof(text), "  %8.2f  %12s  %13s", o.speed.hit_rate, rate(o.speed.decode_tok_s).c_str(),
                     rate(o.speed.prefill_tok_s).c_str());
@@ -237,11 +295,28 @@ void print_table(const Report& report) {
   }
 }
 
-Outcome plan_one(const Candidate& candidate, const MemoryOptions& options, const Report& report, const HostMemory& memory) {
-  Outcome out{.candidate = &candidate, .plan = {}, .speed = {}, .refusal = {}};
+// As Engine::open does.
+void divide(Outcome& out, const GpuOptions& gpu, MemoryOptions options, const Report& report, const HostMemory& memory) {
+  const ModelSizes& sizes = out.candidate->sizes;
+  if (!report.card) {
+    out.plan = plan_memory(sizes, options, report.n_threads, memory);
+    return;
+  }
+  const uint32_t n_ctx = planned_context(sizes.hparams, options.n_ctx);
+  options.n_batch = std::min(options.n_batch > 0 ? options.n_batch : kResidentBatch, n_ctx);
+  out.card = gpu::plan_card(sizes, gpu, {n_ctx, options.n_batch, options.n_sequences, options.kv_type}, *report.card);
+  options.n_sequences = 0;
+  out.plan = plan_memory(gpu::sizes_beside(sizes, *out.card), options, report.n_threads, memory);
+}
+
+Outcome plan_one(const Candidate& candidate, const PlanOptions& all, const Report& report, const HostMemory& memory) {
+  Outcome out{.candidate = &candidate, .plan = {}, .card = {}, .speed = {}, .refusal = {}};
   try {
-    out.plan = plan_memory(candidate.sizes, options, report.n_threads, memory);
-    if (report.has_speed()) out.speed = estimate_speed(candidate.sizes, out.plan, report.rates);
+    divide(out, all.model.gpu, memory_options_of(all.model), report, memory);
+    if (!report.has_speed()) return out;
+    CardShare share;
+    if (out.card) share = {out.card->first_layer, report.card->memory_bytes_per_s};
+    out.speed = estimate_speed(candidate.sizes, out.plan, report.rates, out.card ? &share : nullptr);
   } catch (const Error& e) {
     if (e.kind() != ErrorKind::memory) throw;
     out.refusal = e.what();
@@ -254,11 +329,14 @@ void run_plan(const PlanOptions& options) {
   Report report;
   report.model = options.model.path;
   report.n_threads = options.model.n_threads > 0 ? options.model.n_threads : read_host_cores().usable();
-  const MemoryOptions memory_options = memory_options_of(options.model);
   const HostMemory memory = read_host_memory();
-  if (candidates.size() == 1) plan_memory(candidates.front().sizes, memory_options, report.n_threads, memory);  // refused before measuring
+  find_card(report, options.model.gpu);
+  if (candidates.size() == 1) {  // refused before measuring
+    Outcome trial{.candidate = &candidates.front(), .plan = {}, .card = {}, .speed = {}, .refusal = {}};
+    divide(trial, options.model.gpu, memory_options_of(options.model), report, memory);
+  }
   measure_rates(report, options);
-  for (const Candidate& candidate : candidates) report.outcomes.push_back(plan_one(candidate, memory_options, report, memory));
+  for (const Candidate& candidate : candidates) report.outcomes.push_back(plan_one(candidate, options, report, memory));
   if (!report.has_speed()) note(report.rates_missing);
   if (options.json) return print_plan_json(report);
   if (candidates.size() == 1) return print_one(report);

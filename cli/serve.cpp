@@ -22,6 +22,7 @@
 #include "cli/console.h"
 #include "cli/model_options.h"
 #include "cli/options.h"
+#include "runtime/gpu/module.h"
 #include "runtime/memory_plan.h"
 #include "server/server.h"
 
@@ -55,6 +56,10 @@ uint32_t default_parallel(const ModelOptions& options) {
   uint64_t available = memory.available_bytes;
   if (options.memory.ram == MemoryOptions::Ram::bytes) available = options.memory.ram_bytes;
   if (memory.cgroup_limit_bytes) available = std::min(available, *memory.cgroup_limit_bytes);
+  if (gpu::Device* const card = options.gpu.device) {  // where they are kept; most of it is for experts
+    const uint64_t vram = options.gpu.vram_bytes > 0 ? std::min(options.gpu.vram_bytes, card->free_bytes()) : card->free_bytes();
+    return static_cast<uint32_t>(std::clamp<uint64_t>(vram / 16 / std::max<uint64_t>(plan.kv_bytes, 1), 1, kMostParallel));
+  }
   const uint64_t left = available > plan.total_bytes ? available - plan.total_bytes : available / 8;
   return static_cast<uint32_t>(std::clamp<uint64_t>(left / 3 / std::max<uint64_t>(plan.kv_bytes, 1), 1, kMostParallel));
 }
@@ -118,7 +123,7 @@ void print_addresses(const ServeOptions& options, const Engine& engine, int port
   const std::string host = options.access.host.find(':') != std::string::npos ? "[" + options.access.host + "]" : options.access.host;
   std::fprintf(stderr, "[%s | %s | %s | %s, %d thread%s | %u at once, ctx %u each]\n", info.hparams.name.c_str(), info.types.c_str(),
                format_size(info.file_bytes).c_str(), info.isa.c_str(), info.n_threads, info.n_threads == 1 ? "" : "s", n_parallel, n_ctx);
-  if (engine.plan().streamed) std::fprintf(stderr, "[%s]\n", describe(engine.plan(), info.hparams).c_str());
+  print_plans(engine);
   const std::string url = concat(options.tls.certificate.empty() ? "http://" : "https://", host, ":", port);
   print(concat("listening on ", url, "\n"));
   print(concat("  a browser:       ", url, "/\n"));
@@ -158,6 +163,8 @@ void run_serve(ServeOptions options) {
   if (!options.access_log.empty()) log.emplace(options.access_log);
   const uint64_t cache_bytes = parse_size(options.cache_size);
   options.model.path = model_file(options.model.path).string();
+  const gpu::FoundDevice card = options.n_parallel == 0 && options.model.gpu.mode != GpuOptions::Mode::off ? gpu::find_device() : gpu::FoundDevice{};
+  options.model.gpu.device = card.device.get();
   if (options.n_parallel == 0) options.n_parallel = default_parallel(options.model);
   options.model.memory.n_sequences = options.n_parallel;
   const Engine engine = open_engine(options.model);

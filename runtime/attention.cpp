@@ -52,6 +52,8 @@ void merge_row(float* row, const float* later, size_t dims) {
   row[dims + 1] = row[dims + 1] * a + later[dims + 1] * b;
 }
 
+}  // namespace
+
 // Radians per position of each pair, in single precision steps as the reference takes them.
 std::vector<float> rotation_speeds(const HParams& hparams, const std::vector<float>& factors) {
   std::vector<float> speeds(hparams.n_rot / 2);
@@ -64,7 +66,14 @@ std::vector<float> rotation_speeds(const HParams& hparams, const std::vector<flo
   return speeds;
 }
 
-}  // namespace
+void rotation_at(const std::vector<float>& speeds, size_t position, float* cos_sin) {
+  for (size_t i = 0; i < speeds.size(); ++i) {
+    // In double: a float near 2^16 radians is off by up to 0.004.
+    const double angle = static_cast<double>(position) * double{speeds[i]};
+    cos_sin[2 * i] = static_cast<float>(std::cos(angle));
+    cos_sin[2 * i + 1] = static_cast<float>(std::sin(angle));
+  }
+}
 
 Attention::Attention(const HParams& hparams, const std::vector<float>& rope_factors, const Compute& compute, size_t n_ctx,
                      size_t n_batch)
@@ -111,15 +120,7 @@ void Attention::begin(std::span<const KvRun> runs) {
     n_bytes_ += uint64_t{run.n} * (run.first + run.n) * n_head_ * head_dim_ * sizeof(float);
   }
   for (const Run& run : runs_) run_of_.insert(run_of_.end(), run.n, &run);
-  for (size_t t = 0; t < n_; ++t) {
-    float* cs = cos_sin_.data() + t * n_rot_;
-    for (size_t i = 0; i < speeds_.size(); ++i) {
-      // In double: a float near 2^16 radians is off by up to 0.004.
-      const double angle = static_cast<double>(run_of_[t]->position(t)) * double{speeds_[i]};
-      cs[2 * i] = static_cast<float>(std::cos(angle));
-      cs[2 * i + 1] = static_cast<float>(std::sin(angle));
-    }
-  }
+  for (size_t t = 0; t < n_; ++t) rotation_at(speeds_, run_of_[t]->position(t), cos_sin_.data() + t * n_rot_);
   make_tiles();
 }
 

@@ -25,6 +25,10 @@ struct KvRun {
   size_t first, n;
 };
 
+// Radians per position of each pair, [n_rot / 2], and for a position their cosines and sines, in turns.
+std::vector<float> rotation_speeds(const HParams& hparams, const std::vector<float>& factors);
+void rotation_at(const std::vector<float>& speeds, size_t position, float* cos_sin);
+
 // Scratch for chunks of up to n_batch tokens in a context of n_ctx. One thread at a time.
 class Attention {
  public:

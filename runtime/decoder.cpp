@@ -1,10 +1,11 @@
 #include "runtime/decoder.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace duet {
 
-Decoder::Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch, ExpertSource* source)
+Decoder::Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch, ExpertSource* source, std::unique_ptr<gpu::Forward> card)
     : model_(&model),
       panels_(static_cast<size_t>(compute.n_threads) * kPanelFloats),
       compute_{compute.kernels, compute.n_threads, panels_.data(), compute.placement, compute.observer},
@@ -14,7 +15,8 @@ Decoder::Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_
       residual_(n_batch * n_embd_),
       input_(n_batch, n_embd_),
       attention_(model.hparams(), model.rope_factors(), compute_, n_ctx, n_batch),
-      moe_(model, compute_, n_batch, source) {
+      moe_(model, compute_, n_batch, source),
+      card_(std::move(card)) {
   tokens_.reserve(n_batch);
   runs_.reserve(n_batch);
 }
@@ -24,12 +26,12 @@ uint64_t Decoder::bytes_needed(const HParams& hparams, int n_threads, size_t n_c
          Moe::bytes_needed(hparams, n_batch);
 }
 
-void Decoder::embed() {
+void Decoder::embed(float* rows) {
   const Weight& table = model_->token_embd();
   const auto decode = compute_.kernels->decode_row[static_cast<size_t>(table.format->dtype)];
   parallel_for(compute_.n_threads, n_, 64, [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t)
-      decode(table.data + static_cast<size_t>(tokens_[t]) * table.row_bytes, residual_.data() + t * n_embd_, n_embd_);
+      decode(table.data + static_cast<size_t>(tokens_[t]) * table.row_bytes, rows + t * n_embd_, n_embd_);
   });
 }
 
@@ -41,20 +43,26 @@ void Decoder::forward(std::span<const Token> tokens, size_t first, KvCache& kv, 
 void Decoder::forward(std::span<const TokenRun> runs, const std::atomic<bool>* cancel, size_t n_next) {
   tokens_.clear();
   runs_.clear();
+  card_runs_.clear();
   for (const TokenRun& run : runs) {
-    DUET_ASSERT(!run.tokens.empty() && tokens_.size() + run.tokens.size() <= n_batch_ && run.first + run.tokens.size() <= run.kv->n_ctx());
+    DUET_ASSERT(!run.tokens.empty() && tokens_.size() + run.tokens.size() <= n_batch_);
     tokens_.insert(tokens_.end(), run.tokens.begin(), run.tokens.end());
+    if (card_ != nullptr) {
+      card_runs_.push_back({run.on_card, run.first, run.tokens.size()});
+      continue;
+    }
+    DUET_ASSERT(run.first + run.tokens.size() <= run.kv->n_ctx());
     runs_.push_back({run.kv, run.first, run.tokens.size()});
   }
   n_ = tokens_.size();
   DUET_ASSERT(n_ > 0);
-  compute_.team([&] { evaluate(cancel, n_next); });
+  compute_.team([&] { card_ != nullptr ? evaluate_on_card(cancel, n_next) : evaluate(cancel, n_next); });
 }
 
 void Decoder::evaluate(const std::atomic<bool>* cancel, size_t n_next) {
   const std::span<const float> hidden{residual_.data(), n_ * n_embd_};
   const ExpertSource::Pass pass(source_, n_next);
-  embed();
+  embed(residual_.data());
   attention_.begin(runs_);
   if (probe_.hidden) probe_.hidden(-1, hidden);
   for (size_t i = 0; i < model_->layers().size(); ++i) {
@@ -66,8 +74,26 @@ void Decoder::evaluate(const std::atomic<bool>* cancel, size_t n_next) {
   }
 }
 
+void Decoder::evaluate_on_card(const std::atomic<bool>* cancel, size_t n_next) {
+  const ExpertSource::Pass pass(source_, n_next);
+  embed(card_->rows());
+  gpu::ForwardHooks hooks{.experts = {}, .routing = {}, .hidden = probe_.hidden, .cancel = cancel, .in_memory = source_ == nullptr, .n_threads = compute_.n_threads};
+  hooks.experts = [&](size_t layer, float* residual) {
+    moe_.forward(layer, n_, input_, residual);
+    if (probe_.routing) probe_.routing(static_cast<int>(layer), moe_.chosen(), moe_.weights());
+  };
+  if (probe_.routing)
+    hooks.routing = [&](size_t layer, std::span<const int32_t> chosen, std::span<const float> weights) { probe_.routing(static_cast<int>(layer), chosen, weights); };
+  card_->forward(card_runs_, hooks);
+}
+
 void Decoder::logits(size_t row, size_t n_rows, float* out) {
   DUET_ASSERT(row + n_rows <= n_);
+  if (card_ != nullptr) {
+    std::vector<size_t> rows(n_rows);
+    std::iota(rows.begin(), rows.end(), row);
+    return card_->logits(rows, out);
+  }
   compute_.team([&] {
     normalize(compute_, residual_.data() + row * n_embd_, n_rows, model_->output_norm(), model_->hparams().rms_eps,
               input_, act_bit(model_->output()));
@@ -77,6 +103,7 @@ void Decoder::logits(size_t row, size_t n_rows, float* out) {
 
 void Decoder::logits(std::span<const size_t> rows, float* out) {
   DUET_ASSERT(rows.size() <= n_batch_);
+  if (card_ != nullptr) return card_->logits(rows, out);
   compute_.team([&] {
     parallel_for(compute_.n_threads, rows.size(), 8, [&](size_t begin, size_t end) {
       for (size_t i = begin; i < end; ++i) {
@@ -91,6 +118,7 @@ void Decoder::logits(std::span<const size_t> rows, float* out) {
 }
 
 void Decoder::hidden(std::span<const size_t> rows, float* out) {
+  if (card_ != nullptr) return card_->hidden(rows, out);
   for (size_t i = 0; i < rows.size(); ++i) {
     DUET_ASSERT(rows[i] < n_);
     compute_.kernels->rms_norm(residual_.data() + rows[i] * n_embd_, model_->output_norm().data(), model_->hparams().rms_eps, out + i * n_embd_, n_embd_);

@@ -9,6 +9,7 @@
 
 #include "runtime/attention.h"
 #include "runtime/compute.h"
+#include "runtime/gpu/forward.h"
 #include "runtime/kv_cache.h"
 #include "runtime/model.h"
 #include "runtime/moe.h"
@@ -32,12 +33,14 @@ struct TokenRun {
   std::span<const Token> tokens;
   size_t first;
   KvCache* kv;
+  gpu::Cache* on_card = nullptr;  // where a card computes, instead
 };
 
-// Owns all scratch, allocated on construction. One thread at a time. The model must outlive it.
+// With a card it computes the layers, but for experts that are the CPU's. Owns all scratch, allocated on construction. One thread at a time. The model must outlive it.
 class Decoder {
  public:
-  Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch, ExpertSource* source = nullptr);
+  Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_t n_batch, ExpertSource* source = nullptr,
+          std::unique_ptr<gpu::Forward> card = nullptr);
 
   // Evaluates 1..n_batch valid tokens in all, of one sequence or of several, none of them twice: rows of
   // the chunk, run after run. What the rows of a sequence become does not depend on the others, to the
@@ -58,13 +61,15 @@ class Decoder {
   void hidden(std::span<const size_t> rows, float* out);
 
   size_t n_batch() const { return n_batch_; }
+  bool on_card() const { return card_ != nullptr; }
   void set_probe(DecoderProbe probe) { probe_ = std::move(probe); }
   // Bytes of scratch of such a decoder, about.
   static uint64_t bytes_needed(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch);
 
  private:
   void evaluate(const std::atomic<bool>* cancel, size_t n_next);
-  void embed();
+  void evaluate_on_card(const std::atomic<bool>* cancel, size_t n_next);
+  void embed(float* rows);
   void multiply_output(size_t n_rows, float* out);
 
   const Model* model_;
@@ -74,12 +79,14 @@ class Decoder {
   size_t n_batch_, n_embd_, n_ = 0;
   std::vector<Token> tokens_;     // of the chunk
   std::vector<KvRun> runs_;
+  std::vector<gpu::CardRun> card_runs_;
   AlignedArray<float> residual_;  // [n_batch, n_embd]
   Activations input_;             // [n_batch, n_embd]
   Attention attention_;
   Moe moe_;
   MatmulQueue queue_{1};
   DecoderProbe probe_;
+  std::unique_ptr<gpu::Forward> card_;
 };
 
 }  // namespace duet

@@ -1,5 +1,7 @@
 #include "runtime/engine.h"
 
+#include <cstdlib>
+
 #include "base/host.h"
 #include "runtime/engine_state.h"
 #include "runtime/model_cost.h"
@@ -51,6 +53,61 @@ void Engine::State::stream(const ModelSizes& sizes, const EngineOptions& options
   experts = std::make_unique<ExpertSource>(model, plan.slots, plan.n_staging, options.stream);
 }
 
+void Engine::State::open_card(const ModelSizes& sizes, const EngineOptions& options) {
+  using Mode = GpuOptions::Mode;
+  const GpuOptions& gpu = options.gpu;
+  if (gpu.mode == Mode::off) return;
+  const bool asked = gpu.mode != Mode::automatic;
+  gpu::Device* found = gpu.device;
+  if (found == nullptr) {
+    auto [opened, reason] = gpu::find_device();
+    if (opened == nullptr && asked) fail(ErrorKind::unsupported, "no card can be used: ", reason, "; use --gpu auto or off");
+    if (opened == nullptr && (gpu.vram_bytes > 0 || std::getenv("DUET_GPU_MODULE") != nullptr)) notice(concat("no card is used: ", reason));
+    if (opened == nullptr) return;
+    device = std::move(opened);
+    found = device.get();
+  }
+  const auto leave = [&] {
+    card.reset();
+    device.reset();
+  };
+  if (!options.loras.empty()) {
+    if (asked) fail(ErrorKind::unsupported, "adapters are applied on the CPU only; use --gpu off with them");
+    notice(concat("adapters are applied on the CPU only: ", found->info().name, " is not used"));
+    return leave();
+  }
+  const HParams& hparams = model.hparams();
+  const uint32_t n_ctx = planned_context(hparams, options.memory.n_ctx);
+  const gpu::ChunkSizes chunk{n_ctx, std::min(options.memory.n_batch > 0 ? options.memory.n_batch : kResidentBatch, n_ctx), options.memory.n_sequences, options.memory.kv_type};
+  try {
+    card = std::make_unique<gpu::Offload>(model, sizes, plan_card(sizes, gpu, chunk, gpu::card_of(*found)), *found, asked, notice);
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::memory || asked || gpu.vram_bytes > 0) throw;
+    notice(concat(found->info().name, " is not used: ", e.what()));
+    leave();
+  }
+}
+
+std::unique_ptr<gpu::Forward> Engine::State::forward_on_card(const gpu::ChunkSizes& chunk, bool observed) const {
+  if (card == nullptr) return nullptr;
+  const bool may_leave = !card->asked_for() && !plan.streamed;  // then all weights are at hand
+  if (observed) {
+    if (!may_leave) fail(ErrorKind::unsupported, "the inputs of matrix products are seen on the CPU only; use --gpu off");
+    notice("the inputs of matrix products are seen on the CPU only: the card is not used");
+    return nullptr;
+  }
+  try {
+    const HParams& hparams = model.hparams();
+    card->require(gpu::scratch_bytes(hparams, chunk, &card->device()) + chunk.n_sequences * gpu::cache_bytes(hparams, chunk.n_ctx, chunk.kv_type),
+                  "working memory and keys and values");
+    return std::make_unique<gpu::Forward>(*card, chunk);
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::memory || !may_leave) throw;
+    notice(concat("the card is not used: ", e.what()));
+    return nullptr;
+  }
+}
+
 void Engine::State::after_chunk(size_t n_tokens) const {
   if (watch == nullptr) return;
   if (const auto slots = watch->after(n_tokens)) experts->shrink(*slots);
@@ -71,10 +128,18 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
   const int n_threads = options.n_threads > 0 ? options.n_threads : cores.usable();
   state->placement = place(cores, n_threads, options, notice);
   state->compute = {.kernels = &kernels, .n_threads = n_threads, .placement = &state->placement};
-  ModelSizes sizes = model_sizes(file, hparams);
-  sizes.dense_bytes += state->model.lora_bytes();
-  state->plan = plan_memory(sizes, options.memory, n_threads, read_host_memory());
+  ModelSizes all_sizes = model_sizes(file, hparams);
+  all_sizes.dense_bytes += state->model.lora_bytes();
+  state->open_card(all_sizes, options);
+  MemoryOptions memory = options.memory;
+  if (state->card != nullptr) {
+    memory.n_sequences = 0;  // keys and values are on the card
+    memory.n_batch = state->card->plan().sizes.n_batch;
+  }
+  const ModelSizes sizes = state->card != nullptr ? sizes_beside(all_sizes, state->card->plan()) : all_sizes;
+  state->plan = plan_memory(sizes, memory, n_threads, read_host_memory());
   if (state->plan.streamed) state->stream(sizes, options);
+  if (state->card != nullptr) state->card->upload(state->compute);
   state->tokenizer_error = try_load([&] { state->tokenizer = Tokenizer::load(file, notice); });
   state->template_error = try_load([&] { state->chat_template = ChatTemplate::of_model(file, notice); });
   state->info = {.hparams = hparams,
@@ -86,7 +151,9 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
                  .n_threads = state->compute.n_threads,
                  .exact_batch = exact_batch(state->model),
                  .cost = model_cost(hparams, state->model.token_embd(), state->model.output(), state->model.layers()),
-                 .expert_bytes = one_expert(sizes)};
+                 .expert_bytes = one_expert(all_sizes),
+                 .gpu = state->card != nullptr ? state->card->device().info().name : "",
+                 .gpu_bytes = state->card != nullptr ? state->card->plan().total_bytes() : 0};
   Engine engine;
   engine.state_ = std::move(state);
   return engine;
@@ -100,13 +167,20 @@ const ModelInfo& Engine::info() const { return state_->info; }
 
 const MemoryPlan& Engine::plan() const { return state_->plan; }
 
+const gpu::CardPlan* Engine::card_plan() const { return state_->card != nullptr ? &state_->card->plan() : nullptr; }
+
 std::optional<StreamStats> Engine::stream_stats() const {
   if (state_->experts == nullptr) return std::nullopt;
-  return state_->experts->stats();
+  StreamStats stats = state_->experts->stats();
+  stats.slots.resize(info().hparams.n_layer, info().hparams.n_expert);  // a card holds the others
+  return stats;
 }
 
 std::vector<bool> Engine::resident_experts() const {
-  return state_->experts == nullptr ? std::vector<bool>() : state_->experts->resident();
+  if (state_->experts == nullptr) return {};
+  std::vector<bool> resident = state_->experts->resident();
+  resident.resize(size_t{info().hparams.n_layer} * info().hparams.n_expert, true);  // a card holds the others
+  return resident;
 }
 
 void Engine::set_lookahead(Lookahead lookahead, uint32_t n_layers) const {

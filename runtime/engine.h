@@ -88,6 +88,22 @@ struct StreamStats {
   std::vector<uint32_t> slots;    // [n_layer] experts held now: the plan's, or fewer when memory has become short
 };
 
+namespace gpu {
+class Device;
+struct CardPlan;
+}  // namespace gpu
+
+// What a graphics card computes where there is one (runtime/gpu/placement.h). automatic: as much as fits; the CPU does
+// everything where there is none. attention: all but the experts. layers: and the experts of the last n_layers layers.
+// Asked for by the last two, a card that is not there is an error.
+struct GpuOptions {
+  enum class Mode { off, automatic, attention, layers };
+  Mode mode = Mode::off;
+  uint32_t n_layers = 0;
+  uint64_t vram_bytes = 0;        // of the card's memory, at most; 0: what is free, less a reserve
+  gpu::Device* device = nullptr;  // an open one to use; must outlive the engine and its sessions. Null: the module's
+};
+
 struct EngineOptions {
   int n_threads = 0;    // compute threads; 0: HostCores::usable()
   std::string isa;      // "scalar", "avx2", "avx512"; "": best usable; unusable: Error(unsupported)
@@ -100,6 +116,7 @@ struct EngineOptions {
   StreamOptions stream = {};
   WatchOptions watch = {};
   std::vector<LoraChoice> loras = {};  // adapters (formats/lora.h), applied to the matrix products
+  GpuOptions gpu = {};
 };
 
 // Told after each layer of each chunk of tokens which experts they chose, best first: [n_tokens, n_used].
@@ -140,6 +157,8 @@ struct ModelInfo {
   uint32_t exact_batch = 0;
   ModelCost cost;
   std::vector<uint64_t> expert_bytes;  // [n_layer] one expert in the file (the mean where they differ); empty when dense
+  std::string gpu;          // name of the card in use; "": none
+  uint64_t gpu_bytes = 0;   // of its memory, as planned
 };
 
 class Session;
@@ -157,6 +176,7 @@ class Engine {
 
   const ModelInfo& info() const;
   const MemoryPlan& plan() const;                    // runtime/memory_plan.h; as made on opening
+  const gpu::CardPlan* card_plan() const;            // runtime/gpu/placement.h; null: no card is used
   std::optional<StreamStats> stream_stats() const;   // nothing when all weights are in memory
   // [n_layer, n_expert] whether it is in memory, for the thread that evaluates; empty when all weights are.
   std::vector<bool> resident_experts() const;

@@ -7,6 +7,8 @@
 #include "runtime/compute.h"
 #include "runtime/engine.h"
 #include "runtime/expert_source.h"
+#include "runtime/gpu/forward.h"
+#include "runtime/gpu/module.h"
 #include "runtime/memory_plan.h"
 #include "runtime/memory_watch.h"
 #include "runtime/model.h"
@@ -17,12 +19,18 @@ struct Engine::State {
   explicit State(Model m) : model(std::move(m)) {}
   // Dense weights to memory, experts from the file as the plan says.
   void stream(const ModelSizes& sizes, const EngineOptions& options);
+  // Takes what the plan of a card's memory gives it; leaves `card` null where there is none and none was asked for.
+  void open_card(const ModelSizes& sizes, const EngineOptions& options);
+  // What evaluates chunks of these sizes; null: the CPU. observed: somebody wants to see the inputs of products.
+  std::unique_ptr<gpu::Forward> forward_on_card(const gpu::ChunkSizes& chunk, bool observed) const;
   // A chunk of tokens has been evaluated: experts give way where memory has become short.
   void after_chunk(size_t n_tokens) const;
 
   Model model;
   Placement placement;
   MemoryPlan plan;
+  std::unique_ptr<gpu::Device> device;    // null: none, or the caller's
+  std::unique_ptr<gpu::Offload> card;     // null: the CPU does everything
   std::unique_ptr<ExpertSource> experts;  // null: all in memory
   std::unique_ptr<MemoryWatch> watch;     // of experts
   Compute compute{};  // placement points to the above

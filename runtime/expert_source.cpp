@@ -53,8 +53,8 @@ ExpertSource::ExpertSource(const Model& model, std::vector<uint32_t> slots, uint
       lookahead_layers_(std::min(options.lookahead_layers, kLookaheadLayers)),
       policy_(n_expert_, slots),
       current_(n_expert_) {
-  DUET_ASSERT(n_expert_ > 0 && n_staging >= 2 && slots.size() == model.layers().size());
-  make_shapes(model);
+  DUET_ASSERT(n_expert_ > 0 && n_staging >= 2 && slots.size() <= model.layers().size());
+  make_shapes(model, slots.size());
   make_buffers(slots, n_staging);
   reader_ = BlockReader::open(model.file().part_paths(), [this](uint64_t tag, int error) { landed(tag, error); },
                               {.backend = options.backend, .depth = options.depth, .expected = model.file().part_identities(), .fault = options.fault});
@@ -62,10 +62,10 @@ ExpertSource::ExpertSource(const Model& model, std::vector<uint32_t> slots, uint
 
 ExpertSource::~ExpertSource() { reader_.reset(); }
 
-void ExpertSource::make_shapes(const Model& model) {
+void ExpertSource::make_shapes(const Model& model, size_t n_layer) {
   std::vector<uint64_t> file_bytes;
   for (const auto& file : model.file().part_identities()) file_bytes.push_back(file.size);
-  for (size_t l = 0; l < model.layers().size(); ++l) {
+  for (size_t l = 0; l < n_layer; ++l) {
     LayerShape& shape = shapes_.emplace_back();
     for (const Expert& expert : model.layers()[l].experts) {
       auto& ranges = shape.ranges.emplace_back();

@@ -32,7 +32,7 @@ inline constexpr size_t kAllExpertsTokens = 32;
 // be called by all threads of the team, the rest by one.
 class ExpertSource {
  public:
-  // Buffers for slots[layer] experts of each layer and n_staging (>= 2) more. The model must outlive
+  // Buffers for slots[layer] experts of the first slots.size() layers, which are those that stream, and n_staging (>= 2) more. The model must outlive
   // the source. Error: io, unsupported (StreamOptions::backend), memory.
   ExpertSource(const Model& model, std::vector<uint32_t> slots, uint32_t n_staging, const StreamOptions& options);
   ~ExpertSource();
@@ -112,7 +112,7 @@ class ExpertSource {
     Buffer* buffer = nullptr;  // null: its reading has not begun
   };
 
-  void make_shapes(const Model& model);
+  void make_shapes(const Model& model, size_t n_layer);
   void make_buffers(const std::vector<uint32_t>& slots, uint32_t n_staging);
   Buffer* free_staging(size_t n_bytes) const;
   Buffer& slot_buffer(size_t layer, int32_t slot) { return *slots_[layer][static_cast<size_t>(slot)]; }

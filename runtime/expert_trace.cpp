@@ -116,7 +116,7 @@ ExpertTraceHeader trace_header(const Engine& engine) {
   return {.n_expert = info.hparams.n_expert,
           .n_used = info.hparams.n_expert_used,
           .expert_bytes = info.expert_bytes,
-          .slots = plan.streamed ? plan.slots : std::vector<uint32_t>(info.hparams.n_layer, info.hparams.n_expert)};
+          .slots = plan.streamed ? engine.stream_stats()->slots : std::vector<uint32_t>(info.hparams.n_layer, info.hparams.n_expert)};
 }
 
 ExpertTraceWriter::ExpertTraceWriter(const std::filesystem::path& path, ExpertTraceHeader header)

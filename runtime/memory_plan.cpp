@@ -19,7 +19,7 @@ constexpr uint64_t kProgramBytes = 96 * kMiB;  // code and its libraries, tokeni
 constexpr uint64_t kPageTableShare = 512;      // 8 bytes for 4096
 constexpr uint64_t kCacheBytes = 16 * kMiB;    // under way through the page cache, where nothing else goes
 constexpr uint32_t kDefaultContext = 4096;
-constexpr uint32_t kResidentBatch = 512, kLargestBatch = 4096;
+constexpr uint32_t kLargestBatch = 4096;
 
 // ---- the budget ------------------------------------------------------------------------------
 
@@ -132,10 +132,9 @@ class Planner {
  public:
   Planner(const ModelSizes& sizes, const MemoryOptions& options, int n_threads, Budget budget)
       : sizes_(sizes), options_(options), n_threads_(n_threads), budget_(std::move(budget)) {
-    const uint32_t trained = sizes.hparams.n_ctx_train;
     plan_.budget_reason = budget_.reason;
     plan_.reserve_bytes = budget_.reserve;
-    plan_.n_ctx = options.n_ctx > 0 ? options.n_ctx : trained > 0 ? std::min(trained, kDefaultContext) : kDefaultContext;
+    plan_.n_ctx = planned_context(sizes.hparams, options.n_ctx);
     plan_.dense_bytes = sizes.dense_bytes;
     plan_.kv_bytes = options.n_sequences * KvCache::bytes_needed(sizes.hparams, plan_.n_ctx, options.kv_type);
   }
@@ -230,6 +229,11 @@ void Planner::refuse_dense() const {
 }
 
 }  // namespace
+
+uint32_t planned_context(const HParams& hparams, uint32_t asked) {
+  if (asked > 0) return asked;
+  return hparams.n_ctx_train > 0 ? std::min(hparams.n_ctx_train, kDefaultContext) : kDefaultContext;
+}
 
 uint64_t budget_in_cgroup(uint64_t limit, uint64_t used_by_others) {
   return less(limit, std::max(128 * kMiB, limit / 64) + used_by_others);

@@ -24,6 +24,8 @@ struct ModelSizes {
   uint64_t dense_bytes = 0;                // all that is not a routed expert
   std::vector<uint64_t> expert_bytes;      // [n_layer] one slot: the largest expert of the layer with its read padding; empty: dense model
   std::vector<uint64_t> expert_file_bytes; // [n_layer] all experts of the layer, as in the file
+  std::vector<uint64_t> ffn_bytes;         // [n_layer] the same, and of a dense model gate, up and down
+  uint64_t embd_bytes = 0;                 // of dense_bytes: the table of embeddings
   uint64_t bytes_per_token = 0;            // weights that one token reads
   uint64_t int8_macs = 0, f32_macs = 0;    // multiply-adds of one token in the layers, by kind of its activations
 };
@@ -53,6 +55,10 @@ struct MemoryPlan {
   std::vector<uint32_t> slots;           // [n_layer]; empty when resident
   double resident_share = 1.0;           // of the expert bytes
 };
+
+// Positions of a session when so many were asked for, 0: the model's, at most 4096. Tokens evaluated at once by default.
+uint32_t planned_context(const HParams& hparams, uint32_t asked);
+inline constexpr uint32_t kResidentBatch = 512;
 
 // The budget:
 //   bytes      as given, for the whole process; not above the machine's memory or the cgroup's limit

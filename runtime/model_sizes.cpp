@@ -10,11 +10,14 @@ bool is_expert_kind(TensorKind kind) {
   return kind == TensorKind::ffn_gate_exps || kind == TensorKind::ffn_up_exps || kind == TensorKind::ffn_down_exps;
 }
 
+bool is_dense_ffn(TensorKind kind) { return kind == TensorKind::ffn_gate || kind == TensorKind::ffn_up || kind == TensorKind::ffn_down; }
+
 // Collects tensor after tensor; an expert's three slices come with three tensors of its layer.
 class Counter {
  public:
   explicit Counter(const HParams& hparams) : n_expert_(hparams.n_expert), n_used_(hparams.n_expert_used) {
     sizes_.hparams = hparams;
+    sizes_.ffn_bytes.resize(hparams.n_layer);
     if (n_expert_ == 0) return;
     sizes_.expert_bytes.resize(hparams.n_layer);
     sizes_.expert_file_bytes.resize(hparams.n_layer);
@@ -22,6 +25,8 @@ class Counter {
 
   void add_dense(const TensorSpec& spec, const Format& format, uint64_t n_bytes) {
     sizes_.dense_bytes += n_bytes;
+    if (spec.kind == TensorKind::token_embd) sizes_.embd_bytes = n_bytes;
+    if (is_dense_ffn(spec.kind)) sizes_.ffn_bytes[static_cast<size_t>(spec.layer)] += n_bytes;
     if (spec.layer >= 0 && spec.shape.size() > 1) macs_of(format) += spec.shape[0] * spec.shape[1];
     const bool row_only = spec.kind == TensorKind::token_embd && !sizes_.hparams.tied_output;
     sizes_.bytes_per_token += row_only ? n_bytes / spec.shape[0] : n_bytes;
@@ -32,6 +37,7 @@ class Counter {
     macs_of(format) += n_used_ * spec.shape[1] * spec.shape[2];
     sizes_.expert_bytes[layer] += slot_part_bytes(largest);
     sizes_.expert_file_bytes[layer] += n_bytes;
+    sizes_.ffn_bytes[layer] += n_bytes;
     sizes_.bytes_per_token += n_bytes / n_expert_ * n_used_;
   }
   ModelSizes finish(uint64_t file_bytes) {

@@ -15,8 +15,10 @@ struct Session::State {
         n_ctx(n_context),
         cancel(options.cancel),
         products(options.products),
-        decoder(engine->model, compute(), n_ctx, n_batch, engine->experts.get()),
-        kv(engine->model.hparams(), n_ctx, options.kv_type),
+        decoder(engine->model, compute(), n_ctx, n_batch, engine->experts.get(),
+                engine->forward_on_card({static_cast<uint32_t>(n_ctx), static_cast<uint32_t>(n_batch), 1, options.kv_type}, static_cast<bool>(products))),
+        kv(engine->model.hparams(), decoder.on_card() ? 0 : n_ctx, options.kv_type),
+        on_card(decoder.on_card() ? std::make_unique<gpu::Cache>(*engine->card, static_cast<uint32_t>(n_ctx), options.kv_type) : nullptr),
         logits(n_vocab),
         logit_rows(std::min(n_batch, kLogitRows) * n_vocab) {
     tokens.reserve(n_ctx);
@@ -44,6 +46,7 @@ struct Session::State {
   const ProductObserver products;
   Decoder decoder;
   KvCache kv;
+  std::unique_ptr<gpu::Cache> on_card;  // instead of kv, where a card computes
   std::vector<Token> tokens;       // those whose keys and values are in the cache
   AlignedArray<float> logits;      // [n_vocab] of the last token, when logits_valid
   AlignedArray<float> logit_rows;  // [kLogitRows, n_vocab]
@@ -72,7 +75,8 @@ void Session::State::evaluate(std::span<const Token> added, const Progress& prog
     const size_t unwanted = std::clamp<size_t>(skip, done, done + batch.size()) - done;
     const bool delivers_last = sink && unwanted < batch.size();
     decoder.with_team([&] {
-      decoder.forward(batch, tokens.size(), kv, cancel, std::min(decoder.n_batch(), added.size() - done - batch.size()));
+      const TokenRun run{batch, tokens.size(), &kv, on_card.get()};
+      decoder.forward({&run, 1}, cancel, std::min(decoder.n_batch(), added.size() - done - batch.size()));
       if (last && !delivers_last) decoder.logits(batch.size() - 1, 1, logits.data());
     });
     if (engine->experts) engine->experts->check_unchanged();
@@ -110,7 +114,7 @@ Session::~Session() = default;
 
 std::span<const Token> Session::tokens() const { return state_->tokens; }
 uint32_t Session::n_ctx() const { return static_cast<uint32_t>(state_->n_ctx); }
-size_t Session::kv_bytes() const { return state_->kv.size_bytes(); }
+size_t Session::kv_bytes() const { return state_->on_card ? state_->on_card->size_bytes() : state_->kv.size_bytes(); }
 
 void Session::sync(std::span<const Token> prompt, const Progress& progress) {
   if (prompt.empty()) fail(ErrorKind::usage, "the prompt is empty: nothing to evaluate");

@@ -40,6 +40,7 @@ Needs needs(const Engine& engine, const SessionSize& size, uint32_t n_sequences,
   Needs out;
   if (!checked_mul(KvCache::bytes_needed(hparams, size.n_ctx, type), uint64_t{n_sequences}, out.kv))
     fail(ErrorKind::memory, contexts(n_sequences, size.n_ctx), " do not fit any memory");
+  if (engine.card_plan() != nullptr) out.kv = 0;  // there
   out.scratch = Decoder::bytes_needed(hparams, engine.info().n_threads, size.n_ctx, size.n_batch);
   return out;
 }

@@ -10,12 +10,14 @@ namespace duet {
 namespace {
 
 constexpr double kReachedOfRead = 0.85, kReachedOfPeak = 0.55;
+// Of a card's memory rate, unverified; and what a layer costs whose rows go to the CPU and back.
+constexpr double kReachedOfCard = 0.75, kHandOverSeconds = 40e-6;
 
 double as_double(uint64_t n) { return static_cast<double>(n); }
 
-double experts_bytes(const ModelSizes& sizes) {
+double experts_bytes(const ModelSizes& sizes, size_t n_layer) {
   double sum = 0;
-  for (const uint64_t n : sizes.expert_file_bytes) sum += as_double(n);
+  for (size_t layer = 0; layer < n_layer; ++layer) sum += as_double(sizes.expert_file_bytes[layer]);
   return sum;
 }
 
@@ -38,7 +40,17 @@ double experts_time(const HParams& hparams, double n_bytes, double hit_rate, con
   return time;
 }
 
-void estimate_decode(SpeedEstimate& out, const ModelSizes& sizes, const MemoryPlan& plan, const MachineRates& rates) {
+uint64_t used_of(const HParams& hparams, uint64_t n_bytes) { return hparams.n_expert > 0 ? n_bytes / hparams.n_expert * hparams.n_expert_used : n_bytes; }
+
+// Weights of a token that the CPU reads.
+double cpu_bytes(const ModelSizes& sizes, const CardShare* card) {
+  if (card == nullptr) return as_double(sizes.bytes_per_token);
+  double sum = 0;
+  for (size_t layer = 0; layer < card->first_layer; ++layer) sum += as_double(used_of(sizes.hparams, sizes.ffn_bytes[layer]));
+  return sum;
+}
+
+void estimate_decode(SpeedEstimate& out, const ModelSizes& sizes, const MemoryPlan& plan, const MachineRates& rates, const CardShare* card) {
   const HParams& hparams = sizes.hparams;
   const double memory = rates.read_bytes_per_s * kReachedOfRead;
   double used = 0, layers_time = 0;
@@ -51,16 +63,29 @@ void estimate_decode(SpeedEstimate& out, const ModelSizes& sizes, const MemoryPl
   }
   if (used > 0) out.hit_rate = 1 - out.disk_bytes_per_token / used;
   out.t_io_s = plan.streamed ? out.disk_bytes_per_token / rates.disk_bytes_per_s : 0;
-  out.t_mem_s = (as_double(sizes.bytes_per_token) + out.disk_bytes_per_token) / memory;
-  out.t_perfect_s = std::max(out.t_io_s, out.t_mem_s);
-  out.t_demand_s = std::max(out.t_perfect_s, (as_double(sizes.bytes_per_token) - used) / memory + layers_time);
+  const double of_cpu = cpu_bytes(sizes, card);
+  if (card != nullptr) {
+    out.card_bytes_per_token = as_double(sizes.bytes_per_token) - of_cpu;
+    out.t_card_s = out.card_bytes_per_token / (card->bytes_per_s * kReachedOfCard) + card->first_layer * kHandOverSeconds;
+  }
+  out.t_mem_s = (of_cpu + out.disk_bytes_per_token) / memory;
+  out.t_perfect_s = std::max(out.t_io_s, out.t_mem_s) + out.t_card_s;
+  out.t_demand_s = std::max(out.t_perfect_s, (of_cpu - used) / memory + layers_time + out.t_card_s);
   out.decode_tok_s = 1 / out.t_demand_s;
 }
 
-void estimate_prefill(SpeedEstimate& out, const ModelSizes& sizes, const MemoryPlan& plan, const MachineRates& rates) {
+void estimate_prefill(SpeedEstimate& out, const ModelSizes& sizes, const MemoryPlan& plan, const MachineRates& rates, const CardShare* card) {
   const double n = plan.n_batch;
   const double attention = as_double(attention_macs(sizes.hparams, plan.n_batch / 2));
-  if (plan.streamed) out.prefill_read_s = experts_bytes(sizes) * (1 - plan.resident_share) / rates.disk_bytes_per_s;
+  if (plan.streamed) out.prefill_read_s = experts_bytes(sizes, plan.slots.size()) * (1 - plan.resident_share) / rates.disk_bytes_per_s;
+  if (card != nullptr) {
+    const HParams& h = sizes.hparams;
+    const double macs = 3.0 * h.n_embd * h.n_ff * (h.n_expert > 0 ? h.n_expert_used : 1) * card->first_layer;
+    out.prefill_compute_s = n * macs / (sizes.int8_macs > sizes.f32_macs ? rates.int8_macs_per_s : rates.f32_macs_per_s) / kReachedOfPeak;
+    const double seconds = std::max(out.prefill_read_s, out.prefill_compute_s);
+    out.prefill_tok_s = seconds > 0 ? n / seconds : 0;
+    return;
+  }
   out.prefill_compute_s = n * (as_double(sizes.int8_macs) / rates.int8_macs_per_s +
                                (as_double(sizes.f32_macs) + attention) / rates.f32_macs_per_s) / kReachedOfPeak;
   out.prefill_tok_s = n / std::max(out.prefill_read_s, out.prefill_compute_s);
@@ -74,10 +99,10 @@ double expected_hit_rate(const HParams& hparams, uint32_t slots) {
   return std::min(1.0, static_cast<double>(slots) / hparams.n_expert);
 }
 
-SpeedEstimate estimate_speed(const ModelSizes& sizes, const MemoryPlan& plan, const MachineRates& rates) {
+SpeedEstimate estimate_speed(const ModelSizes& sizes, const MemoryPlan& plan, const MachineRates& rates, const CardShare* card) {
   SpeedEstimate out;
-  estimate_decode(out, sizes, plan, rates);
-  estimate_prefill(out, sizes, plan, rates);
+  estimate_decode(out, sizes, plan, rates, card);
+  estimate_prefill(out, sizes, plan, rates, card);
   return out;
 }
 

@@ -20,14 +20,21 @@ struct MachineRates {
 // as if every choice were as likely, slots / n_expert.
 double expected_hit_rate(const HParams& hparams, uint32_t slots);
 
+// What a card computes: all but the experts (of a dense model: the feed-forward parts) of layers before first_layer.
+struct CardShare {
+  uint32_t first_layer = 0;
+  double bytes_per_s = 0;  // of its memory
+};
+
 struct SpeedEstimate {
   // ---- decode, one token, context still short
   double hit_rate = 1;                      // of all choices
   double disk_bytes_per_token = 0;
   double t_io_s = 0, t_mem_s = 0;           // reading from disk; from memory, what came from disk written there too
   double t_perfect_s = 0, t_demand_s = 0;   // perfect look-ahead; reads begin when the router has chosen
+  double card_bytes_per_token = 0, t_card_s = 0;  // read by a card; the times above then hold it
   double decode_tok_s = 0;                  // 1 / t_demand_s
-  // ---- prefill, one whole chunk
+  // ---- prefill, one whole chunk; of a card's share nothing is known: with one, at most, or 0 when it does all
   double prefill_read_s = 0, prefill_compute_s = 0, prefill_tok_s = 0;
 };
 
@@ -37,7 +44,8 @@ struct SpeedEstimate {
 //   T_demand  = sum over layers of dense / memory rate + E[max(missed / disk, (hit + missed) / memory)]
 //               + E[one piece / disk when something is missed]; choices miss independently
 //   prefill   = max(expert bytes not in memory / disk rate, multiply-adds / rate), overlapped
+//   with a card: + its weights of a token / its memory rate, one after the other
 // Memory and arithmetic rates count with the shares that kernels reach of them (docs/measurements.md).
-SpeedEstimate estimate_speed(const ModelSizes& sizes, const MemoryPlan& plan, const MachineRates& rates);
+SpeedEstimate estimate_speed(const ModelSizes& sizes, const MemoryPlan& plan, const MachineRates& rates, const CardShare* card = nullptr);
 
 }  // namespace duet

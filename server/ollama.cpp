@@ -281,7 +281,7 @@ Json running(const ServedModel& model) {
   Json one = entry(model);
   one.erase("modified_at");
   one["expires_at"] = timestamp(std::chrono::system_clock::now() + std::chrono::hours(24 * 365));
-  one["size_vram"] = 0;
+  one["size_vram"] = model.engine.info().gpu_bytes;
   one["context_length"] = model.n_ctx;
   return {{"models", Json::array({std::move(one)})}};
 }

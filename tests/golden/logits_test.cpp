@@ -13,6 +13,7 @@
 #include "runtime/engine.h"
 #include "runtime/perplexity.h"
 #include "tests/support/npy.h"
+#include "tests/support/reference_device.h"
 #include "tests/support/skip.h"
 
 using namespace duet;
@@ -111,6 +112,29 @@ void check_greedy(const char* type, const char* isa) {
   }
 }
 
+// The same on a card, with the experts of so many layers on it.
+EngineOptions on_card(test::AnyCard& card, uint32_t n_layers) {
+  return {.n_threads = 1, .isa = {}, .notice = {}, .memory = {.n_ctx = 128, .n_batch = 64, .kv_type = KvType::f32},
+          .gpu = {.mode = GpuOptions::Mode::layers, .n_layers = n_layers, .device = card.get()}};
+}
+
+void check_card(uint32_t n_layers) {
+  const Json golden = read_data("greedy.json");
+  for (const char* type : {"f32", "bf16"}) {
+    test::AnyCard card;
+    const Engine engine = Engine::open(model_path(type), on_card(card, n_layers));
+    REQUIRE(engine.card_plan() != nullptr);
+    {
+      const Difference difference = compare_logits(engine, 64, KvType::f32);
+      MESSAGE(std::string(type) << " on " << engine.info().gpu << ", " << n_layers << " layers of experts: max |difference| " << difference.max);
+      CHECK(difference.max <= kTolerance);
+      CHECK(difference.flips == 0);
+    }
+    Session session = engine.new_session({.n_ctx = 128, .kv_type = KvType::f32});
+    for (const Json& one : golden["cases"]) check_greedy_case(session, one);
+  }
+}
+
 // Negative log-likelihood of each token of the first two windows of the golden perplexity text.
 void check_windows(const char* isa, uint32_t n_batch, size_t n_windows) {
   if (!usable(isa)) DUET_SKIP(std::string(isa) + " kernels cannot run on this processor");
@@ -144,6 +168,9 @@ TEST_CASE("F32 logits equal transformers', avx2") { check_logits("f32", "avx2");
 TEST_CASE("F32 logits equal transformers', avxvnni") { check_logits("f32", "avxvnni"); }
 TEST_CASE("F32 logits equal transformers', avx512vnni256") { check_logits("f32", "avx512vnni256"); }
 TEST_CASE("F32 logits equal transformers', avx512") { check_logits("f32", "avx512"); }
+TEST_CASE("logits and greedy continuations on a card equal transformers', all experts on it") { check_card(Engine::open(model_path("f32"), {.isa = {}, .notice = {}}).info().hparams.n_layer); }
+TEST_CASE("logits and greedy continuations on a card equal transformers', some experts on it") { check_card(1); }
+TEST_CASE("logits and greedy continuations on a card equal transformers', no experts on it") { check_card(0); }
 TEST_CASE("BF16 logits equal transformers', scalar") { check_logits("bf16", "scalar"); }
 TEST_CASE("BF16 logits equal transformers', avx2") { check_logits("bf16", "avx2"); }
 TEST_CASE("BF16 logits equal transformers', avxvnni") { check_logits("bf16", "avxvnni"); }

@@ -1,0 +1,148 @@
+// A card in use by an engine: its memory within the plan, and the weights it holds. What sessions make of them:
+// runtime/gpu/forward.h.
+#pragma once
+
+#include <array>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "runtime/compute.h"
+#include "runtime/gpu/placement.h"
+#include "runtime/model.h"
+
+namespace duet::gpu {
+
+class Offload;
+
+// Memory of the card. Empty, or of an Offload, which must outlive it.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(Offload* owner, void* data, size_t n_bytes) : owner_(owner), data_(static_cast<std::byte*>(data)), n_bytes_(n_bytes) {}
+  Memory(Memory&& other) noexcept { *this = std::move(other); }
+  Memory& operator=(Memory&& other) noexcept;
+  ~Memory();
+  std::byte* data() const { return data_; }
+  size_t size() const { return n_bytes_; }
+
+ private:
+  Offload* owner_ = nullptr;
+  std::byte* data_ = nullptr;
+  size_t n_bytes_ = 0;
+};
+
+// Memory of the host that the card reads and writes by itself. Error(memory).
+class HostMemory {
+ public:
+  HostMemory(Device& device, size_t n_bytes);
+  ~HostMemory();
+  HostMemory(const HostMemory&) = delete;
+  HostMemory& operator=(const HostMemory&) = delete;
+  std::byte* data() const { return data_; }
+
+ private:
+  Device& device_;
+  std::byte* data_;
+};
+
+// One matrix of each expert. Where their formats differ, products are made expert by expert.
+struct ExpertMatrices {
+  const std::byte* const* data = nullptr;  // device array [n_expert]
+  std::vector<const Format*> formats;      // [n_expert]
+  size_t rows = 0, cols = 0;
+  bool alike = true;
+  // Those of experts [first, first + n), which are of one format.
+  Matrices matrices(size_t first, size_t n) const;
+  bool reads(ActFormat format) const;
+};
+
+struct LayerOnCard {
+  const float *attn_norm = nullptr, *ffn_norm = nullptr;
+  Matrices q{}, k{}, v{}, output{}, router{};  // router.n 0: dense
+  ExpertMatrices gate, up, down;               // data null: experts are the CPU's
+};
+
+// Where experts that are the CPU's pass through, two at a time: while one is multiplied the next arrives.
+struct Transit {
+  Transit(Device& device, Memory on_card, const std::array<size_t, 3>& part_bytes);
+  std::byte* host(int slot, size_t part) const { return staging.data() + place(slot, part); }
+  std::byte* card(int slot, size_t part) const { return memory.data() + place(slot, part); }
+  size_t place(int slot, size_t part) const { return static_cast<size_t>(slot) * slot_bytes + part_at[part]; }
+
+  Memory memory;
+  std::array<size_t, 3> part_at;  // of gate, up, down in a slot
+  size_t slot_bytes;
+  HostMemory staging;
+  const std::byte* const* pointers = nullptr;  // device array [slot][part]
+  int slot = 0;                                // the next to fill
+};
+
+class Offload {
+ public:
+  // Takes memory for the weights, fewer layers of experts than planned when the card has not enough, with a notice.
+  // Error(memory) when it has not even enough for the rest. The model must outlive it.
+  Offload(const Model& model, const ModelSizes& sizes, CardPlan plan, Device& device, bool asked_for, const NoticeFn& notice);
+  ~Offload();
+  Offload(const Offload&) = delete;
+  Offload& operator=(const Offload&) = delete;
+
+  // Copies the weights. Error(io).
+  void upload(const Compute& compute);
+
+  Device& device() const { return *device_; }
+  const CardPlan& plan() const { return plan_; }
+  const Model& model() const { return *model_; }
+  bool asked_for() const { return asked_for_; }  // by name or number of layers, not automatic
+  const std::vector<LayerOnCard>& layers() const { return layers_; }
+  Transit* transit() const { return transit_.get(); }  // null: experts of the CPU stay there
+  const float* output_norm() const { return output_norm_; }
+  const Matrices& output() const { return output_; }
+
+  // Error(memory) beyond the plan's budget.
+  void require(size_t n_bytes, const char* what) const;
+  // The same, and when the card has no more.
+  Memory allocate(size_t n_bytes, const char* what);
+  // Waits for the card, and remembers what has failed.
+  void settle();
+  // The same; Error(io) when something has failed since the last time; and ever after.
+  void check();
+  // One thread at a time uses the device.
+  std::mutex& mutex() { return mutex_; }
+
+ private:
+  friend class Memory;
+  struct Copy {  // of host bytes to the card
+    const void* from;
+    std::byte* to;
+    size_t n_bytes;
+  };
+  class Slab;
+  void place_dense();
+  bool place_experts(size_t layer);
+  void place_transit();
+  void place_all(const ModelSizes& sizes, const NoticeFn& notice);
+  Matrices matrix(Slab& slab, const Weight& w);
+  ExpertMatrices experts(Slab& slab, const Layer& layer, Weight Expert::* part);
+  Memory try_allocate(size_t n_bytes);
+  void release(void* data, size_t n_bytes);
+
+  const Model* model_;
+  Device* device_;
+  bool asked_for_;
+  CardPlan plan_;
+  uint64_t used_bytes_ = 0;
+  std::vector<Memory> slabs_;
+  std::vector<Copy> copies_;
+  std::vector<std::unique_ptr<std::vector<const std::byte*>>> tables_;  // on their way to the card
+  std::vector<LayerOnCard> layers_;
+  const float* output_norm_ = nullptr;
+  Matrices output_{};
+  std::unique_ptr<Transit> transit_;
+  std::string failure_;
+  std::mutex mutex_, memory_mutex_;
+};
+
+}  // namespace duet::gpu

@@ -1,0 +1,338 @@
+// The forward pass on a card (a device of plain loops): logits as on the CPU.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "runtime/batch.h"
+#include "runtime/gpu/module.h"
+#include "runtime/gpu/placement.h"
+#include "runtime/memory_plan.h"
+#include "tests/support/errors.h"
+#include "tests/support/logits.h"
+#include "tests/support/random_model.h"
+#include "tests/support/reference_device.h"
+
+using namespace duet;
+using test::all_logits;
+using test::check_thrown;
+using test::ReferenceDevice;
+using test::some_tokens;
+using test::thrown_by;
+
+namespace {
+
+using Mode = GpuOptions::Mode;
+
+// Quantized products have the same bits on both sides; attention, norms and softmax round differently, and a rounded
+// activation may then fall to the other side. Relative to the largest logit; random weights are worse than trained ones.
+constexpr double kBound = 0.02;
+
+test::RandomModel mixed(uint32_t n_layer = 3) {
+  test::RandomModel model;
+  model.hparams = test::small_mixtral_hparams(n_layer, 512);
+  model.type = [](const std::string& name) {
+    if (name.find("down") != std::string::npos) return DType::Q6_K;
+    if (name.find("attn_v") != std::string::npos) return DType::Q8_0;
+    return name.find("output.weight") != std::string::npos ? DType::F16 : DType::Q4_K;
+  };
+  return model;
+}
+
+test::RandomModel of_floats() {
+  test::RandomModel model;
+  model.hparams = test::tiny_hparams();
+  return model;
+}
+
+test::RandomModel dense() {
+  test::RandomModel model = mixed();
+  model.hparams.n_expert = model.hparams.n_expert_used = 0;
+  return model;
+}
+
+// Experts of one layer in different formats.
+test::RandomModel per_expert() {
+  test::RandomModel model = mixed();
+  model.split_experts = true;
+  model.type = [](const std::string& name) { return name.find(".3.weight") != std::string::npos ? DType::Q8_0 : name.find(".1.weight") != std::string::npos ? DType::Q6_K : DType::Q4_K; };
+  return model;
+}
+
+EngineOptions on(gpu::Device& device, GpuOptions gpu = {.mode = Mode::automatic}) {
+  gpu.device = &device;
+  return {.n_threads = 2, .isa = {}, .notice = {}, .memory = {.n_ctx = 300, .n_batch = 64}, .gpu = gpu};
+}
+
+EngineOptions on_cpu() { return {.n_threads = 2, .isa = {}, .notice = {}}; }
+
+double largest_difference(std::span<const float> a, std::span<const float> b) {
+  REQUIRE(a.size() == b.size());
+  double most = 0, scale = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    most = std::max(most, static_cast<double>(std::fabs(a[i] - b[i])));
+    scale = std::max(scale, static_cast<double>(std::fabs(b[i])));
+  }
+  return most / scale;
+}
+
+std::vector<float> logits_of(const Engine& engine, size_t n_batch, std::span<const Token> tokens, KvType type = KvType::f16) {
+  Session session = engine.new_session({.n_ctx = 300, .n_batch = static_cast<uint32_t>(n_batch), .kv_type = type});
+  return all_logits(session, tokens);
+}
+
+}  // namespace
+
+TEST_CASE("logits on a card agree with the CPU's for all, some and none of the experts on it") {
+  struct Case {
+    const char* name;
+    test::RandomModel model;
+  };
+  test::RandomModel window = mixed(), factors = mixed();
+  window.hparams.sliding_window = 24;
+  factors.rope_factors = true;
+  const Case cases[] = {{"mixed", mixed()}, {"floats", of_floats()}, {"dense", dense()}, {"experts", per_expert()}, {"window", window}, {"factors", factors}};
+  for (const Case& c : cases) {
+    CAPTURE(c.name);
+    const auto path = test::write_model(c.model, std::string("gpu_") + c.name + ".gguf");
+    const Engine cpu = Engine::open(path, on_cpu());
+    const auto tokens = some_tokens(90, cpu.info().hparams.n_vocab);
+    const std::vector<float> want = logits_of(cpu, 64, tokens);
+    for (const GpuOptions& gpu : {GpuOptions{.mode = Mode::automatic}, GpuOptions{.mode = Mode::layers, .n_layers = 1}, GpuOptions{.mode = Mode::attention}}) {
+      test::AnyCard card;
+      const Engine engine = Engine::open(path, on(*card.get(), gpu));
+      REQUIRE(engine.card_plan() != nullptr);
+      CHECK(engine.info().gpu == card.get()->info().name);
+      CHECK(engine.card_plan()->first_layer == (gpu.mode == Mode::automatic ? 0 : engine.info().hparams.n_layer - gpu.n_layers));
+      for (const size_t n_batch : {1, 7, 40}) {
+        CAPTURE(n_batch);
+        CHECK(largest_difference(logits_of(engine, n_batch, tokens), want) < kBound);
+      }
+    }
+  }
+}
+
+TEST_CASE("keys and values on the card in f32 and q8_0") {
+  const auto path = test::write_model(mixed(), "gpu_kv.gguf");
+  const Engine cpu = Engine::open(path, on_cpu());
+  const auto tokens = some_tokens(60, cpu.info().hparams.n_vocab);
+  for (const KvType type : {KvType::f32, KvType::q8_0}) {
+    test::AnyCard card;
+    EngineOptions options = on(*card.get());
+    options.memory.kv_type = type;
+    const Engine engine = Engine::open(path, options);
+    CHECK(largest_difference(logits_of(engine, 16, tokens, type), logits_of(cpu, 16, tokens, type)) < kBound);
+  }
+}
+
+TEST_CASE("a row on the card has the same bits in any batch") {
+  test::AnyCard card;
+  const Engine engine = Engine::open(test::write_model(mixed(), "gpu_bits.gguf"), on(*card.get(), {.mode = Mode::layers, .n_layers = 2}));
+  const auto tokens = some_tokens(70, engine.info().hparams.n_vocab);
+  const std::vector<float> want = logits_of(engine, 64, tokens);
+  CHECK(test::same_bits(logits_of(engine, 1, tokens), want));
+  CHECK(test::same_bits(logits_of(engine, 33, tokens), want));
+}
+
+TEST_CASE("sequences of a batch on the card: truncated, copied, saved, loaded") {
+  test::AnyCard card;
+  EngineOptions options = on(*card.get(), {.mode = Mode::layers, .n_layers = 2});
+  options.memory.n_sequences = 4;
+  options.memory.n_ctx = 600;
+  const Engine engine = Engine::open(test::write_model(mixed(), "gpu_batch.gguf"), options);
+  const uint32_t n_vocab = engine.info().hparams.n_vocab;
+  const auto tokens = some_tokens(300, n_vocab);
+  std::vector<float> want;
+  {
+    Session session = engine.new_session({.n_ctx = 600});
+    session.append(tokens);
+    want.assign(session.logits().begin(), session.logits().end());
+  }
+  for (const KvType type : {KvType::f16, KvType::q8_0}) {
+    Batch batch(engine, {.n_ctx = 600, .n_batch = 64, .n_sequences = 3, .kv_type = type});
+    Sequence a = batch.new_sequence(), b = batch.new_sequence(), c = batch.new_sequence();
+    for (size_t done = 0; done < 280; done += 28) {
+      const Batch::Part parts[] = {{&a, {tokens.data() + done, 28}}};
+      batch.evaluate(parts);
+    }
+    b.copy_prefix(a, 270);
+    for (size_t layer = 0; layer < a.n_layer(); ++layer)
+      for (const auto& [block, n] : {std::pair<size_t, size_t>{0, 256}, {1, 24}}) {
+        std::vector<std::byte> kept(a.block_bytes(n));
+        a.save(layer, block, n, kept);
+        c.load(layer, block, n, kept);
+      }
+    c.continue_with({tokens.data(), 280});
+    a.truncate(265);
+    const Batch::Part rest[] = {{&b, {tokens.data() + 270, 20}}, {&c, {tokens.data() + 280, 20}}, {&a, {tokens.data() + 265, 15}}};
+    batch.evaluate(rest);
+    const Batch::Part last[] = {{&a, {tokens.data() + 280, 20}}, {&b, {tokens.data() + 290, 10}}};
+    const auto of_c = batch.logits(std::vector<size_t>{39});
+    const std::vector<float> logits_c(of_c.begin(), of_c.end());
+    batch.evaluate(last);
+    const auto rows = batch.logits(std::vector<size_t>{19, 29});
+    CHECK(std::equal(rows.begin(), rows.begin() + n_vocab, logits_c.begin()));
+    CHECK(std::equal(rows.begin() + n_vocab, rows.end(), logits_c.begin()));
+    if (type == KvType::f16) CHECK(largest_difference(logits_c, want) < kBound);
+    CHECK(batch.hidden(19).size() == engine.info().hparams.n_embd);
+    CHECK(batch.fingerprint() != Batch(Engine::open(test::write_model(mixed(), "gpu_batch.gguf"), on_cpu()), {.n_ctx = 600, .n_sequences = 3, .kv_type = type}).fingerprint());
+  }
+}
+
+TEST_CASE("experts chosen on the card are told and counted as the CPU's are") {
+  const auto path = test::write_model(mixed(), "gpu_uses.gguf");
+  const auto uses = [&](const Engine& engine, std::vector<int>& layers) {
+    Session session = engine.new_session({.n_ctx = 300, .routing = [&](int layer, std::span<const int32_t> chosen) {
+                                            CHECK(chosen.size() == 40);
+                                            layers.push_back(layer);
+                                          }});
+    session.append(some_tokens(20, engine.info().hparams.n_vocab));
+    return std::vector<uint64_t>(session.expert_uses().begin(), session.expert_uses().end());
+  };
+  std::vector<int> layers_cpu, layers_card;
+  const auto want = uses(Engine::open(path, on_cpu()), layers_cpu);
+  for (const uint32_t n : {0u, 1u, 3u}) {
+    test::AnyCard card;
+    layers_card.clear();
+    CHECK(uses(Engine::open(path, on(*card.get(), {.mode = Mode::layers, .n_layers = n})), layers_card) == want);
+    CHECK(layers_card == layers_cpu);
+  }
+}
+
+TEST_CASE("experts that the card has no room for stream from the file") {
+  const auto path = test::write_model(mixed(6), "gpu_streamed.gguf");
+  ReferenceDevice device, whole;
+  EngineOptions options = on(device, {.mode = Mode::layers, .n_layers = 2});
+  options.memory.slots = 3;
+  const Engine engine = Engine::open(path, options);
+  REQUIRE(engine.plan().streamed);
+  CHECK(engine.plan().slots.size() == 4);
+  const auto tokens = some_tokens(80, engine.info().hparams.n_vocab);
+  const std::vector<float> want = logits_of(Engine::open(path, on(whole, {.mode = Mode::layers, .n_layers = 2})), 64, tokens);
+  for (const size_t n_batch : {1, 40, 64}) CHECK(test::same_bits(logits_of(engine, n_batch, tokens), want));
+  CHECK(engine.stream_stats()->slots == std::vector<uint32_t>{3, 3, 3, 3, 8, 8});
+  CHECK(engine.resident_experts().size() == 48);
+}
+
+TEST_CASE("long chunks have the CPU's experts copied through the card") {
+  for (const auto& [name, model] : {std::pair{"gpu_transit.gguf", mixed()}, {"gpu_transit_dense.gguf", dense()}, {"gpu_transit_each.gguf", per_expert()}}) {
+    const auto path = test::write_model(model, name);
+    const Engine cpu = Engine::open(path, on_cpu());
+    const auto tokens = some_tokens(300, cpu.info().hparams.n_vocab);
+    test::AnyCard card;
+    EngineOptions options = on(*card.get(), {.mode = Mode::layers, .n_layers = 1});
+    options.memory.n_batch = 160;
+    const Engine engine = Engine::open(path, options);
+    REQUIRE(engine.card_plan()->transit_bytes > 0);
+    CHECK(largest_difference(logits_of(engine, 160, tokens), logits_of(cpu, 160, tokens)) < kBound);
+    CHECK(largest_difference(logits_of(engine, 100, tokens), logits_of(cpu, 160, tokens)) < kBound);
+  }
+}
+
+TEST_CASE("out of memory while placing: fewer layers, and a line that says so") {
+  const auto path = test::write_model(mixed(), "gpu_oom.gguf");
+  std::vector<std::string> notices;
+  ReferenceDevice roomy;
+  const Engine all = Engine::open(path, on(roomy));
+  ReferenceDevice device(uint64_t{1} << 30);
+  device.set_hidden_use((uint64_t{1} << 30) - all.card_plan()->total_bytes() + all.card_plan()->expert_bytes / 2);
+  EngineOptions options = on(device);
+  options.notice = [&](const std::string& line) { notices.push_back(line); };
+  const Engine engine = Engine::open(path, options);
+  REQUIRE(engine.card_plan() != nullptr);
+  CHECK(engine.card_plan()->first_layer == 2);
+  REQUIRE(notices.size() == 1);
+  CHECK(notices[0] == "Reference card: out of memory: experts of 1 layers are on the card instead of 3");
+  const auto tokens = some_tokens(30, engine.info().hparams.n_vocab);
+  CHECK(test::same_bits(logits_of(engine, 16, tokens), logits_of(all, 16, tokens)));
+}
+
+TEST_CASE("a card too small for anything: the CPU with a notice, an error where it was asked for") {
+  const auto path = test::write_model(mixed(), "gpu_small.gguf");
+  ReferenceDevice device(1 << 20);
+  std::vector<std::string> notices;
+  EngineOptions options = on(device);
+  options.notice = [&](const std::string& line) { notices.push_back(line); };
+  const Engine engine = Engine::open(path, options);
+  CHECK(engine.card_plan() == nullptr);
+  CHECK(engine.info().gpu_bytes == 0);
+  REQUIRE(notices.size() == 1);
+  CHECK(notices[0].starts_with("Reference card is not used: "));
+  check_thrown(thrown_by([&] { Engine::open(path, on(device, {.mode = Mode::attention})); }), ErrorKind::memory, "MiB would do");
+  check_thrown(thrown_by([&] { Engine::open(path, on(device, {.mode = Mode::automatic, .vram_bytes = 1 << 20})); }), ErrorKind::memory, "MiB would do");
+  CHECK(device.used_bytes() == 0);
+}
+
+TEST_CASE("a failing card ends a step with one clear error, and every one after it") {
+  ReferenceDevice device;
+  const Engine engine = Engine::open(test::write_model(mixed(), "gpu_fails.gguf"), on(device));
+  const auto tokens = some_tokens(12, engine.info().hparams.n_vocab);
+  Session session = engine.new_session({.n_ctx = 300});
+  session.append({tokens.data(), 4});
+  device.fail_after(20, "an illegal memory access was encountered");
+  for (int i = 0; i < 2; ++i)
+    check_thrown(thrown_by([&] { session.append({tokens.data() + 4, 8}); }), ErrorKind::io, "Reference card: an illegal memory access was encountered");
+  CHECK(session.tokens().size() == 4);
+}
+
+TEST_CASE("an interruption between layers leaves a session on the card that goes on") {
+  ReferenceDevice device;
+  const Engine engine = Engine::open(test::write_model(mixed(), "gpu_cancel.gguf"), on(device));
+  const auto tokens = some_tokens(12, engine.info().hparams.n_vocab);
+  std::atomic<bool> cancel{true};
+  Session session = engine.new_session({.n_ctx = 300, .cancel = &cancel});
+  check_thrown(thrown_by([&] { session.append(tokens); }), ErrorKind::cancelled, "interrupted");
+  cancel = false;
+  session.append(tokens);
+  const std::vector<float> want = logits_of(engine, 64, tokens);
+  CHECK(std::equal(session.logits().begin(), session.logits().end(), want.end() - engine.info().hparams.n_vocab));
+}
+
+TEST_CASE("observers stay with the CPU: with a notice, refused where a card was asked for") {
+  const auto path = test::write_model(mixed(), "gpu_observed.gguf");
+  ReferenceDevice device;
+  std::vector<std::string> notices;
+  EngineOptions options = on(device);
+  options.notice = [&](const std::string& line) { notices.push_back(line); };
+  size_t n_seen = 0;
+  const SessionOptions observed{.n_ctx = 64, .products = [&](const ProductInput&) { ++n_seen; }};
+  Session session = Engine::open(path, options).new_session(observed);
+  session.append(some_tokens(4, 97));
+  CHECK(n_seen > 0);
+  REQUIRE(notices.size() == 1);
+  CHECK(notices[0].find("the card is not used") != std::string::npos);
+  const Engine asked = Engine::open(path, on(device, {.mode = Mode::attention}));
+  check_thrown(thrown_by([&] { asked.new_session(observed); }), ErrorKind::unsupported, "--gpu off");
+  options = on(device, {.mode = Mode::attention});
+}
+
+TEST_CASE("sessions beyond what the card was planned for") {
+  const auto path = test::write_model(mixed(), "gpu_more.gguf");
+  ReferenceDevice device(12 << 20);
+  std::vector<std::string> notices;
+  EngineOptions options = on(device);
+  options.memory.n_ctx = 256;
+  options.notice = [&](const std::string& line) { notices.push_back(line); };
+  const Engine engine = Engine::open(path, options);
+  REQUIRE(engine.card_plan() != nullptr);
+  const Session first = engine.new_session({.n_ctx = 256});
+  Session second = engine.new_session({.n_ctx = 16384});
+  second.append(some_tokens(4, 97));
+  REQUIRE(!notices.empty());
+  CHECK(notices.back().starts_with("the card is not used: "));
+  const uint64_t used = device.used_bytes();
+  options.gpu.mode = Mode::layers;
+  ReferenceDevice other(12 << 20);
+  options.gpu.device = &other;
+  const Engine asked = Engine::open(path, options);
+  check_thrown(thrown_by([&] { asked.new_session({.n_ctx = 16384}); }), ErrorKind::memory, "open the model with the larger context");
+  CHECK(device.used_bytes() == used);
+}
+
+TEST_CASE("modules: none, not a library, not a module") {
+  CHECK(gpu::find_device({"/nowhere/a.so"}).reason == "/nowhere/a.so: no such module");
+  CHECK(gpu::find_device({"/nowhere/a.so", "/nowhere/b.so"}).reason.find("DUET_CUDA") != std::string::npos);
+  CHECK(gpu::find_device({DUET_SOURCE_DIR "/README.md"}).reason.find("cannot be loaded") != std::string::npos);
+  CHECK(gpu::find_device({"/lib/x86_64-linux-gnu/libz.so.1", "/lib64/ld-linux-x86-64.so.2", "/nowhere"}).device == nullptr);
+  CHECK(gpu::find_device({}).reason.find('\n') == std::string::npos);
+}
