@@ -230,17 +230,17 @@ void Forward::run_in_transit(size_t index, int n_threads) {
   for (size_t e = 0; e < layer.experts.size(); ++e) {
     const auto first = static_cast<size_t>(first_[e]), n = static_cast<size_t>(first_[e + 1]) - first;
     if (n == 0) continue;
-    if (!device_->slot_read(transit.slot)) card_->check();
+    if (!device_->slot_read(transit.next)) card_->check();
     size_t part = 0;
     for (const Weight* w : {&layer.experts[e].gate, &layer.experts[e].up, &layer.experts[e].down}) {
-      std::byte* const to = transit.host(transit.slot, part);
+      std::byte* const to = transit.host(transit.next, part);
       const size_t n_bytes = w->rows * w->row_bytes;
       parallel_for(n_threads, n_bytes, size_t{256} << 10, [&](size_t begin, size_t end) { std::memcpy(to + begin, w->data + begin, end - begin); });
-      device_->upload_beside(transit.slot, transit.card(transit.slot, part), to, n_bytes);
+      device_->upload_beside(transit.next, transit.card(transit.next, part), to, n_bytes);
       ++part;
     }
     multiply_in_transit(layer.experts[e], first, n);
-    transit.slot = 1 - transit.slot;
+    transit.next = 1 - transit.next;
   }
   if (h_->n_expert > 0) device_->combine(s_.out, s_.slot_of, weights(index), n_, h_->n_expert_used, h_->n_embd, s_.residual);
 }
@@ -249,17 +249,17 @@ void Forward::run_in_transit(size_t index, int n_threads) {
 void Forward::multiply_in_transit(const Expert& expert, size_t first, size_t n) {
   const Transit& transit = *card_->transit();
   const auto product = [&](const Weight& w, size_t part, const float* x, const ActRows& acts, const int32_t* token, float* y, bool add) {
-    const Matrices one{.dtype = w.format->dtype, .data = transit.pointers + 3 * static_cast<size_t>(transit.slot) + part, .n = 1, .rows = w.rows, .cols = w.cols, .row_bytes = w.row_bytes};
+    const Matrices one{.dtype = w.format->dtype, .data = transit.pointers + 3 * static_cast<size_t>(transit.next) + part, .n = 1, .rows = w.rows, .cols = w.cols, .row_bytes = w.row_bytes};
     device_->multiply({.w = one, .grouping = {nullptr, token}, .x = rows_for(one.dtype, x, acts), .n = n, .y = y, .y_stride = w.rows, .add = add});
   };
   const bool is_dense = h_->n_expert == 0;
   const int32_t* const token = is_dense ? nullptr : s_.token_of + first;
-  device_->await_slot(transit.slot);
+  device_->await_slot(transit.next);
   product(expert.gate, 0, s_.normed, s_.input, token, s_.gate, false);
   product(expert.up, 1, s_.normed, s_.input, token, s_.up, false);
   device_->silu_mul(s_.gate, s_.up, n, h_->n_ff, s_.gate, s_.hidden);
   product(expert.down, 2, s_.gate, s_.hidden, nullptr, is_dense ? s_.residual : s_.out + first * h_->n_embd, is_dense);
-  device_->release_slot(transit.slot);
+  device_->release_slot(transit.next);
 }
 
 void Forward::run_on_host(size_t index, const ForwardHooks& hooks) {

@@ -77,7 +77,7 @@ struct Transit {
   size_t slot_bytes;
   HostMemory staging;
   const std::byte* const* pointers = nullptr;  // device array [slot][part]
-  int slot = 0;                                // the next to fill
+  int next = 0;                                // slot to fill
 };
 
 class Offload {
