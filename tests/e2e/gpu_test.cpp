@@ -90,3 +90,19 @@ TEST_CASE("doctor says whether there is a card") {
   CHECK(card["name"].is_null());
   CHECK(card["reason"] == "/nowhere/module.so: no such module");
 }
+
+TEST_CASE("the demo model's greedy text is the same with a card, whatever share of the experts it has") {
+  const std::vector<std::string> arguments{"run", kDemo, "-p", "The package manager", "-n", "24", "--temp", "0"};
+  const ProcessResult cpu = run_duet(arguments);
+  REQUIRE(cpu.exit_code == 0);
+  for (const char* gpu : {"auto", "attention", "1"}) {
+    CAPTURE(gpu);
+    std::vector<std::string> with = arguments;
+    with.insert(with.end(), {"--gpu", gpu});
+    const ProcessResult card = run_duet(with, {.environment = {{"DUET_GPU_MODULE", DUET_GPU_EMULATED}}});
+    CHECK(card.exit_code == 0);
+    CHECK(card.out == cpu.out);
+    CHECK(card.err.find("weights ") != std::string::npos);
+    CHECK(card.err.find("(budget ") != std::string::npos);
+  }
+}
