@@ -62,7 +62,8 @@ void Engine::State::open_card(const ModelSizes& sizes, const EngineOptions& opti
   if (found == nullptr) {
     auto [opened, reason] = gpu::find_device();
     if (opened == nullptr && asked) fail(ErrorKind::unsupported, "no card can be used: ", reason, "; use --gpu auto or off");
-    if (opened == nullptr && (gpu.vram_bytes > 0 || std::getenv("DUET_GPU_MODULE") != nullptr)) notice(concat("no card is used: ", reason));
+    const char* const named = std::getenv("DUET_GPU_MODULE");
+    if (opened == nullptr && (gpu.vram_bytes > 0 || (named != nullptr && *named != '\0'))) notice(concat("no card is used: ", reason));
     if (opened == nullptr) return;
     device = std::move(opened);
     found = device.get();
@@ -80,9 +81,11 @@ void Engine::State::open_card(const ModelSizes& sizes, const EngineOptions& opti
   const uint32_t n_ctx = planned_context(hparams, options.memory.n_ctx);
   const gpu::ChunkSizes chunk{n_ctx, std::min(options.memory.n_batch > 0 ? options.memory.n_batch : kResidentBatch, n_ctx), options.memory.n_sequences, options.memory.kv_type};
   try {
+    check_support(model, chunk.kv_type, *found);
     card = std::make_unique<gpu::Offload>(model, sizes, plan_card(sizes, gpu, chunk, gpu::card_of(*found)), *found, asked, notice);
   } catch (const Error& e) {
-    if (e.kind() != ErrorKind::memory || asked || gpu.vram_bytes > 0) throw;
+    const bool is_small = e.kind() == ErrorKind::memory && gpu.vram_bytes == 0;
+    if (asked || (!is_small && e.kind() != ErrorKind::unsupported)) throw;
     notice(concat(found->info().name, " is not used: ", e.what()));
     leave();
   }

@@ -160,6 +160,20 @@ CardPlan plan_card(const ModelSizes& sizes, const GpuOptions& options, const Chu
   return plan;
 }
 
+void check_support(const Model& model, KvType type, const Device& device) {
+  if (!device.supports(head_shape(model.hparams(), type)))
+    fail(ErrorKind::unsupported, device.info().name, ": attention heads of ", model.hparams().head_dim, " elements with this --kv-type are not supported; use --gpu off");
+  const auto check = [&](const Weight& w) {
+    if (!device.supports(w.format->dtype)) fail(ErrorKind::unsupported, device.info().name, ": weights in ", w.format->name, " are not supported; use --gpu off");
+  };
+  check(model.output());
+  for (const Layer& layer : model.layers()) {
+    for (const Weight* w : {&layer.attn_q, &layer.attn_k, &layer.attn_v, &layer.attn_output}) check(*w);
+    for (const Expert& expert : layer.experts)
+      for (const Weight* w : {&expert.gate, &expert.up, &expert.down}) check(*w);
+  }
+}
+
 ModelSizes sizes_beside(ModelSizes sizes, const CardPlan& plan) {
   if (sizes.expert_bytes.empty()) return sizes;
   sizes.expert_bytes.resize(plan.first_layer);

@@ -9,6 +9,7 @@
 #include "runtime/engine.h"
 #include "runtime/gpu/device.h"
 #include "runtime/memory_plan.h"
+#include "runtime/model.h"
 
 namespace duet::gpu {
 
@@ -54,6 +55,9 @@ CardPlan with_first_layer(CardPlan plan, const ModelSizes& sizes, uint32_t first
 
 // What the CPU still computes: experts of the layers before first_layer.
 ModelSizes sizes_beside(ModelSizes sizes, const CardPlan& plan);
+
+// Error(unsupported) for formats or heads that the card does not take.
+void check_support(const Model& model, KvType type, const Device& device);
 
 // On the card.
 uint64_t dense_bytes_on_card(const ModelSizes& sizes);

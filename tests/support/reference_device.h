@@ -31,6 +31,8 @@ class ReferenceDevice : public gpu::Device {
   uint64_t uploaded_bytes() const { return uploaded_bytes_; }
 
   const gpu::DeviceInfo& info() const override { return info_; }
+  bool supports(DType) const override { return true; }
+  bool supports(const gpu::HeadShape&) const override { return true; }
   uint64_t free_bytes() override { return info_.total_bytes - used_bytes_; }
   void* allocate(size_t n_bytes) override;
   void release(void* p) override;
