@@ -131,7 +131,7 @@ class Device {
   virtual void combine(const float* y, const int32_t* slot_of, const float* weights, size_t n, size_t n_used, size_t cols, float* residual) = 0;
 };
 
-inline constexpr uint32_t kModuleVersion = 1;
+inline constexpr uint32_t kModuleVersion = 2;  // one more with every change of Device
 
 // The module's one entry, "duet_gpu_open": device `index` of those there are (0: the first). A null pointer and one
 // line in `message` [n_message] when there is none, or the versions differ.
