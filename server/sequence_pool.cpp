@@ -35,15 +35,18 @@ SequencePool::Entry& SequencePool::from_memory(std::span<const Token> wanted, bo
     return *best;
   }
   Entry& entry = fresh(best);
-  entry.sequence.truncate(0);
-  if (best != nullptr && common >= kMinCopy) entry.sequence.copy_prefix(best->sequence, common);
+  entry.sequence.truncate(&entry == best ? common : 0);
+  if (best != nullptr && &entry != best && common >= kMinCopy) entry.sequence.copy_prefix(best->sequence, common);
   return entry;
 }
 
-// Memory of the oldest finished sequence where there is no more.
+// Memory of the oldest finished sequence where one more might not fit: rather another than `keep`, as long as there is
+// room for both now (on a card, whose sequences take all of their memory at once, there is none).
 SequencePool::Entry& SequencePool::fresh(const Entry* keep) {
   Entry* old = oldest_idle(keep);
-  if (old != nullptr && (bytes() + batch_->sequence_bytes() > max_bytes_ || entries_.size() >= kMaxEntries)) {
+  const bool is_full = bytes() >= max_bytes_ || entries_.size() >= kMaxEntries;
+  if (old == nullptr && is_full) old = oldest_idle(nullptr);
+  if (old != nullptr && (is_full || bytes() + batch_->sequence_bytes() > max_bytes_)) {
     store_rest(*old);
     old->busy = true;
     return *old;
