@@ -17,11 +17,8 @@
 #include "cli/console.h"
 #include "cli/model_options.h"
 #include "cli/options.h"
-#include "runtime/gpu/placement.h"
 #include "runtime/kernels/kernels.h"
 #include "runtime/kv_cache.h"
-#include "runtime/memory_plan.h"
-#include "runtime/model.h"
 #include "runtime/model_cost.h"
 
 namespace duet::cli {
@@ -157,6 +154,8 @@ class Runner {
     Engine engine = open_engine(options);
     report.info = engine.info();
     report.n_batch = engine.plan().n_batch;
+    if (engine.plan().streamed && !report.disk_bytes_per_s)
+      report.disk_bytes_per_s = measure_read_rate(options.path, {.backend = options.backend, .seconds = 1.0}).bytes_per_second;
     report.plan = engine.plan().streamed ? describe(engine.plan(), engine.info().hparams) : "";
     if (const gpu::CardPlan* card = engine.card_plan()) report.card = concat(engine.info().gpu, ": ", describe(*card, engine.info().hparams));
     return engine;
@@ -285,12 +284,15 @@ const Limits& limits_of(const BenchReport& report, int n_threads) {
   });
 }
 
-// Refused before anything is measured; nothing is loaded. Whether experts will be streamed.
-bool check_model(const ModelOptions& options, int n_threads) {
-  const GgufFile file = GgufFile::open(options.path);
-  const HParams hparams = read_hparams(file, [](const std::string&) {});
-  Model::bind(file, hparams);
-  return plan_memory(model_sizes(file, hparams), memory_options_of(options), n_threads, read_host_memory()).streamed;
+// Refused before anything is measured; nothing is loaded. The card that will be used.
+gpu::FoundDevice check_model(const ModelOptions& options, int n_threads) {
+  using Mode = GpuOptions::Mode;
+  const ModelSizes sizes = sizes_of(options, [](const std::string&) {});
+  gpu::FoundDevice found = find_card(options);
+  if (found.device == nullptr && (options.gpu.mode == Mode::attention || options.gpu.mode == Mode::layers))
+    fail(ErrorKind::unsupported, "no card can be used: ", found.reason, "; use --gpu auto or off");
+  divide(sizes, options, found.device != nullptr ? std::optional(gpu::card_of(*found.device)) : std::nullopt, n_threads, read_host_memory());
+  return found;
 }
 
 void run_bench(BenchOptions options) {
@@ -311,10 +313,10 @@ void run_bench(BenchOptions options) {
   report.seed = options.seed;
   report.isa = kernels.isa;
   report.threads = options.threads.empty() ? std::vector{read_host_cores().usable()} : options.threads;
-  const bool streamed = has_model && check_model(options.model, report.threads.front());
+  const gpu::FoundDevice card = has_model ? check_model(options.model, report.threads.front()) : gpu::FoundDevice{};
+  options.model.gpu.device = card.device.get();
   report.energy_absent = EnergyMeter().why_not();
   measure_limits(options, kernels, report);
-  if (streamed) report.disk_bytes_per_s = measure_read_rate(options.model.path, {.backend = options.model.backend, .seconds = 1.0}).bytes_per_second;
   if (has_model)
     for (const int n : report.threads) Runner(options, n, limits_of(report, n), report).run();
   print_report(report, format);

@@ -9,7 +9,7 @@
 #include "cli/console.h"
 #include "cli/options.h"
 #include "hub/store.h"
-#include "runtime/gpu/placement.h"
+#include "runtime/model.h"
 
 namespace duet::cli {
 namespace {
@@ -157,9 +157,48 @@ MemoryOptions memory_options_of(const ModelOptions& options) {
   return memory;
 }
 
-Engine open_engine(const ModelOptions& options) {
+namespace {
+
+std::vector<LoraChoice> loras_of(const ModelOptions& options) {
   std::vector<LoraChoice> loras;
   for (const std::string& lora : options.loras) loras.push_back(parse_lora(lora));
+  return loras;
+}
+
+}  // namespace
+
+ModelSizes sizes_of(const ModelOptions& options, const NoticeFn& notice) {
+  const GgufFile file = GgufFile::open(model_file(options.path));
+  const HParams hparams = read_hparams(file, notice);
+  Model model = Model::bind(file, hparams);
+  for (const LoraChoice& lora : loras_of(options)) model.apply(lora);
+  ModelSizes sizes = model_sizes(file, hparams);
+  sizes.dense_bytes += model.lora_bytes();
+  return sizes;
+}
+
+gpu::FoundDevice find_card(const ModelOptions& options) {
+  if (options.gpu.mode == GpuOptions::Mode::off) return {};
+  if (options.loras.empty()) return gpu::find_device();
+  if (options.gpu.mode != GpuOptions::Mode::automatic) fail(ErrorKind::unsupported, "adapters are applied on the CPU only; use --gpu off with them");
+  return {};
+}
+
+Division divide(const ModelSizes& sizes, const ModelOptions& options, const std::optional<gpu::Card>& card, int n_threads, const HostMemory& memory) {
+  const MemoryOptions all = memory_options_of(options);
+  Division out;
+  try {
+    if (card) out.card = gpu::plan_card(sizes, options.gpu, gpu::chunk_sizes(sizes.hparams, all), *card);
+  } catch (const Error& e) {
+    if (!gpu::may_go_without(options.gpu, e)) throw;
+    out.card_refusal = e.what();
+  }
+  if (out.card) out.memory = plan_memory(gpu::sizes_beside(sizes, *out.card), gpu::options_beside(all, *out.card), n_threads, memory);
+  else out.memory = plan_memory(sizes, all, n_threads, memory);
+  return out;
+}
+
+Engine open_engine(const ModelOptions& options) {
   return Engine::open(model_file(options.path),
                       {.n_threads = options.n_threads,
                        .isa = options.isa,
@@ -168,7 +207,7 @@ Engine open_engine(const ModelOptions& options) {
                        .numa = options.numa,
                        .memory = memory_options_of(options),
                        .stream = {.backend = options.backend, .lookahead = options.lookahead},
-                       .loras = std::move(loras),
+                       .loras = loras_of(options),
                        .gpu = options.gpu});
 }
 

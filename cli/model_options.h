@@ -2,10 +2,15 @@
 #pragma once
 
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "base/host.h"
 #include "runtime/engine.h"
+#include "runtime/gpu/module.h"
+#include "runtime/gpu/placement.h"
+#include "runtime/memory_plan.h"
 
 namespace CLI {
 class App;
@@ -41,6 +46,17 @@ void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx
 std::filesystem::path model_file(const std::string& model);
 // options.memory with the sizes of the session.
 MemoryOptions memory_options_of(const ModelOptions& options);
+// Of the file, with its adapters; nothing is loaded. Error: as of Engine::open.
+ModelSizes sizes_of(const ModelOptions& options, const NoticeFn& notice);
+// None, and no reason, with --gpu off and with adapters, which are the CPU's. Error(unsupported) when a card was asked for with those.
+gpu::FoundDevice find_card(const ModelOptions& options);
+// How memory would be divided by open_engine. Error: as of plan_card and plan_memory.
+struct Division {
+  std::optional<gpu::CardPlan> card;
+  MemoryPlan memory;     // of what a card leaves to the CPU
+  std::string card_refusal;  // why the card that is there would not be used
+};
+Division divide(const ModelSizes& sizes, const ModelOptions& options, const std::optional<gpu::Card>& card, int n_threads, const HostMemory& memory);
 Engine open_engine(const ModelOptions& options);
 // A session of the options' sizes; n_ctx 0 takes `default_ctx` (0: the library's default).
 Session open_session(const Engine& engine, const ModelOptions& options, uint32_t default_ctx = 0, RoutingFn routing = {});

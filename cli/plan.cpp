@@ -15,9 +15,6 @@
 #include "cli/model_options.h"
 #include "cli/options.h"
 #include "converters/recipe.h"
-#include "runtime/gpu/module.h"
-#include "runtime/gpu/placement.h"
-#include "runtime/memory_plan.h"
 #include "runtime/roofline.h"
 #include "runtime/speed_estimate.h"
 
@@ -42,6 +39,7 @@ struct Outcome {
   const Candidate* candidate;
   MemoryPlan plan;  // of what a card leaves to the CPU
   std::optional<gpu::CardPlan> card;
+  std::string card_refusal;  // why the card that is there would not be used
   SpeedEstimate speed;
   std::string refusal;  // why there is no plan
 };
@@ -80,15 +78,17 @@ std::optional<HParams> known_model(const PlanOptions& options) {
 
 std::vector<Candidate> find_candidates(const PlanOptions& options) {
   const fs::path path = options.model.path;
-  if (const auto hparams = known_model(options)) return of_recipes(*hparams, options.recipe);
+  const auto known = known_model(options);
+  if ((known || fs::is_directory(path)) && !options.model.loras.empty())
+    fail(ErrorKind::usage, "--lora: adapters are applied to a GGUF file, and ", options.model.path, " is none; merged into one by duet convert, they take nothing");
+  if (known) return of_recipes(*known, options.recipe);
   if (fs::is_directory(path)) {
     const fs::path config = path / "config.json";
     constexpr uint64_t kMaxConfig = 1 << 20;
     return of_recipes(read_hf_config(parse_json(read_file(config, kMaxConfig), config.string()), config.string(), notices()), options.recipe);
   }
   if (!options.recipe.empty()) fail(ErrorKind::usage, "--type: a GGUF file has its types already; leave it out");
-  const GgufFile file = GgufFile::open(model_file(options.model.path));
-  return {{"", model_sizes(file, read_hparams(file, notices()))}};
+  return {{"", sizes_of(options.model, notices())}};
 }
 
 // ---- rates -------------------------------------------------------------------------------------
@@ -126,10 +126,11 @@ void measure_rates(Report& report, const PlanOptions& options) {
 }
 
 // A card that is here, or one of --vram with an assumed rate.
-void find_card(Report& report, const GpuOptions& options) {
+void plan_for_card(Report& report, const ModelOptions& model) {
   using Mode = GpuOptions::Mode;
-  if (options.mode == Mode::off) return;
-  report.device = gpu::find_device();
+  const GpuOptions& options = model.gpu;
+  report.device = find_card(model);
+  if (options.mode == Mode::off || !model.loras.empty()) return;
   if (report.device.device != nullptr) report.card = gpu::card_of(*report.device.device);
   else if (options.vram_bytes > 0) report.card = gpu::Card{.name = "", .free_bytes = 0, .memory_bytes_per_s = gpu::kAssumedBytesPerS, .device = nullptr};
   else if (options.mode != Mode::automatic)
@@ -167,6 +168,7 @@ Json plan_json(const Outcome& o, const Report& report) {
                     {"total_bytes", o.card->total_bytes()}, {"context_bytes", o.card->context_bytes}, {"weight_bytes", o.card->weight_bytes},
                     {"kv_bytes", o.card->kv_bytes}, {"scratch_bytes", o.card->scratch_bytes}, {"transit_bytes", o.card->transit_bytes}, {"expert_bytes", o.card->expert_bytes},
                     {"first_layer", o.card->first_layer}, {"layers", o.card->n_layer}, {"bytes_per_s", report.card->memory_bytes_per_s}};
+  if (!o.card_refusal.empty()) json["card_refusal"] = o.card_refusal;
   if (!report.has_speed()) return json;
   const SpeedEstimate& s = o.speed;
   json["speed"] = {{"hit_rate", s.hit_rate}, {"disk_bytes_per_token", s.disk_bytes_per_token}, {"t_io_s", s.t_io_s},
@@ -283,6 +285,8 @@ void print_table(const Report& report) {
     if (o.card) {
       std::snprintf(text, sizeof(text), "%3u layers   ", o.card->n_layer - o.card->first_layer);
       row += text;
+    } else if (report.card) {
+      row += "not used     ";
     }
     std::snprintf(text, sizeof(text), "%10.0f %%  %9s", 100 * o.plan.resident_share, slots_text(o.plan).c_str());
     row += text;
@@ -295,24 +299,15 @@ void print_table(const Report& report) {
   }
 }
 
-// As Engine::open does.
-void divide(Outcome& out, const GpuOptions& gpu, MemoryOptions options, const Report& report, const HostMemory& memory) {
-  const ModelSizes& sizes = out.candidate->sizes;
-  if (!report.card) {
-    out.plan = plan_memory(sizes, options, report.n_threads, memory);
-    return;
-  }
-  const uint32_t n_ctx = planned_context(sizes.hparams, options.n_ctx);
-  options.n_batch = std::min(options.n_batch > 0 ? options.n_batch : kResidentBatch, n_ctx);
-  out.card = gpu::plan_card(sizes, gpu, {n_ctx, options.n_batch, options.n_sequences, options.kv_type}, *report.card);
-  options.n_sequences = 0;
-  out.plan = plan_memory(gpu::sizes_beside(sizes, *out.card), options, report.n_threads, memory);
+Outcome divided(const Candidate& candidate, const PlanOptions& options, const Report& report, const HostMemory& memory) {
+  Division d = divide(candidate.sizes, options.model, report.card, report.n_threads, memory);
+  return {.candidate = &candidate, .plan = std::move(d.memory), .card = std::move(d.card), .card_refusal = std::move(d.card_refusal), .speed = {}, .refusal = {}};
 }
 
 Outcome plan_one(const Candidate& candidate, const PlanOptions& all, const Report& report, const HostMemory& memory) {
-  Outcome out{.candidate = &candidate, .plan = {}, .card = {}, .speed = {}, .refusal = {}};
+  Outcome out{.candidate = &candidate, .plan = {}, .card = {}, .card_refusal = {}, .speed = {}, .refusal = {}};
   try {
-    divide(out, all.model.gpu, memory_options_of(all.model), report, memory);
+    out = divided(candidate, all, report, memory);
     if (!report.has_speed()) return out;
     CardShare share;
     if (out.card) share = {out.card->first_layer, report.card->memory_bytes_per_s};
@@ -330,14 +325,12 @@ void run_plan(const PlanOptions& options) {
   report.model = options.model.path;
   report.n_threads = options.model.n_threads > 0 ? options.model.n_threads : read_host_cores().usable();
   const HostMemory memory = read_host_memory();
-  find_card(report, options.model.gpu);
-  if (candidates.size() == 1) {  // refused before measuring
-    Outcome trial{.candidate = &candidates.front(), .plan = {}, .card = {}, .speed = {}, .refusal = {}};
-    divide(trial, options.model.gpu, memory_options_of(options.model), report, memory);
-  }
+  plan_for_card(report, options.model);
+  if (candidates.size() == 1) divided(candidates.front(), options, report, memory);  // refused before measuring
   measure_rates(report, options);
   for (const Candidate& candidate : candidates) report.outcomes.push_back(plan_one(candidate, options, report, memory));
   if (!report.has_speed()) note(report.rates_missing);
+  if (const std::string& refusal = report.outcomes.front().card_refusal; candidates.size() == 1 && !refusal.empty()) note(concat(report.card->name, " is not used: ", refusal));
   if (options.json) return print_plan_json(report);
   if (candidates.size() == 1) return print_one(report);
   print_table(report);

@@ -22,8 +22,6 @@
 #include "cli/console.h"
 #include "cli/model_options.h"
 #include "cli/options.h"
-#include "runtime/gpu/module.h"
-#include "runtime/memory_plan.h"
 #include "server/server.h"
 
 namespace duet::cli {
@@ -47,12 +45,10 @@ constexpr uint32_t kMostParallel = 32;
 
 // As many contexts as a third of the memory holds that is left beside the weights.
 uint32_t default_parallel(const ModelOptions& options) {
-  const GgufFile file = GgufFile::open(options.path);
-  const HParams hparams = read_hparams(file, [](const std::string&) {});
   MemoryOptions one = memory_options_of(options);
   one.ram = MemoryOptions::Ram::all;
   const HostMemory memory = read_host_memory();
-  const MemoryPlan plan = plan_memory(model_sizes(file, hparams), one, 1, memory);
+  const MemoryPlan plan = plan_memory(sizes_of(options, [](const std::string&) {}), one, 1, memory);
   uint64_t available = memory.available_bytes;
   if (options.memory.ram == MemoryOptions::Ram::bytes) available = options.memory.ram_bytes;
   if (memory.cgroup_limit_bytes) available = std::min(available, *memory.cgroup_limit_bytes);
@@ -163,7 +159,7 @@ void run_serve(ServeOptions options) {
   if (!options.access_log.empty()) log.emplace(options.access_log);
   const uint64_t cache_bytes = parse_size(options.cache_size);
   options.model.path = model_file(options.model.path).string();
-  const gpu::FoundDevice card = options.n_parallel == 0 && options.model.gpu.mode != GpuOptions::Mode::off ? gpu::find_device() : gpu::FoundDevice{};
+  const gpu::FoundDevice card = options.n_parallel == 0 ? find_card(options.model) : gpu::FoundDevice{};
   options.model.gpu.device = card.device.get();
   if (options.n_parallel == 0) options.n_parallel = default_parallel(options.model);
   options.model.memory.n_sequences = options.n_parallel;

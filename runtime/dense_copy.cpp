@@ -48,9 +48,11 @@ void read_all(const GgufFile& file, const std::vector<Piece>& pieces, const Stre
 
 }  // namespace
 
-void Model::own_dense(const StreamOptions& options) {
-  std::vector<Weight*> weights{&token_embd_, &output_};
-  for (Layer& layer : layers_) weights.insert(weights.end(), {&layer.attn_q, &layer.attn_k, &layer.attn_v, &layer.attn_output});
+void Model::own_dense(const StreamOptions& options, bool beside_card) {
+  std::vector<Weight*> weights{&token_embd_};
+  if (!beside_card) weights.push_back(&output_);
+  for (Layer& layer : layers_)
+    if (!beside_card) weights.insert(weights.end(), {&layer.attn_q, &layer.attn_k, &layer.attn_v, &layer.attn_output});
   std::vector<Piece> pieces;
   std::unordered_map<const std::byte*, size_t> piece_of;  // a tied output is the embedding
   uint64_t total = 0;

@@ -47,9 +47,11 @@ std::vector<uint64_t> one_expert(const ModelSizes& sizes) {
 
 }  // namespace
 
-void Engine::State::stream(const ModelSizes& sizes, const EngineOptions& options) {
-  watch = std::make_unique<MemoryWatch>(sizes, plan, options.watch, notice);  // first: loading takes long enough for a limit to change
-  model.own_dense(options.stream);
+void Engine::State::load(const ModelSizes& sizes, const EngineOptions& options) {
+  if (plan.streamed) watch = std::make_unique<MemoryWatch>(sizes, plan, options.watch, notice);  // first: loading takes long enough for a limit to change
+  if (card != nullptr) card->upload(compute);  // through the page cache, which is then let go of
+  if (!plan.streamed) return;
+  model.own_dense(options.stream, card != nullptr);
   experts = std::make_unique<ExpertSource>(model, plan.slots, plan.n_staging, options.stream);
 }
 
@@ -58,6 +60,11 @@ void Engine::State::open_card(const ModelSizes& sizes, const EngineOptions& opti
   const GpuOptions& gpu = options.gpu;
   if (gpu.mode == Mode::off) return;
   const bool asked = gpu.mode != Mode::automatic;
+  if (!options.loras.empty()) {
+    if (asked) fail(ErrorKind::unsupported, "adapters are applied on the CPU only; use --gpu off with them");
+    if (gpu.device != nullptr || gpu.vram_bytes > 0 || gpu::has_module()) notice("adapters are applied on the CPU only: no card is used");
+    return;
+  }
   gpu::Device* found = gpu.device;
   if (found == nullptr) {
     auto [opened, reason] = gpu::find_device();
@@ -68,26 +75,15 @@ void Engine::State::open_card(const ModelSizes& sizes, const EngineOptions& opti
     device = std::move(opened);
     found = device.get();
   }
-  const auto leave = [&] {
-    card.reset();
-    device.reset();
-  };
-  if (!options.loras.empty()) {
-    if (asked) fail(ErrorKind::unsupported, "adapters are applied on the CPU only; use --gpu off with them");
-    notice(concat("adapters are applied on the CPU only: ", found->info().name, " is not used"));
-    return leave();
-  }
-  const HParams& hparams = model.hparams();
-  const uint32_t n_ctx = planned_context(hparams, options.memory.n_ctx);
-  const gpu::ChunkSizes chunk{n_ctx, std::min(options.memory.n_batch > 0 ? options.memory.n_batch : kResidentBatch, n_ctx), options.memory.n_sequences, options.memory.kv_type};
+  const gpu::ChunkSizes chunk = gpu::chunk_sizes(model.hparams(), options.memory);
   try {
     check_support(model, chunk.kv_type, *found);
     card = std::make_unique<gpu::Offload>(model, sizes, plan_card(sizes, gpu, chunk, gpu::card_of(*found)), *found, asked, notice);
   } catch (const Error& e) {
-    const bool is_small = e.kind() == ErrorKind::memory && gpu.vram_bytes == 0;
-    if (asked || (!is_small && e.kind() != ErrorKind::unsupported)) throw;
+    if (!gpu::may_go_without(gpu, e)) throw;
     notice(concat(found->info().name, " is not used: ", e.what()));
-    leave();
+    card.reset();
+    device.reset();
   }
 }
 
@@ -134,15 +130,10 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
   ModelSizes all_sizes = model_sizes(file, hparams);
   all_sizes.dense_bytes += state->model.lora_bytes();
   state->open_card(all_sizes, options);
-  MemoryOptions memory = options.memory;
-  if (state->card != nullptr) {
-    memory.n_sequences = 0;  // keys and values are on the card
-    memory.n_batch = state->card->plan().sizes.n_batch;
-  }
-  const ModelSizes sizes = state->card != nullptr ? sizes_beside(all_sizes, state->card->plan()) : all_sizes;
-  state->plan = plan_memory(sizes, memory, n_threads, read_host_memory());
-  if (state->plan.streamed) state->stream(sizes, options);
-  if (state->card != nullptr) state->card->upload(state->compute);
+  const gpu::Offload* const card = state->card.get();
+  const ModelSizes sizes = card != nullptr ? sizes_beside(all_sizes, card->plan()) : all_sizes;
+  state->plan = plan_memory(sizes, card != nullptr ? options_beside(options.memory, card->plan()) : options.memory, n_threads, read_host_memory());
+  state->load(sizes, options);
   state->tokenizer_error = try_load([&] { state->tokenizer = Tokenizer::load(file, notice); });
   state->template_error = try_load([&] { state->chat_template = ChatTemplate::of_model(file, notice); });
   state->info = {.hparams = hparams,
@@ -155,8 +146,8 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
                  .exact_batch = exact_batch(state->model),
                  .cost = model_cost(hparams, state->model.token_embd(), state->model.output(), state->model.layers()),
                  .expert_bytes = one_expert(all_sizes),
-                 .gpu = state->card != nullptr ? state->card->device().info().name : "",
-                 .gpu_bytes = state->card != nullptr ? state->card->plan().total_bytes() : 0};
+                 .gpu = card != nullptr ? card->device().info().name : "",
+                 .gpu_bytes = card != nullptr ? card->plan().total_bytes() : 0};
   Engine engine;
   engine.state_ = std::move(state);
   return engine;

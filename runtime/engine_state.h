@@ -17,8 +17,8 @@ namespace duet {
 
 struct Engine::State {
   explicit State(Model m) : model(std::move(m)) {}
-  // Dense weights to memory, experts from the file as the plan says.
-  void stream(const ModelSizes& sizes, const EngineOptions& options);
+  // Weights to the card; where the plan streams, dense ones to memory, experts from the file.
+  void load(const ModelSizes& sizes, const EngineOptions& options);
   // Takes what the plan of a card's memory gives it; leaves `card` null where there is none and none was asked for.
   void open_card(const ModelSizes& sizes, const EngineOptions& options);
   // What evaluates chunks of these sizes; null: the CPU. observed: somebody wants to see the inputs of products.

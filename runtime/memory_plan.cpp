@@ -223,8 +223,10 @@ void Planner::refuse() const {
 }
 
 void Planner::refuse_dense() const {
-  fail(ErrorKind::memory, options_.slots ? "slots are for experts, and this model has none: " : "a model without experts cannot be streamed: ",
-       "it needs ", in_mib(plan_.total_bytes), "MiB, the budget is ", format_size(plan_.budget_bytes), " (", plan_.budget_reason,
+  const char* const why = sizes_.hparams.n_expert > 0 ? "nothing is left to stream beside the card: "
+                          : options_.slots            ? "slots are for experts, and this model has none: "
+                                                      : "a model without experts cannot be streamed: ";
+  fail(ErrorKind::memory, why, "it needs ", in_mib(plan_.total_bytes), "MiB, the budget is ", format_size(plan_.budget_bytes), " (", plan_.budget_reason,
        "); without a limit (--ram all) it is mapped all the same");
 }
 

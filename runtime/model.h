@@ -50,8 +50,9 @@ class Model {
   static Model bind(const GgufFile& file, const HParams& hparams);
 
   // Copies all matrices that are not routed experts to memory of the model's own, past the page cache
-  // where possible, and lets go of the file's pages: for models whose experts are streamed. Error: io, memory.
-  void own_dense(const StreamOptions& options);
+  // where possible, and lets go of the file's pages: for models whose experts are streamed. Beside a card, which has
+  // the others, only the embeddings. Error: io, memory.
+  void own_dense(const StreamOptions& options, bool beside_card);
 
   // From now on the products of these matrices are those with the adapter. Error: as of read_lora().
   void apply(const LoraChoice& lora);

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 
@@ -46,6 +47,11 @@ std::vector<fs::path> module_paths() {
   if (ec) return {};
   const fs::path folder = program.parent_path();
   return {folder / kFileName, folder.parent_path() / DUET_LIBRARY_FOLDER / "duet" / kFileName};
+}
+
+bool has_module(const std::vector<fs::path>& paths) {
+  std::error_code ec;
+  return std::any_of(paths.begin(), paths.end(), [&](const fs::path& path) { return fs::exists(path, ec); });
 }
 
 FoundDevice find_device(const std::vector<fs::path>& paths) {

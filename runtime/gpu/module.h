@@ -18,6 +18,7 @@ struct FoundDevice {
 // Where the module is looked for: the path in the variable DUET_GPU_MODULE and nowhere else, or libduet_cuda.so beside the
 // program and in the folder of libraries that it was installed with.
 std::vector<std::filesystem::path> module_paths();
+bool has_module(const std::vector<std::filesystem::path>& paths = module_paths());
 
 // The first device of the first module that is there. A module stays loaded until the program ends.
 FoundDevice find_device(const std::vector<std::filesystem::path>& paths = module_paths());

@@ -87,6 +87,11 @@ size_t guessed_attention_bytes(const HParams& h, size_t n_batch) {
 
 }  // namespace
 
+ChunkSizes chunk_sizes(const HParams& hparams, const MemoryOptions& options) {
+  const uint32_t n_ctx = planned_context(hparams, options.n_ctx), n_batch = options.n_batch > 0 ? options.n_batch : kResidentBatch;
+  return {n_ctx, std::min(n_batch, n_ctx), options.n_sequences, options.kv_type};
+}
+
 Card card_of(Device& device) {
   const DeviceInfo& info = device.info();
   return {info.name, device.free_bytes(), info.memory_bytes_per_s, &device};
@@ -160,6 +165,11 @@ CardPlan plan_card(const ModelSizes& sizes, const GpuOptions& options, const Chu
   return plan;
 }
 
+bool may_go_without(const GpuOptions& options, const Error& refusal) {
+  if (options.mode != GpuOptions::Mode::automatic) return false;
+  return refusal.kind() == ErrorKind::unsupported || (refusal.kind() == ErrorKind::memory && options.vram_bytes == 0);
+}
+
 void check_support(const Model& model, KvType type, const Device& device) {
   if (!device.supports(head_shape(model.hparams(), type)))
     fail(ErrorKind::unsupported, device.info().name, ": attention heads of ", model.hparams().head_dim, " elements with this --kv-type are not supported; use --gpu off");
@@ -175,10 +185,22 @@ void check_support(const Model& model, KvType type, const Device& device) {
 }
 
 ModelSizes sizes_beside(ModelSizes sizes, const CardPlan& plan) {
-  if (sizes.expert_bytes.empty()) return sizes;
+  const HParams& h = sizes.hparams;
+  sizes.dense_bytes = sizes.embd_bytes + plan.transit_bytes + (2 + uint64_t{h.n_expert}) * h.n_layer * h.n_embd * sizeof(float);
+  if (h.n_expert == 0) {
+    for (size_t layer = 0; layer < plan.first_layer; ++layer) sizes.dense_bytes += sizes.ffn_bytes[layer];
+    return sizes;
+  }
   sizes.expert_bytes.resize(plan.first_layer);
   sizes.expert_file_bytes.resize(plan.first_layer);
   return sizes;
+}
+
+MemoryOptions options_beside(MemoryOptions options, const CardPlan& plan) {
+  options.n_sequences = 0;
+  options.n_batch = plan.sizes.n_batch;
+  if (plan.first_layer == 0) options.slots.reset();  // nothing is left to stream
+  return options;
 }
 
 std::string describe(const CardPlan& plan, const HParams& hparams) {

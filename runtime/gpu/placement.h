@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "base/error.h"
 #include "runtime/engine.h"
 #include "runtime/gpu/device.h"
 #include "runtime/memory_plan.h"
@@ -34,6 +35,7 @@ struct ChunkSizes {
   uint32_t n_ctx = 0, n_batch = 0, n_sequences = 1;
   KvType kv_type = KvType::f16;
 };
+ChunkSizes chunk_sizes(const HParams& hparams, const MemoryOptions& options);
 
 struct CardPlan {
   uint64_t budget_bytes = 0;
@@ -49,12 +51,17 @@ struct CardPlan {
 // The budget is options.vram_bytes, or what is free less a reserve. Error(memory) naming the budget that would do when it is
 // too small for the floor (no experts), or for the layers asked for; Error(usage) for more layers than there are.
 CardPlan plan_card(const ModelSizes& sizes, const GpuOptions& options, const ChunkSizes& chunk, const Card& card);
+// Whether the CPU does everything where the card is refused so: nobody has asked for it or for a size.
+bool may_go_without(const GpuOptions& options, const Error& refusal);
 
 // The same plan with the experts of fewer layers.
 CardPlan with_first_layer(CardPlan plan, const ModelSizes& sizes, uint32_t first_layer);
 
-// What the CPU still computes: experts of the layers before first_layer.
+// What the CPU still holds: embeddings, norms and routers, the experts of the layers before first_layer, and memory for those on
+// their way to the card.
 ModelSizes sizes_beside(ModelSizes sizes, const CardPlan& plan);
+// What its memory is then planned for: keys and values are on the card.
+MemoryOptions options_beside(MemoryOptions options, const CardPlan& plan);
 
 // Error(unsupported) for formats or heads that the card does not take.
 void check_support(const Model& model, KvType type, const Device& device);

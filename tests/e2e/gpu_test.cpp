@@ -106,3 +106,19 @@ TEST_CASE("the demo model's greedy text is the same with a card, whatever share 
     CHECK(card.err.find("(budget ") != std::string::npos);
   }
 }
+
+TEST_CASE("bench and plan stream beside a card what is left to the CPU, and nothing where nothing is") {
+  const ProcessOptions card{.environment = {{"DUET_GPU_MODULE", DUET_GPU_EMULATED}}};
+  const auto json = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.end(), {"--slots", "2", "--json"});
+    const ProcessResult result = run_duet(arguments, card);
+    CAPTURE(result.err);
+    REQUIRE(result.exit_code == 0);
+    return duet::parse_json(result.out, "stdout");
+  };
+  const Json bench = json({"bench", kDemo, "-p", "0", "-n", "1", "-r", "1", "-t", "1", "--gpu", "1"});
+  CHECK(bench["limits"].contains("disk_gb_s"));
+  CHECK(bench["results"][0].contains("hit_rate"));
+  for (const auto& [gpu, streams] : {std::pair{"1", true}, {"auto", false}})
+    CHECK((json({"plan", kDemo, "--path", kDemo, "-t", "1", "--gpu", gpu})["plans"][0]["plan"]["streamed"] == true) == streams);
+}

@@ -89,3 +89,38 @@ TEST_CASE("lora: run and logits with an adapter give what the merged file gives"
   CHECK(refusal(run_duet({"run", kF32, "-p", "x", "--lora", "nowhere"}), kIo, "nowhere: no such folder") == "");
   CHECK(refusal(run_duet({"run", kF32, "-p", "x", "--lora", adapter + "=much"}), kUsage, "FOLDER=NUMBER") == "");
 }
+
+TEST_CASE("lora: plan and bench count an adapter's memory; a type to be converted to takes none") {
+  const TempFolder folder;
+  const std::string adapter = (folder / "adapter").string();
+  write_adapter(adapter);
+  const auto dense_bytes = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), {"plan", kF32, "--json", "--path", kF32});
+    return duet::parse_json(output(arguments), "plan")["plans"][0]["plan"]["dense_bytes"].get<uint64_t>();
+  };
+  const uint64_t n_bytes = std::filesystem::file_size(folder / "adapter" / "adapter_model.safetensors");
+  const uint64_t added = dense_bytes({"--lora", adapter}) - dense_bytes({});
+  CHECK(added > n_bytes * 9 / 10 - 4096);
+  CHECK(added < n_bytes);
+  CHECK(refusal(run_duet({"plan", kDemo, "--lora", adapter}), kUsage, "--lora: adapters are applied to a GGUF file") == "");
+  CHECK(refusal(run_duet({"plan", "mixtral-8x7b", "--lora", adapter}), kUsage, "--lora") == "");
+  CHECK(refusal(run_duet({"plan", kF32, "--lora", "nowhere"}), kIo, "nowhere: no such folder") == "");
+  CHECK(refusal(run_duet({"bench", kF32, "--lora", "nowhere"}), kIo, "nowhere: no such folder") == "");
+}
+
+TEST_CASE("lora: a card is left alone, and refused where it was asked for") {
+  const TempFolder folder;
+  const std::string adapter = (folder / "adapter").string();
+  write_adapter(adapter);
+  const ProcessOptions card{.environment = {{"DUET_GPU_MODULE", DUET_GPU_EMULATED}}};
+  const ProcessResult run = run_duet({"run", kF32, "-p", "x", "-n", "1", "--raw", "--lora", adapter}, card);
+  CHECK(run.exit_code == 0);
+  CHECK(run.err.find("adapters are applied on the CPU only: no card is used") != std::string::npos);
+  const ProcessOptions no_module{.environment = {{"DUET_GPU_MODULE", "/nowhere/module.so"}}};
+  CHECK(run_duet({"run", kF32, "-p", "x", "-n", "1", "--raw", "--lora", adapter}, no_module).err.find("card") == std::string::npos);
+  for (const char* command : {"run", "plan", "bench"}) {
+    std::vector<std::string> arguments{command, kF32, "--gpu", "1", "--lora", adapter};
+    if (command == std::string("run")) arguments.insert(arguments.end(), {"-p", "x"});
+    CHECK(refusal(run_duet(arguments, card), 6, "adapters are applied on the CPU only") == "");
+  }
+}

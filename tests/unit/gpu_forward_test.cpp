@@ -222,6 +222,18 @@ TEST_CASE("experts that the card has no room for stream from the file") {
   CHECK(engine.resident_experts().size() == 48);
 }
 
+TEST_CASE("slots are no obstacle where the card has all layers") {
+  const auto path = test::write_model(mixed(), "gpu_slots.gguf");
+  ReferenceDevice device, other;
+  EngineOptions options = on(device);
+  options.memory.slots = 2;
+  const Engine engine = Engine::open(path, options);
+  CHECK(!engine.plan().streamed);
+  CHECK(engine.card_plan()->first_layer == 0);
+  const auto tokens = some_tokens(20, engine.info().hparams.n_vocab);
+  CHECK(test::same_bits(logits_of(engine, 16, tokens), logits_of(Engine::open(path, on(other)), 16, tokens)));
+}
+
 TEST_CASE("long chunks have the CPU's experts copied through the card") {
   for (const auto& [name, model] : {std::pair{"gpu_transit.gguf", mixed()}, {"gpu_transit_dense.gguf", dense()}, {"gpu_transit_each.gguf", per_expert()}}) {
     const auto path = test::write_model(model, name);

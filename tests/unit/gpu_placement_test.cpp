@@ -147,12 +147,46 @@ TEST_CASE("the CPU's memory plan is that of the layers left to it") {
   const CardPlan p = plan(sizes, {.mode = Mode::automatic, .vram_bytes = 22 * kGiB});
   const ModelSizes beside = sizes_beside(sizes, p);
   CHECK(beside.expert_bytes.size() == 6);
-  MemoryOptions options{.ram = MemoryOptions::Ram::bytes, .ram_bytes = 4 * kGiB, .n_sequences = 0};
+  CHECK(p.transit_bytes == 2 * 97 * kMiB);
+  CHECK(beside.dense_bytes >= 70 * kMiB + p.transit_bytes);  // the table of embeddings, what is on its way, norms and routers
+  CHECK(beside.dense_bytes <= 76 * kMiB + p.transit_bytes);
+  const MemoryOptions options = options_beside({.ram = MemoryOptions::Ram::bytes, .ram_bytes = 4 * kGiB, .n_batch = 700, .n_sequences = 8}, p);
+  CHECK(options.n_sequences == 0);
+  CHECK(options.n_batch == 512);
   const MemoryPlan memory = plan_memory(beside, options, 2, {});
   CHECK(memory.streamed);
   CHECK(memory.kv_bytes == 0);
   CHECK(memory.slots.size() == 6);
   CHECK(memory.slots[0] >= 2);  // with all 32 layers there would be none
+}
+
+TEST_CASE("with all layers on the card nothing streams, whatever slots were asked for") {
+  const ModelSizes sizes = mixtral();
+  const CardPlan p = plan(sizes, {.mode = Mode::automatic, .vram_bytes = 40 * kGiB});
+  MemoryOptions options{.ram = MemoryOptions::Ram::bytes, .ram_bytes = kGiB, .slots = 2};
+  const MemoryPlan memory = plan_memory(sizes_beside(sizes, p), options_beside(options, p), 2, {});
+  CHECK(!memory.streamed);
+  CHECK(memory.expert_bytes == 0);
+  options.ram_bytes = 100 * kMiB;
+  check_thrown(thrown_by([&] { plan_memory(sizes_beside(sizes, p), options_beside(options, p), 2, {}); }), ErrorKind::memory, "nothing is left to stream beside the card");
+}
+
+TEST_CASE("a dense model leaves the CPU the feed-forward parts that the card has no room for") {
+  const ModelSizes sizes = dense_model();
+  const CardPlan p = plan(sizes, {.mode = Mode::layers, .n_layers = 30, .vram_bytes = 8 * kGiB});
+  const uint64_t dense_bytes = sizes_beside(sizes, p).dense_bytes, expected = (70 + 2 * 96) * kMiB + p.transit_bytes;
+  CHECK(dense_bytes >= expected);
+  CHECK(dense_bytes <= expected + 2 * kMiB);
+}
+
+TEST_CASE("the CPU goes on alone where nobody asked for the card or a size of it") {
+  const Error small(ErrorKind::memory, ""), strange(ErrorKind::unsupported, ""), broken(ErrorKind::io, "");
+  CHECK(gpu::may_go_without({.mode = Mode::automatic}, small));
+  CHECK(gpu::may_go_without({.mode = Mode::automatic, .vram_bytes = kGiB}, strange));
+  CHECK(!gpu::may_go_without({.mode = Mode::automatic, .vram_bytes = kGiB}, small));
+  CHECK(!gpu::may_go_without({.mode = Mode::automatic}, broken));
+  CHECK(!gpu::may_go_without({.mode = Mode::attention}, small));
+  CHECK(!gpu::may_go_without({.mode = Mode::layers, .n_layers = 1}, strange));
 }
 
 TEST_CASE("the speed with a card: its bytes at its rate, the CPU's at the CPU's") {
