@@ -233,8 +233,8 @@ struct KPanel {
     for (size_t t = 0; t < T; ++t)
       x[t] = reinterpret_cast<const BlockAct256*>(x0 + t * x_stride);
     __m512i dot[2][T] = {};
-    if constexpr (kScaled<Block>) scaled_dots<T>(panel, x, dot);
-    else group_dots<T>(panel, x, dot);
+    if constexpr (kScaled<Block>) scaled_dots<T>(panel, x, x_stride, dot);
+    else group_dots<T>(panel, x, x_stride, dot);
     add_step<kNegated<Block>, T>(panel.d[0], x, dot, sums);
     if constexpr (kHasMinimum<Block>) {
       __m512i mins[2][T] = {};
@@ -243,10 +243,20 @@ struct KPanel {
     }
   }
 
+  // The activations of the next tile, into the L1 cache: tokens are too far apart for the hardware to follow.
+  template <size_t T>
+  static DUET_INLINE void fetch_next(const BlockAct256* const* x, int column, size_t x_stride) {
+    if (column % 64 != 0) return;
+#pragma GCC unroll 6
+    for (size_t t = 0; t < T; ++t)
+      _mm_prefetch(reinterpret_cast<const char*>(x[t]->qs + column) + T * x_stride, _MM_HINT_T0);
+  }
+
   // part += products of kColumns columns
   template <int kColumns, size_t T>
   static DUET_INLINE void add_columns(const Panel& panel, const BlockAct256* const* x, int column,
-                                      __m512i (&part)[2][T]) {
+                                      size_t x_stride, __m512i (&part)[2][T]) {
+    fetch_next<T>(x, column, x_stride);
 #pragma GCC unroll 8
     for (int c = column; c < column + kColumns; c += 4) {
       const uint8_t* q = panel.q[c / 4];
@@ -262,14 +272,14 @@ struct KPanel {
 
   // Quants that carry their scales.
   template <size_t T>
-  static DUET_INLINE void scaled_dots(const Panel& panel, const BlockAct256* const* x,
+  static DUET_INLINE void scaled_dots(const Panel& panel, const BlockAct256* const* x, size_t x_stride,
                                       __m512i (&dot)[2][T]) {
     if constexpr (kNegated<Block>) {
 #pragma GCC unroll 6
       for (size_t t = 0; t < T; ++t) dot[0][t] = dot[1][t] = minus_128(*x[t]);
     }
 #pragma GCC unroll 1
-    for (int column = 0; column < 256; column += 32) add_columns<32, T>(panel, x, column, dot);
+    for (int column = 0; column < 256; column += 32) add_columns<32, T>(panel, x, column, x_stride, dot);
   }
   // -128 * sum of the activations
   static DUET_INLINE __m512i minus_128(const BlockAct256& x) {
@@ -293,7 +303,7 @@ struct KPanel {
 
   // Sums of a group at a time, times its scale.
   template <size_t T>
-  static DUET_INLINE void group_dots(const Panel& panel, const BlockAct256* const* x,
+  static DUET_INLINE void group_dots(const Panel& panel, const BlockAct256* const* x, size_t x_stride,
                                      __m512i (&dot)[2][T]) {
     alignas(64) int32_t start[T][static_cast<size_t>(kGroups)];
     if constexpr (kOffsetShift<Block> != 0) {
@@ -308,7 +318,7 @@ struct KPanel {
 #pragma GCC unroll 6
         for (size_t t = 0; t < T; ++t) part[0][t] = part[1][t] = broadcast4(&start[t][g]);
       }
-      add_columns<kRun, T>(panel, x, column, part);
+      add_columns<kRun, T>(panel, x, column, x_stride, part);
 #pragma GCC unroll 2
       for (size_t r = 0; r < 2; ++r) {
         const __m512i scale = _mm512_load_si512(panel.scale[g] + 16 * r);
