@@ -341,7 +341,8 @@ bool supports_heads(const HeadShape& shape) {
 
 size_t attention_scratch_bytes(const HeadShape& shape, size_t n, size_t max_keys) {
   if (n == 0 || max_keys == 0) return 0;
-  return rows_at_once(shape, n, max_keys) * row_scratch_bytes(shape, max_keys);
+  const size_t row = row_scratch_bytes(shape, max_keys);
+  return std::max(row, std::min(kScratchBytes, n * row));
 }
 
 void attend(const HeadShape& shape, const KvRun* runs, size_t n_runs, size_t n, size_t max_keys, float scale, const float* q,

@@ -13,9 +13,9 @@ namespace {
 constexpr int kSlots = 2;
 constexpr size_t kWholeLoads = 16;  // kernels read whole words, also the one that holds the last byte
 
-const FormatOperations* operations_of(DType dtype) {
-  for (const auto find : {float_operations, block32_operations, super_block_operations, codebook_operations})
-    if (const FormatOperations* operations = find(dtype); operations != nullptr) return operations;
+MultiplyFn multiply_of(DType dtype) {
+  for (const auto find : {float_product, block32_product, super_block_product, codebook_product})
+    if (const MultiplyFn multiply = find(dtype); multiply != nullptr) return multiply;
   return nullptr;
 }
 
@@ -42,7 +42,7 @@ class CudaDevice final : public Device {
   CudaDevice& operator=(const CudaDevice&) = delete;
 
   const DeviceInfo& info() const override { return info_; }
-  bool supports(DType dtype) const override { return operations_of(dtype) != nullptr; }
+  bool supports(DType dtype) const override { return multiply_of(dtype) != nullptr; }
   bool supports(const HeadShape& shape) const override { return supports_heads(shape); }
   uint64_t free_bytes() override {
     enter();
@@ -117,17 +117,10 @@ class CudaDevice final : public Device {
     enter();
     gpu::silu_mul(gate, up, n, cols, h, acts, stream_);
   }
-  void add(float* y, const float* x, size_t n) override {
-    enter();
-    gpu::add(y, x, n, stream_);
-  }
-  void decode_rows(const Matrices& w, const int32_t* ids, size_t n, float* out) override {
-    enter();
-    if (const FormatOperations* operations = find(w.dtype)) operations->decode_rows(w, ids, n, out, stream_);
-  }
   void multiply(const Product& product) override {
     enter();
-    if (const FormatOperations* operations = find(product.w.dtype)) operations->multiply(product, stream_);
+    if (const MultiplyFn queue = multiply_of(product.w.dtype)) return queue(product, stream_);
+    fail("weights of type " + std::to_string(static_cast<uint32_t>(product.w.dtype)) + " cannot be multiplied on the GPU");
   }
   void rotate_and_store(const HeadShape& shape, const KvRun* runs, size_t n_runs, size_t n, const float* cos_sin, float* q, float* k,
                         const float* v) override {
@@ -162,11 +155,6 @@ class CudaDevice final : public Device {
   }
   void fail(const std::string& what) {
     if (error_.empty()) error_ = what;
-  }
-  const FormatOperations* find(DType dtype) {
-    const FormatOperations* operations = operations_of(dtype);
-    if (operations == nullptr) fail("weights of type " + std::to_string(static_cast<uint32_t>(dtype)) + " cannot be multiplied on the GPU");
-    return operations;
   }
   bool can_attend(const HeadShape& shape) {
     if (supports_heads(shape)) return true;

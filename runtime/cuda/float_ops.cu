@@ -1,4 +1,4 @@
-// Norms, activations, sums: a block of threads for each row.
+// Norms, activations: a block of threads for each row.
 #include "runtime/cuda/activations.cuh"
 #include "runtime/cuda/operations.h"
 
@@ -41,11 +41,6 @@ __global__ void __launch_bounds__(kRowThreads) silu_mul_rows(const float* gate, 
   emit_row([=](uint32_t i) { return gate[i] / (1.0f + expf(-gate[i])) * up[i]; }, cols, row_targets(h, acts, blockIdx.x, cols));
 }
 
-__global__ void add_elements(float* y, const float* x, size_t n) {
-  const size_t i = size_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i < n) y[i] += x[i];
-}
-
 }  // namespace device
 
 void normalize(const float* x, const float* w, float eps, size_t n, size_t cols, float* y, ActRows acts, Stream* stream) {
@@ -62,11 +57,6 @@ void quantize(const float* x, size_t n, size_t cols, ActRows acts, Stream* strea
 void silu_mul(const float* gate, const float* up, size_t n, size_t cols, float* h, ActRows acts, Stream* stream) {
   if (n == 0) return;
   launch(device::silu_mul_rows, {static_cast<uint32_t>(n), 1, 1}, device::kRowThreads, 0, stream, gate, up, static_cast<uint32_t>(cols), h, acts);
-}
-
-void add(float* y, const float* x, size_t n, Stream* stream) {
-  if (n == 0) return;
-  launch_apart(device::add_elements, {static_cast<uint32_t>((n + 255) / 256), 1, 1}, 256, stream, y, x, n);
 }
 
 }  // namespace duet::gpu

@@ -346,27 +346,6 @@ __global__ void __launch_bounds__(kManyThreads) multiply_many(Args a) {
   }
 }
 
-// ---- rows as floats -----------------------------------------------------------------------------------
-// Rounded as Format::decode_row does: the scale, the product, the difference.
-template <class Block>
-__global__ void decode_units(const uint8_t* const* w, size_t row_bytes, const int32_t* ids, uint32_t n, uint32_t n_units, float* out) {
-  using C = Codec<Block>;
-  const size_t index = size_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (index >= size_t{n} * n_units) return;
-  const auto unit = static_cast<uint32_t>(index % n_units), per_block = C::kSuper ? 8u : 1u;
-  const uint8_t* block = w[0] + static_cast<size_t>(ids[index / n_units]) * row_bytes + unit / per_block * sizeof(Block);
-  Unit u{};
-  C::unit(block, unit % per_block, u);
-  const float d = C::d(block), m = C::m(block);
-#pragma unroll
-  for (uint32_t i = 0; i < 32; ++i) {
-    const auto q = static_cast<float>(static_cast<int8_t>(u.q[i / 4] >> (8 * (i % 4))));
-    float value = q * (C::kSuper ? d * static_cast<float>(u.scale[i / 16]) : d);
-    if (C::kHasMin) value = C::kSuper ? value - m * static_cast<float>(u.min[i / 16]) : value + m;
-    out[index * 32 + i] = value;
-  }
-}
-
 }  // namespace device
 
 // ---- the host's side ----------------------------------------------------------------------------------
@@ -403,16 +382,5 @@ void multiply_blocks(const Product& p, Stream* stream) {
   const Index3 grid{div_up(p.w.rows, device::kTile), n_pieces(p, device::kTile), 1};
   launch(device::multiply_many<Block>, grid, device::kManyThreads, sizeof(device::ManyTile<C::kSuper>), stream, args);
 }
-
-template <class Block>
-void decode_blocks(const Matrices& w, const int32_t* ids, size_t n, float* out, Stream* stream) {
-  if (n == 0) return;
-  const auto n_units = static_cast<uint32_t>(w.cols / 32);
-  launch_apart(device::decode_units<Block>, {div_up(n * n_units, 128), 1, 1}, 128, stream, reinterpret_cast<const uint8_t* const*>(w.data),
-               w.row_bytes, ids, static_cast<uint32_t>(n), n_units, out);
-}
-
-template <class Block>
-inline constexpr FormatOperations kOperations{multiply_blocks<Block>, decode_blocks<Block>};
 
 }  // namespace duet::gpu

@@ -61,13 +61,6 @@ __global__ void __launch_bounds__(32 * kFewWarps) multiply_floats(Args a) {
   }
 }
 
-template <class Type>
-__global__ void decode_floats(const uint8_t* const* w, size_t row_bytes, const int32_t* ids, uint32_t n, uint32_t cols, float* out) {
-  const size_t index = size_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (index >= size_t{n} * cols) return;
-  out[index] = Type::at(w[0] + static_cast<size_t>(ids[index / cols]) * row_bytes, static_cast<uint32_t>(index % cols));
-}
-
 }  // namespace device
 
 namespace {
@@ -79,23 +72,13 @@ void multiply(const Product& p, Stream* stream) {
   launch(device::multiply_floats<Type>, grid, 32 * device::kFewWarps, 0, stream, args_of(p, 1, p.w.cols * sizeof(float)));
 }
 
-template <class Type>
-void decode(const Matrices& w, const int32_t* ids, size_t n, float* out, Stream* stream) {
-  if (n == 0) return;
-  launch_apart(device::decode_floats<Type>, {div_up(n * w.cols, 128), 1, 1}, 128, stream, reinterpret_cast<const uint8_t* const*>(w.data),
-               w.row_bytes, ids, static_cast<uint32_t>(n), static_cast<uint32_t>(w.cols), out);
-}
-
-template <class Type>
-constexpr FormatOperations kFloatOperations{multiply<Type>, decode<Type>};
-
 }  // namespace
 
-const FormatOperations* float_operations(DType dtype) {
+MultiplyFn float_product(DType dtype) {
   switch (dtype) {
-    case DType::F32: return &kFloatOperations<device::F32>;
-    case DType::F16: return &kFloatOperations<device::F16>;
-    case DType::BF16: return &kFloatOperations<device::BF16>;
+    case DType::F32: return multiply<device::F32>;
+    case DType::F16: return multiply<device::F16>;
+    case DType::BF16: return multiply<device::BF16>;
     default: return nullptr;
   }
 }

@@ -2,14 +2,14 @@
 
 namespace duet::gpu {
 
-const FormatOperations* super_block_operations(DType dtype) {
+MultiplyFn super_block_product(DType dtype) {
   switch (dtype) {
-    case DType::Q2_K: return &kOperations<BlockQ2_K>;
-    case DType::Q3_K: return &kOperations<BlockQ3_K>;
-    case DType::Q4_K: return &kOperations<BlockQ4_K>;
-    case DType::Q5_K: return &kOperations<BlockQ5_K>;
-    case DType::Q6_K: return &kOperations<BlockQ6_K>;
-    case DType::IQ4_XS: return &kOperations<BlockIQ4_XS>;
+    case DType::Q2_K: return multiply_blocks<BlockQ2_K>;
+    case DType::Q3_K: return multiply_blocks<BlockQ3_K>;
+    case DType::Q4_K: return multiply_blocks<BlockQ4_K>;
+    case DType::Q5_K: return multiply_blocks<BlockQ5_K>;
+    case DType::Q6_K: return multiply_blocks<BlockQ6_K>;
+    case DType::IQ4_XS: return multiply_blocks<BlockIQ4_XS>;
     default: return nullptr;
   }
 }

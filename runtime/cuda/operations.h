@@ -13,21 +13,16 @@ using Stream = CUstream_st;
 struct Stream;
 #endif
 
-// Products and decoding of one format.
-struct FormatOperations {
-  void (*multiply)(const Product& product, Stream* stream);
-  void (*decode_rows)(const Matrices& w, const int32_t* ids, size_t n, float* out, Stream* stream);
-};
-// Null: not of this family.
-const FormatOperations* float_operations(DType dtype);
-const FormatOperations* block32_operations(DType dtype);
-const FormatOperations* super_block_operations(DType dtype);
-const FormatOperations* codebook_operations(DType dtype);
+// Products with weights of one format. Null: not of this family.
+using MultiplyFn = void (*)(const Product& product, Stream* stream);
+MultiplyFn float_product(DType dtype);
+MultiplyFn block32_product(DType dtype);
+MultiplyFn super_block_product(DType dtype);
+MultiplyFn codebook_product(DType dtype);
 
 void normalize(const float* x, const float* w, float eps, size_t n, size_t cols, float* y, ActRows acts, Stream* stream);
 void quantize(const float* x, size_t n, size_t cols, ActRows acts, Stream* stream);
 void silu_mul(const float* gate, const float* up, size_t n, size_t cols, float* h, ActRows acts, Stream* stream);
-void add(float* y, const float* x, size_t n, Stream* stream);
 
 // Heads of at most so many elements.
 inline constexpr uint32_t kMaxHeadDim = 256;

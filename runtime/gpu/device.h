@@ -79,7 +79,7 @@ class Device {
  public:
   virtual ~Device() = default;
   virtual const DeviceInfo& info() const = 0;
-  // Weights that multiply() and decode_rows() take, heads that attend() and rotate_and_store() take.
+  // Weights that multiply() takes, heads that attend() and rotate_and_store() take.
   virtual bool supports(DType dtype) const = 0;
   virtual bool supports(const HeadShape& shape) const = 0;
   virtual uint64_t free_bytes() = 0;
@@ -109,9 +109,6 @@ class Device {
   virtual void quantize(const float* x, size_t n, size_t cols, ActRows acts) = 0;
   // h = silu(gate) * up, [n, cols], and its quantized forms. `h` may be null or gate.
   virtual void silu_mul(const float* gate, const float* up, size_t n, size_t cols, float* h, ActRows acts) = 0;
-  virtual void add(float* y, const float* x, size_t n) = 0;  // n elements
-  // out[i] = row ids[i] of a matrix as floats, [n, cols].
-  virtual void decode_rows(const Matrices& w, const int32_t* ids, size_t n, float* out) = 0;
   virtual void multiply(const Product& product) = 0;
   // Rotates q [n, n_head * head_dim] and k [n, n_head_kv * head_dim] in place by cos_sin [n, n_rot] (kernels.h: rope)
   // and stores k and v. runs: device array.
@@ -121,6 +118,7 @@ class Device {
   // within the window. max_keys: the most keys any row of the chunk sees. `scratch`: attention_scratch_bytes().
   virtual void attend(const HeadShape& shape, const KvRun* runs, size_t n_runs, size_t n, size_t max_keys, float scale,
                       const float* q, void* scratch, float* out) = 0;
+  // Never less for more rows or more keys.
   virtual size_t attention_scratch_bytes(const HeadShape& shape, size_t n, size_t max_keys) const = 0;
   // The n_used largest of logits [n, n_expert], lowest index first among equals, best first, and the softmax over them.
   virtual void choose_experts(const float* logits, size_t n, size_t n_expert, size_t n_used, int32_t* chosen, float* weights) = 0;
@@ -131,7 +129,7 @@ class Device {
   virtual void combine(const float* y, const int32_t* slot_of, const float* weights, size_t n, size_t n_used, size_t cols, float* residual) = 0;
 };
 
-inline constexpr uint32_t kModuleVersion = 2;  // one more with every change of Device
+inline constexpr uint32_t kModuleVersion = 3;  // one more with every change of Device
 
 // The module's one entry, "duet_gpu_open": device `index` of those there are (0: the first). A null pointer and one
 // line in `message` [n_message] when there is none, or the versions differ.

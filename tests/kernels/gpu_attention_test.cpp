@@ -189,6 +189,25 @@ TEST_CASE("gpu attention of a row does not depend on its neighbours") {
   check_no_error(*device);
 }
 
+// What is set aside for the longest context and the largest chunk is enough for all others.
+TEST_CASE("gpu attention needs no more memory for fewer rows or keys") {
+  const auto device = test_gpu();
+  for (const uint32_t window : {0u, 4096u}) {
+    const gpu::HeadShape shape{32, 8, 128, 128, window, DType::F16};
+    size_t before = 0;
+    for (size_t keys = 0; keys <= 32768; keys += 61) {
+      size_t fewer = 0;
+      for (const size_t n : {0u, 1u, 7u, 30u, 31u, 32u, 512u}) {
+        const size_t n_bytes = device->attention_scratch_bytes(shape, n, keys);
+        CHECK(n_bytes >= fewer);
+        fewer = n_bytes;
+      }
+      CHECK(fewer >= before);
+      before = fewer;
+    }
+  }
+}
+
 TEST_CASE("gpu attention: a NaN value reaches the rows that see it") {
   const auto device = test_gpu();
   Problem p(*device, {2, 1, 32, 32, 0, DType::F32}, {{20, 6}}, 11);

@@ -205,24 +205,5 @@ TEST_CASE("gpu products with float weights do not depend on neighbours") {
   }
 }
 
-TEST_CASE("gpu rows as floats are those of the format") {
-  const auto device = test_gpu();
-  Rng rng(6);
-  for (const Format& format : all_formats()) {
-    const Problem p(format, {1, 9, unit_cols(format, 3), 1}, rng);
-    const OnGpu on_gpu(*device, p);
-    const std::vector<int32_t> rows{8, 0, 3, 3};
-    const GpuArray<int32_t> ids(*device, rows);
-    const GpuArray<float> out(*device, rows.size() * p.sizes.cols);
-    device->decode_rows(on_gpu.matrices(), ids.data(), rows.size(), out.data());
-    std::vector<float> want(out.size());
-    for (size_t i = 0; i < rows.size(); ++i)
-      format.decode_row(p.w[0].data() + static_cast<size_t>(rows[i]) * p.w_bytes, want.data() + i * p.sizes.cols, p.sizes.cols);
-    INFO(format.name);
-    CHECK(out.values() == want);
-    check_no_error(*device);
-  }
-}
-
 }  // namespace
 }  // namespace duet::test

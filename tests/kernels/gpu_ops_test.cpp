@@ -99,7 +99,7 @@ TEST_CASE("gpu norms, with quantized forms of what they wrote") {
   check_no_error(*device);
 }
 
-TEST_CASE("gpu silu, also in place and not stored, and sums") {
+TEST_CASE("gpu silu, also in place and not stored") {
   const auto device = test_gpu();
   Rng rng(4);
   const size_t cols = 512, n = 3 * cols;
@@ -112,10 +112,6 @@ TEST_CASE("gpu silu, also in place and not stored, and sums") {
   device->silu_mul(gate.data(), up.data(), 3, cols, gate.data(), {});
   CHECK(near(gate.values(), want, 2e-6f));
   acts.check(gate.values());
-  std::vector<float> sum = gate.values();
-  device->add(gate.data(), up.data(), n);
-  scalar().add(sum.data(), u.data(), n);
-  CHECK(gate.values() == sum);
   check_no_error(*device);
 }
 
