@@ -125,7 +125,8 @@ Sequence Batch::new_sequence() const {
 
 std::string Batch::fingerprint() const {
   const Engine::State& engine = *state_->engine;
-  return fingerprint_of(engine.model.file(), concat(engine.info.isa, " K/V type ", static_cast<int>(state_->kv_type), state_->decoder.on_card() ? concat(" ", engine.info.gpu) : ""));
+  return fingerprint_of(engine.model.file(), concat(engine.info.isa, " K/V type ", static_cast<int>(state_->kv_type),
+                                                   state_->decoder.on_card() ? concat(" ", engine.info.gpu, " from layer ", engine.card->plan().first_layer) : ""));
 }
 
 void Batch::evaluate(std::span<const Part> parts) {

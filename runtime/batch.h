@@ -7,7 +7,7 @@
 //   batch.logits(rows);                                       // row: of all tokens evaluated, in order
 //
 // What a sequence becomes is that of a Session with the same tokens, to the bit, whatever it shares
-// its batches with (with float weights: up to ModelInfo::exact_batch tokens at once).
+// its batches with (up to ModelInfo::exact_batch tokens at once).
 #pragma once
 
 #include <atomic>

@@ -83,7 +83,7 @@ void Decoder::evaluate_on_card(const std::atomic<bool>* cancel, size_t n_next) {
     if (probe_.routing) probe_.routing(static_cast<int>(layer), moe_.chosen(), moe_.weights());
   };
   if (probe_.routing)
-    hooks.routing = [&](size_t layer, std::span<const int32_t> chosen, std::span<const float> weights) { probe_.routing(static_cast<int>(layer), chosen, weights); };
+    hooks.routing = [&](size_t layer, std::span<const int32_t> chosen) { probe_.routing(static_cast<int>(layer), chosen, {}); };
   card_->forward(card_runs_, hooks);
 }
 

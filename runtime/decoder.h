@@ -23,7 +23,7 @@ inline constexpr size_t kLogitRows = 32;
 struct DecoderProbe {
   // After the embedding (layer -1) and after each layer: [n_tokens, n_embd], before the final norm.
   std::function<void(int layer, std::span<const float> hidden)> hidden;
-  // Experts of each token, best first, [n_tokens, n_expert_used], and their weights.
+  // Experts of each token, best first, [n_tokens, n_expert_used], and their weights (none where a card's router chose).
   std::function<void(int layer, std::span<const int32_t> experts, std::span<const float> weights)> routing;
 };
 

@@ -39,6 +39,12 @@ Placement place(const HostCores& cores, int n_threads, const EngineOptions& opti
   return out;
 }
 
+// Long chunks have the CPU's experts multiplied by a card, which rounds the rest of their layers differently.
+uint32_t exact_rows(const Model& model, const gpu::Offload* card, bool streamed) {
+  const bool transits = card != nullptr && card->transit() != nullptr && !streamed;
+  return transits ? std::min(exact_batch(model), gpu::kTransitTokens - 1) : exact_batch(model);
+}
+
 std::vector<uint64_t> one_expert(const ModelSizes& sizes) {
   std::vector<uint64_t> out = sizes.expert_file_bytes;
   for (uint64_t& n_bytes : out) n_bytes /= sizes.hparams.n_expert;
@@ -78,7 +84,7 @@ void Engine::State::open_card(const ModelSizes& sizes, const EngineOptions& opti
   const gpu::ChunkSizes chunk = gpu::chunk_sizes(model.hparams(), options.memory);
   try {
     check_support(model, chunk.kv_type, *found);
-    card = std::make_unique<gpu::Offload>(model, sizes, plan_card(sizes, gpu, chunk, gpu::card_of(*found)), *found, asked, notice);
+    card = std::make_unique<gpu::Offload>(model, sizes, plan_card(sizes, gpu, chunk, gpu::card_of(*found)), *found, notice);
   } catch (const Error& e) {
     if (!gpu::may_go_without(gpu, e)) throw;
     notice(concat(found->info().name, " is not used: ", e.what()));
@@ -89,22 +95,11 @@ void Engine::State::open_card(const ModelSizes& sizes, const EngineOptions& opti
 
 std::unique_ptr<gpu::Forward> Engine::State::forward_on_card(const gpu::ChunkSizes& chunk, bool observed) const {
   if (card == nullptr) return nullptr;
-  const bool may_leave = !card->asked_for() && !plan.streamed;  // then all weights are at hand
-  if (observed) {
-    if (!may_leave) fail(ErrorKind::unsupported, "the inputs of matrix products are seen on the CPU only; use --gpu off");
-    notice("the inputs of matrix products are seen on the CPU only: the card is not used");
-    return nullptr;
-  }
-  try {
-    const HParams& hparams = model.hparams();
-    card->require(gpu::scratch_bytes(hparams, chunk, &card->device()) + chunk.n_sequences * gpu::cache_bytes(hparams, chunk.n_ctx, chunk.kv_type),
-                  "working memory and keys and values");
-    return std::make_unique<gpu::Forward>(*card, chunk);
-  } catch (const Error& e) {
-    if (e.kind() != ErrorKind::memory || !may_leave) throw;
-    notice(concat("the card is not used: ", e.what()));
-    return nullptr;
-  }
+  if (observed) fail(ErrorKind::unsupported, "the inputs of matrix products are seen on the CPU only; open the model with --gpu off");
+  const HParams& hparams = model.hparams();
+  card->require(gpu::scratch_bytes(hparams, chunk, &card->device()) + chunk.n_sequences * gpu::cache_bytes(hparams, chunk.n_ctx, chunk.kv_type),
+                "working memory and keys and values");
+  return std::make_unique<gpu::Forward>(*card, chunk);
 }
 
 void Engine::State::after_chunk(size_t n_tokens) const {
@@ -143,7 +138,7 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
                  .n_params = state->model.n_params(),
                  .isa = kernels.isa,
                  .n_threads = state->compute.n_threads,
-                 .exact_batch = exact_batch(state->model),
+                 .exact_batch = exact_rows(state->model, state->card.get(), state->plan.streamed),
                  .cost = model_cost(hparams, state->model.token_embd(), state->model.output(), state->model.layers()),
                  .expert_bytes = one_expert(all_sizes),
                  .gpu = card != nullptr ? card->device().info().name : "",

@@ -153,7 +153,8 @@ struct ModelInfo {
   std::string isa;          // kernels in use
   int n_threads = 0;
   // Tokens evaluated together up to which each one's logits have the same bits as alone: few with
-  // float weights, whose products for more come from a library, any number else.
+  // float weights, whose products for more come from a library; fewer than chunks of which a card computes the
+  // CPU's experts too; any number else.
   uint32_t exact_batch = 0;
   ModelCost cost;
   std::vector<uint64_t> expert_bytes;  // [n_layer] one expert in the file (the mean where they differ); empty when dense

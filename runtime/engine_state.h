@@ -21,7 +21,8 @@ struct Engine::State {
   void load(const ModelSizes& sizes, const EngineOptions& options);
   // Takes what the plan of a card's memory gives it; leaves `card` null where there is none and none was asked for.
   void open_card(const ModelSizes& sizes, const EngineOptions& options);
-  // What evaluates chunks of these sizes; null: the CPU. observed: somebody wants to see the inputs of products.
+  // What evaluates chunks of these sizes; null: the CPU, as no card was opened. observed: somebody wants to see the inputs
+  // of products. Error(memory), Error(unsupported).
   std::unique_ptr<gpu::Forward> forward_on_card(const gpu::ChunkSizes& chunk, bool observed) const;
   // A chunk of tokens has been evaluated: experts give way where memory has become short.
   void after_chunk(size_t n_tokens) const;

@@ -57,18 +57,17 @@ Cache::Cache(Offload& card, uint32_t n_ctx, KvType type)
 }
 
 KvLayer Cache::layer(size_t i) const {
-  const std::vector<Part> p = parts(i);
-  return {.keys = p[0].data, .values = p[1].data, .key_scales = p.size() > 2 ? p[2].data : nullptr, .value_scales = p.size() > 2 ? p[3].data : nullptr};
+  std::byte* const keys = memory_.data() + i * 2 * n_positions_ * (row_bytes_ + scale_bytes_);
+  std::byte* const values = keys + n_positions_ * row_bytes_;
+  if (scale_bytes_ == 0) return {.keys = keys, .values = values, .key_scales = nullptr, .value_scales = nullptr};
+  std::byte* const scales = values + n_positions_ * row_bytes_;
+  return {.keys = keys, .values = values, .key_scales = scales, .value_scales = scales + n_positions_ * scale_bytes_};
 }
 
-std::vector<Cache::Part> Cache::parts(size_t layer) const {
-  std::byte* at = memory_.data() + layer * 2 * n_positions_ * (row_bytes_ + scale_bytes_);
-  std::vector<Part> out;
-  for (const size_t n_bytes : {row_bytes_, row_bytes_, scale_bytes_, scale_bytes_}) {
-    if (n_bytes == 0) break;
-    out.push_back({at, n_bytes});
-    at += n_positions_ * n_bytes;
-  }
+std::vector<Cache::Part> Cache::parts(size_t i) const {
+  const KvLayer at = layer(i);
+  std::vector<Part> out{{at.keys, row_bytes_}, {at.values, row_bytes_}};
+  if (scale_bytes_ > 0) out.insert(out.end(), {{at.key_scales, scale_bytes_}, {at.value_scales, scale_bytes_}});
   return out;
 }
 
@@ -278,18 +277,12 @@ void Forward::tell_hidden(const ForwardHooks& hooks, int layer) {
   hooks.hidden(layer, rows);
 }
 
-void Forward::tell_routing(const ForwardHooks& hooks, size_t first) {
-  const size_t n = (h_->n_layer - first) * n_slots();
-  if (!hooks.routing || h_->n_expert == 0 || n == 0) return;
-  std::vector<int32_t> all_chosen(n);
-  std::vector<float> all_weights(n);
-  device_->download(all_chosen.data(), chosen(first), n * sizeof(int32_t));
-  device_->download(all_weights.data(), weights(first), n * sizeof(float));
+// Waits for the card, and tells what its routers of layers [first, n_layer) chose.
+void Forward::finish(const ForwardHooks& hooks, size_t first) {
+  chosen_.resize(hooks.routing && h_->n_expert > 0 ? (h_->n_layer - first) * n_slots() : 0);
+  if (!chosen_.empty()) device_->download(chosen_.data(), chosen(first), chosen_.size() * sizeof(int32_t));
   card_->check();
-  for (size_t layer = first; layer < h_->n_layer; ++layer) {
-    const size_t at = (layer - first) * n_slots();
-    hooks.routing(layer, {all_chosen.data() + at, n_slots()}, {all_weights.data() + at, n_slots()});
-  }
+  for (size_t at = 0; at < chosen_.size(); at += n_slots()) hooks.routing(first + at / n_slots(), {chosen_.data() + at, n_slots()});
 }
 
 void Forward::forward(std::span<const CardRun> runs, const ForwardHooks& hooks) {
@@ -311,8 +304,7 @@ void Forward::forward(std::span<const CardRun> runs, const ForwardHooks& hooks) 
     else run_experts(layer);
     tell_hidden(hooks, static_cast<int>(layer));
   }
-  card_->check();
-  tell_routing(hooks, n_on_host);
+  finish(hooks, n_on_host);
 }
 
 // ---- results -----------------------------------------------------------------------------------

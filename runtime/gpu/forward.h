@@ -51,8 +51,8 @@ struct CardRun {
 struct ForwardHooks {
   // residual [n, n_embd] += experts(rms_norm(residual)), by the CPU.
   std::function<void(size_t layer, float* residual)> experts;
-  // Null, or told of the experts chosen by the CPU's router in experts(), and at the end by the card's.
-  std::function<void(size_t layer, std::span<const int32_t> chosen, std::span<const float> weights)> routing;
+  // Null, or told at the end of the experts that the card's router chose.
+  std::function<void(size_t layer, std::span<const int32_t> chosen)> routing;
   std::function<void(int layer, std::span<const float> hidden)> hidden;  // null, or as DecoderProbe's; slows
   const std::atomic<bool>* cancel = nullptr;
   bool in_memory = true;  // the CPU's experts: long chunks have them copied through the card, by so many threads
@@ -86,7 +86,7 @@ class Forward {
   void run_on_host(size_t layer, const ForwardHooks& hooks);
   void multiply(const ExpertMatrices& w, const float* x, const ActRows& acts, const int32_t* token, float* y);
   void multiply(const Matrices& w, const float* x, const ActRows& acts, size_t n, float* y, bool add);
-  void tell_routing(const ForwardHooks& hooks, size_t first_layer);
+  void finish(const ForwardHooks& hooks, size_t first_layer);
   void tell_hidden(const ForwardHooks& hooks, int layer);
   void pick(std::span<const size_t> rows);  // and normalize
   size_t n_slots() const { return n_ * used_count(*h_); }
@@ -107,6 +107,7 @@ class Forward {
   KvRun* runs_;
   size_t n_ = 0, n_runs_ = 0, max_keys_ = 0;
   std::vector<int32_t> first_;     // s_.first, where the host goes from expert to expert
+  std::vector<int32_t> chosen_;    // by the card's router
 };
 
 }  // namespace duet::gpu

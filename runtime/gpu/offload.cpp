@@ -37,7 +37,6 @@ HostMemory::HostMemory(Device& device, size_t n_bytes) : device_(device), data_(
 HostMemory::~HostMemory() { device_.release_host(data_); }
 
 Memory Offload::try_allocate(size_t n_bytes) {
-  const std::lock_guard lock(memory_mutex_);
   void* const data = device_->allocate(n_bytes);
   if (data == nullptr) return {};
   used_bytes_ += n_bytes;
@@ -45,15 +44,15 @@ Memory Offload::try_allocate(size_t n_bytes) {
 }
 
 void Offload::release(void* data, size_t n_bytes) {
-  const std::lock_guard lock(memory_mutex_);
   device_->release(data);
   used_bytes_ -= n_bytes;
 }
 
+uint64_t Offload::room() const { return less(plan_.budget_bytes - plan_.context_bytes, used_bytes_); }
+
 void Offload::require(size_t n_bytes, const char* what) const {
-  const uint64_t room = less(plan_.budget_bytes - plan_.context_bytes, used_bytes_);
-  if (n_bytes > room)
-    fail(ErrorKind::memory, what, " need ", format_size(n_bytes), " of the card, ", format_size(room), " are left of its budget of ", format_size(plan_.budget_bytes),
+  if (n_bytes > room())
+    fail(ErrorKind::memory, what, " need ", format_size(n_bytes), " of the card, ", format_size(room()), " are left of its budget of ", format_size(plan_.budget_bytes),
          "; open the model with the larger context or batch, or with more sequences");
 }
 
@@ -180,9 +179,8 @@ Transit::Transit(Device& device, Memory on_card, const std::array<size_t, 3>& pa
       slot_bytes(part_at[2] + aligned(part_bytes[2])),
       staging(device, 2 * slot_bytes) {}
 
-// Only a matter of speed: where there is no room, none.
-void Offload::place_transit() {
-  if (plan_.transit_bytes == 0) return;
+// Room for two of the experts that the CPU has; false: there is none.
+bool Offload::try_transit() {
   std::array<size_t, 3> most{};
   for (size_t layer = 0; layer < plan_.first_layer; ++layer)
     for (const Expert& expert : model_->layers()[layer].experts) {
@@ -190,36 +188,50 @@ void Offload::place_transit() {
       for (size_t i = 0; i < most.size(); ++i) most[i] = std::max(most[i], weight_bytes(*parts[i]));
     }
   const size_t pointers_at = 2 * (aligned(most[0]) + aligned(most[1]) + aligned(most[2])), n_bytes = pointers_at + kAlignment;
-  Memory memory = n_bytes <= plan_.transit_bytes + 8 * kAlignment ? try_allocate(n_bytes) : Memory();
-  if (memory.data() == nullptr) {
-    plan_.transit_bytes = 0;
-    return;
+  Memory memory = n_bytes <= room() ? try_allocate(n_bytes) : Memory();
+  if (memory.data() == nullptr) return false;
+  try {
+    transit_ = std::make_unique<Transit>(*device_, std::move(memory), most);
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::memory) throw;
+    return false;
   }
-  transit_ = std::make_unique<Transit>(*device_, std::move(memory), most);
+  plan_.transit_bytes = n_bytes;
   auto& kept = *tables_.emplace_back(std::make_unique<std::vector<const std::byte*>>());
   for (const int slot : {0, 1})
     for (size_t part = 0; part < 3; ++part) kept.push_back(transit_->card(slot, part));
   std::byte* const to = transit_->memory.data() + pointers_at;
   copies_.push_back({kept.data(), to, kept.size() * sizeof(void*)});
   transit_->pointers = reinterpret_cast<const std::byte* const*>(to);
+  return true;
 }
 
-// What sessions will need is kept free meanwhile.
+// Only a matter of speed: where there is no room, none.
+void Offload::place_transit(const NoticeFn& notice) {
+  if (plan_.transit_bytes == 0 || try_transit()) return;
+  plan_.transit_bytes = 0;
+  notice(concat(device_->info().name, ": out of memory: long prompts do not have the CPU's experts copied through the card"));
+}
+
+// What sessions will need, and experts on their way, is kept free meanwhile.
 void Offload::place_all(const ModelSizes& sizes, const NoticeFn& notice) {
   layers_.resize(model_->layers().size());
   place_dense();
   const Memory kept = allocate(plan_.kv_bytes + plan_.scratch_bytes, "keys and values and working memory");
-  place_transit();
+  Memory passing = plan_.transit_bytes > 0 ? try_allocate(plan_.transit_bytes + 8 * kAlignment) : Memory();
   for (uint32_t layer = plan_.n_layer; layer-- > plan_.first_layer;) {
     if (place_experts(layer)) continue;
     const uint32_t n_planned = plan_.n_layer - plan_.first_layer;
     plan_ = with_first_layer(plan_, sizes, layer + 1);
-    return notice(concat(device_->info().name, ": out of memory: experts of ", plan_.n_layer - plan_.first_layer, " layers are on the card instead of ", n_planned));
+    notice(concat(device_->info().name, ": out of memory: experts of ", plan_.n_layer - plan_.first_layer, " layers are on the card instead of ", n_planned));
+    break;
   }
+  passing = Memory();
+  place_transit(notice);
 }
 
-Offload::Offload(const Model& model, const ModelSizes& sizes, CardPlan plan, Device& device, bool asked_for, const NoticeFn& notice)
-    : model_(&model), device_(&device), asked_for_(asked_for), plan_(std::move(plan)) {
+Offload::Offload(const Model& model, const ModelSizes& sizes, CardPlan plan, Device& device, const NoticeFn& notice)
+    : model_(&model), device_(&device), plan_(std::move(plan)) {
   place_all(sizes, notice);
 }
 

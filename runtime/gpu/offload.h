@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -84,7 +85,7 @@ class Offload {
  public:
   // Takes memory for the weights, fewer layers of experts than planned when the card has not enough, with a notice.
   // Error(memory) when it has not even enough for the rest. The model must outlive it.
-  Offload(const Model& model, const ModelSizes& sizes, CardPlan plan, Device& device, bool asked_for, const NoticeFn& notice);
+  Offload(const Model& model, const ModelSizes& sizes, CardPlan plan, Device& device, const NoticeFn& notice);
   ~Offload();
   Offload(const Offload&) = delete;
   Offload& operator=(const Offload&) = delete;
@@ -95,13 +96,12 @@ class Offload {
   Device& device() const { return *device_; }
   const CardPlan& plan() const { return plan_; }
   const Model& model() const { return *model_; }
-  bool asked_for() const { return asked_for_; }  // by name or number of layers, not automatic
   const std::vector<LayerOnCard>& layers() const { return layers_; }
   Transit* transit() const { return transit_.get(); }  // null: experts of the CPU stay there
   const float* output_norm() const { return output_norm_; }
   const Matrices& output() const { return output_; }
 
-  // Error(memory) beyond the plan's budget.
+  // Error(memory) beyond the plan's budget. By any thread, as all that takes or gives back memory.
   void require(size_t n_bytes, const char* what) const;
   // The same, and when the card has no more.
   Memory allocate(size_t n_bytes, const char* what);
@@ -122,7 +122,9 @@ class Offload {
   class Slab;
   void place_dense();
   bool place_experts(size_t layer);
-  void place_transit();
+  void place_transit(const NoticeFn& notice);
+  bool try_transit();
+  uint64_t room() const;
   void place_all(const ModelSizes& sizes, const NoticeFn& notice);
   Matrices matrix(Slab& slab, const Weight& w);
   ExpertMatrices experts(Slab& slab, const Layer& layer, Weight Expert::* part);
@@ -131,9 +133,8 @@ class Offload {
 
   const Model* model_;
   Device* device_;
-  bool asked_for_;
   CardPlan plan_;
-  uint64_t used_bytes_ = 0;
+  std::atomic<uint64_t> used_bytes_{0};
   std::vector<Memory> slabs_;
   std::vector<Copy> copies_;
   std::vector<std::unique_ptr<std::vector<const std::byte*>>> tables_;  // on their way to the card
@@ -142,7 +143,7 @@ class Offload {
   Matrices output_{};
   std::unique_ptr<Transit> transit_;
   std::string failure_;
-  std::mutex mutex_, memory_mutex_;
+  std::mutex mutex_;
 };
 
 }  // namespace duet::gpu

@@ -58,7 +58,6 @@ void ReferenceDevice::fail_after(uint64_t n_operations, std::string message) {
 }
 
 bool ReferenceDevice::works() {
-  ++n_operations_;
   if (operations_left_ > 0 && failure_.empty()) {
     --operations_left_;
     return true;
@@ -83,7 +82,6 @@ void* ReferenceDevice::allocate(size_t n_bytes) {
   std::memset(p, 0x7f, n_bytes);  // whoever reads what nobody wrote gets large numbers
   blocks_[p] = n_bytes;
   used_bytes_ += n_bytes;
-  peak_bytes_ = std::max(peak_bytes_.load(), used_bytes_.load());
   return p;
 }
 
@@ -97,7 +95,10 @@ void ReferenceDevice::release(void* p) {
   std::free(p);
 }
 
-void* ReferenceDevice::allocate_host(size_t n_bytes) { return std::aligned_alloc(256, (n_bytes + 255) / 256 * 256); }
+void* ReferenceDevice::allocate_host(size_t n_bytes) {
+  if (n_refused_ > 0) return --n_refused_, nullptr;
+  return std::aligned_alloc(256, (n_bytes + 255) / 256 * 256);
+}
 void ReferenceDevice::release_host(void* p) { std::free(p); }
 
 void ReferenceDevice::upload(void* dst, const void* src, size_t n_bytes) {
@@ -153,16 +154,6 @@ void ReferenceDevice::silu_mul(const float* gate, const float* up, size_t n, siz
     if (acts.act32 != nullptr) kernels_->quantize_act32(rows.data() + t * cols, acts.act32 + t * act_row_bytes(ActFormat::act32, cols), cols);
     if (acts.act256 != nullptr) kernels_->quantize_act256(rows.data() + t * cols, acts.act256 + t * act_row_bytes(ActFormat::act256, cols), cols);
   }
-}
-
-void ReferenceDevice::add(float* y, const float* x, size_t n) {
-  if (works()) kernels_->add(y, x, n);
-}
-
-void ReferenceDevice::decode_rows(const gpu::Matrices& w, const int32_t* ids, size_t n, float* out) {
-  if (!works()) return;
-  for (size_t i = 0; i < n; ++i)
-    kernels_->decode_row[static_cast<size_t>(w.dtype)](w.data[0] + static_cast<size_t>(ids[i]) * w.row_bytes, out + i * w.cols, w.cols);
 }
 
 void ReferenceDevice::multiply(const gpu::Product& p) {

@@ -23,11 +23,11 @@ class ReferenceDevice : public gpu::Device {
 
   // From now on allocations fail of which fewer than `bytes` would be left, though free_bytes() says otherwise.
   void set_hidden_use(uint64_t n_bytes) { hidden_bytes_ = n_bytes; }
+  // So many times from now on the host's memory cannot be pinned.
+  void refuse_pinned(int n) { n_refused_ = n; }
   // After so many operations more, everything fails with this message.
   void fail_after(uint64_t n_operations, std::string message);
   uint64_t used_bytes() const { return used_bytes_; }
-  uint64_t peak_bytes() const { return peak_bytes_; }
-  uint64_t n_operations() const { return n_operations_; }
   uint64_t uploaded_bytes() const { return uploaded_bytes_; }
 
   const gpu::DeviceInfo& info() const override { return info_; }
@@ -50,8 +50,6 @@ class ReferenceDevice : public gpu::Device {
   void normalize(const float* x, const float* w, float eps, size_t n, size_t cols, float* y, gpu::ActRows acts) override;
   void quantize(const float* x, size_t n, size_t cols, gpu::ActRows acts) override;
   void silu_mul(const float* gate, const float* up, size_t n, size_t cols, float* h, gpu::ActRows acts) override;
-  void add(float* y, const float* x, size_t n) override;
-  void decode_rows(const gpu::Matrices& w, const int32_t* ids, size_t n, float* out) override;
   void multiply(const gpu::Product& product) override;
   void rotate_and_store(const gpu::HeadShape& shape, const gpu::KvRun* runs, size_t n_runs, size_t n, const float* cos_sin, float* q, float* k,
                         const float* v) override;
@@ -63,15 +61,16 @@ class ReferenceDevice : public gpu::Device {
   void combine(const float* y, const int32_t* slot_of, const float* weights, size_t n, size_t n_used, size_t cols, float* residual) override;
 
  private:
-  bool works();  // counts an operation
+  bool works();
   void check_inside(const void* p, size_t n_bytes) const;
 
   const KernelTable* kernels_;
   gpu::DeviceInfo info_{};
   std::map<const std::byte*, size_t> blocks_;  // by address
   mutable std::mutex mutex_;
-  std::atomic<uint64_t> used_bytes_{0}, peak_bytes_{0};
-  uint64_t hidden_bytes_ = 0, n_operations_ = 0, uploaded_bytes_ = 0;
+  std::atomic<uint64_t> used_bytes_{0};
+  uint64_t hidden_bytes_ = 0, uploaded_bytes_ = 0;
+  int n_refused_ = 0;
   uint64_t operations_left_ = std::numeric_limits<uint64_t>::max();
   std::string message_, failure_;
 };
@@ -81,6 +80,7 @@ class AnyCard {
  public:
   AnyCard();
   gpu::Device* get() { return found_.device != nullptr ? found_.device.get() : &reference_; }
+  const ReferenceDevice* reference() const { return found_.device != nullptr ? nullptr : &reference_; }
 
  private:
   gpu::FoundDevice found_;

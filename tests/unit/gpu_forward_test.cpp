@@ -84,6 +84,8 @@ double share_off(std::span<const float> a, std::span<const float> b, size_t n_vo
   return n_off * static_cast<double>(n_vocab) / static_cast<double>(a.size());
 }
 
+uint64_t uploaded_bytes(const test::AnyCard& card) { return card.reference() != nullptr ? card.reference()->uploaded_bytes() : 0; }
+
 std::vector<float> logits_of(const Engine& engine, size_t n_batch, std::span<const Token> tokens, KvType type = KvType::f16) {
   Session session = engine.new_session({.n_ctx = 300, .n_batch = static_cast<uint32_t>(n_batch), .kv_type = type});
   return all_logits(session, tokens);
@@ -245,11 +247,58 @@ TEST_CASE("long chunks have the CPU's experts copied through the card") {
     const Engine engine = Engine::open(path, options);
     REQUIRE(engine.card_plan()->transit_bytes > 0);
     const size_t n_vocab = engine.info().hparams.n_vocab;
-    const std::vector<float> want = logits_of(cpu, 160, tokens), through = logits_of(engine, 160, tokens), beside = logits_of(engine, 100, tokens);
+    CHECK(engine.info().exact_batch == std::min(cpu.info().exact_batch, gpu::kTransitTokens - 1));
+    const uint64_t rows_bytes = tokens.size() * engine.info().hparams.n_embd * sizeof(float), before = uploaded_bytes(card);
+    const std::vector<float> want = logits_of(cpu, 160, tokens), through = logits_of(engine, 160, tokens);
+    if (card.reference() != nullptr) CHECK(uploaded_bytes(card) - before > 2 * rows_bytes + engine.card_plan()->transit_bytes / 2);
+    const std::vector<float> beside = logits_of(engine, 100, tokens);
     CHECK(share_off(through, want, n_vocab) < 0.04);
     CHECK(share_off(beside, want, n_vocab) < 0.04);
     CHECK(share_off(through, beside, n_vocab) < 0.04);
   }
+}
+
+// Of two layers of experts for the card it takes one: the larger experts of the other come through, and fit.
+TEST_CASE("out of memory while placing: room for experts on their way is that of the larger ones") {
+  test::RandomModel model = mixed();
+  model.type = [](const std::string& name) { return name.find("blk.1.ffn") != std::string::npos ? DType::Q8_0 : DType::Q4_K; };
+  const auto path = test::write_model(model, "gpu_oom_transit.gguf");
+  const auto open = [&](ReferenceDevice& device, std::vector<std::string>& notices) {
+    EngineOptions options = on(device, {.mode = Mode::layers, .n_layers = 2});
+    options.memory.n_batch = 160;
+    options.notice = [&](const std::string& line) { notices.push_back(line); };
+    return Engine::open(path, options);
+  };
+  std::vector<std::string> none, notices;
+  ReferenceDevice roomy, device(uint64_t{1} << 30);
+  const gpu::CardPlan planned = *open(roomy, none).card_plan();
+  CHECK(none.empty());
+  device.set_hidden_use((uint64_t{1} << 30) - planned.total_bytes() + planned.expert_bytes / 4);
+  const Engine engine = open(device, notices);
+  CHECK(engine.card_plan()->first_layer == 2);
+  CHECK(engine.card_plan()->transit_bytes > planned.transit_bytes * 3 / 2);
+  REQUIRE(notices.size() == 1);
+  const auto tokens = some_tokens(300, engine.info().hparams.n_vocab);
+  CHECK(share_off(logits_of(engine, 160, tokens), logits_of(Engine::open(path, on_cpu()), 160, tokens), engine.info().hparams.n_vocab) < 0.04);
+}
+
+TEST_CASE("where the host's memory cannot be pinned no experts pass through the card, and a line says so") {
+  std::vector<std::string> notices;
+  ReferenceDevice device;
+  EngineOptions options = on(device, {.mode = Mode::layers, .n_layers = 1});
+  options.memory.n_batch = 160;
+  options.notice = [&](const std::string& line) { notices.push_back(line); };
+  const auto path = test::write_model(mixed(), "gpu_unpinned.gguf");
+  REQUIRE(Engine::open(path, options).card_plan()->transit_bytes > 0);
+  CHECK(notices.empty());
+  device.refuse_pinned(1);
+  const Engine engine = Engine::open(path, options);
+  CHECK(engine.card_plan()->transit_bytes == 0);
+  CHECK(engine.info().exact_batch == Engine::open(path, on_cpu()).info().exact_batch);
+  REQUIRE(notices.size() == 1);
+  CHECK(notices[0].starts_with("Reference card: out of memory: "));
+  const auto tokens = some_tokens(140, engine.info().hparams.n_vocab);
+  CHECK(test::same_bits(logits_of(engine, 140, tokens), logits_of(engine, 50, tokens)));
 }
 
 TEST_CASE("out of memory while placing: fewer layers, and a line that says so") {
@@ -311,45 +360,30 @@ TEST_CASE("an interruption between layers leaves a session on the card that goes
   CHECK(std::equal(session.logits().begin(), session.logits().end(), want.end() - engine.info().hparams.n_vocab));
 }
 
-TEST_CASE("observers stay with the CPU: with a notice, refused where a card was asked for") {
+TEST_CASE("observers are refused while a card computes") {
   const auto path = test::write_model(mixed(), "gpu_observed.gguf");
   ReferenceDevice device;
-  std::vector<std::string> notices;
-  EngineOptions options = on(device);
-  options.notice = [&](const std::string& line) { notices.push_back(line); };
-  size_t n_seen = 0;
-  const SessionOptions observed{.n_ctx = 64, .products = [&](const ProductInput&) { ++n_seen; }};
-  Session session = Engine::open(path, options).new_session(observed);
-  session.append(some_tokens(4, 97));
-  CHECK(n_seen > 0);
-  REQUIRE(notices.size() == 1);
-  CHECK(notices[0].find("the card is not used") != std::string::npos);
-  const Engine asked = Engine::open(path, on(device, {.mode = Mode::attention}));
-  check_thrown(thrown_by([&] { asked.new_session(observed); }), ErrorKind::unsupported, "--gpu off");
-  options = on(device, {.mode = Mode::attention});
+  for (const GpuOptions& gpu : {GpuOptions{.mode = Mode::automatic}, GpuOptions{.mode = Mode::attention}}) {
+    const Engine engine = Engine::open(path, on(device, gpu));
+    REQUIRE(engine.card_plan() != nullptr);
+    check_thrown(thrown_by([&] { engine.new_session({.n_ctx = 64, .products = [](const ProductInput&) {}}); }), ErrorKind::unsupported, "open the model with --gpu off");
+  }
 }
 
-TEST_CASE("sessions beyond what the card was planned for") {
+TEST_CASE("sessions beyond what the card was planned for are refused, and leave it as it was") {
   const auto path = test::write_model(mixed(), "gpu_more.gguf");
-  ReferenceDevice device(12 << 20);
-  std::vector<std::string> notices;
-  EngineOptions options = on(device);
-  options.memory.n_ctx = 256;
-  options.notice = [&](const std::string& line) { notices.push_back(line); };
-  const Engine engine = Engine::open(path, options);
-  REQUIRE(engine.card_plan() != nullptr);
-  const Session first = engine.new_session({.n_ctx = 256});
-  Session second = engine.new_session({.n_ctx = 16384});
-  second.append(some_tokens(4, 97));
-  REQUIRE(!notices.empty());
-  CHECK(notices.back().starts_with("the card is not used: "));
-  const uint64_t used = device.used_bytes();
-  options.gpu.mode = Mode::layers;
-  ReferenceDevice other(12 << 20);
-  options.gpu.device = &other;
-  const Engine asked = Engine::open(path, options);
-  check_thrown(thrown_by([&] { asked.new_session({.n_ctx = 16384}); }), ErrorKind::memory, "open the model with the larger context");
-  CHECK(device.used_bytes() == used);
+  for (const GpuOptions& gpu : {GpuOptions{.mode = Mode::automatic}, GpuOptions{.mode = Mode::layers, .n_layers = 0}}) {
+    ReferenceDevice device(12 << 20);
+    EngineOptions options = on(device, gpu);
+    options.memory.n_ctx = 256;
+    const Engine engine = Engine::open(path, options);
+    REQUIRE(engine.card_plan() != nullptr);
+    Session first = engine.new_session({.n_ctx = 256});
+    const uint64_t used = device.used_bytes();
+    check_thrown(thrown_by([&] { engine.new_session({.n_ctx = 16384}); }), ErrorKind::memory, "open the model with the larger context");
+    CHECK(device.used_bytes() == used);
+    first.append(some_tokens(4, 97));
+  }
 }
 
 TEST_CASE("modules: none, not a library, not a module") {
