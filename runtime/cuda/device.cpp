@@ -29,8 +29,7 @@ class CudaDevice final : public Device {
   }
   ~CudaDevice() override {
     enter();
-    api::synchronize(stream_);
-    api::synchronize(beside_);
+    wait_for_all();
     for (int i = 0; i < kSlots; ++i) {
       api::drop_event(filled_[i]);
       api::drop_event(released_[i]);
@@ -62,9 +61,12 @@ class CudaDevice final : public Device {
     enter();
     return api::allocate_host(n_bytes);
   }
+  // Copies from it may be on their way, when an error ended what queued them.
   void release_host(void* p) override {
+    if (p == nullptr) return;
     enter();
-    if (p != nullptr) api::release_host(p);
+    wait_for_all();
+    api::release_host(p);
   }
 
   void upload(void* dst, const void* src, size_t n_bytes) override { copy(dst, src, n_bytes); }
@@ -98,7 +100,7 @@ class CudaDevice final : public Device {
   }
   const char* synchronize() override {
     enter();
-    api::synchronize(stream_);
+    wait_for_all();
     remember();
     told_.swap(error_);
     error_.clear();
@@ -150,6 +152,10 @@ class CudaDevice final : public Device {
 
  private:
   void enter() const { api::use(index_); }
+  void wait_for_all() const {
+    api::synchronize(stream_);
+    api::synchronize(beside_);
+  }
   void remember() {
     if (const char* error = api::take_error(); error != nullptr && error_.empty()) error_ = error;
   }

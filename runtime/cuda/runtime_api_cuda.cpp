@@ -9,15 +9,18 @@ namespace {
 
 cudaEvent_t cuda(Event* event) { return reinterpret_cast<cudaEvent_t>(event); }
 
+// 0 where the driver does not tell; which is no error of the device.
 int attribute(cudaDeviceAttr which, int index) {
   int value = 0;
-  cudaDeviceGetAttribute(&value, which, index);
-  return value;
+  if (cudaDeviceGetAttribute(&value, which, index) == cudaSuccess) return value;
+  cudaGetLastError();
+  return 0;
 }
 
 }  // namespace
 
 const char* open(int index, DeviceInfo& info) {
+  cudaGetLastError();  // of whoever used CUDA before in this thread
   int n = 0;
   if (const cudaError_t error = cudaGetDeviceCount(&n); error != cudaSuccess) return cudaGetErrorString(error);
   if (index < 0 || index >= n) return "there is no device of that index";
@@ -42,12 +45,12 @@ uint64_t free_bytes() {
   return cudaMemGetInfo(&free, &total) == cudaSuccess ? free : 0;
 }
 
-// A refused allocation is no error of the device.
+// A refused allocation is no error of the device; any other stays for take_error().
 void* allocate(size_t n_bytes) {
   void* p = nullptr;
-  if (cudaMalloc(&p, n_bytes) == cudaSuccess) return p;
-  cudaGetLastError();
-  return nullptr;
+  const cudaError_t error = cudaMalloc(&p, n_bytes);
+  if (error == cudaErrorMemoryAllocation) cudaGetLastError();
+  return error == cudaSuccess ? p : nullptr;
 }
 void release(void* p) { cudaFree(p); }
 void* allocate_host(size_t n_bytes) {
