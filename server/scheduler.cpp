@@ -215,25 +215,32 @@ void Scheduler::plan_step() {
   plan_prompts(prompt_budget(n_rows_));
 }
 
-// Equal shares, so that a short prompt does not wait for the end of a long one; the first, which has
-// waited longest, gets what others leave.
+// Half to the one that has waited longest, so that none waits for ever; the rest to those with the least left, so that
+// a short prompt does not wait for the end of a long one.
 void Scheduler::plan_prompts(size_t budget) {
   std::vector<Running*> prompts;
   for (const auto& running : running_)
     if (running->in_prompt()) prompts.push_back(running.get());
-  std::vector<size_t> shares(prompts.size());
-  for (size_t i = prompts.size(); i > 0; --i) {  // prompts[i - 1] and those before it share the rest
-    const size_t share = std::min(prompts[i - 1]->pending().size(), std::max<size_t>(budget / i, std::min(budget, kLeastPrompt)));
-    shares[i - 1] = share;
-    budget -= share;
+  if (prompts.empty() || budget == 0) return;
+  Running* const oldest = prompts.front();
+  size_t of_oldest = std::min(oldest->pending().size(), (budget + 1) / 2);
+  budget -= of_oldest;
+  std::stable_sort(prompts.begin(), prompts.end(), [](const Running* a, const Running* b) { return a->pending().size() < b->pending().size(); });
+  const auto add = [&](Running* running, size_t n) {
+    if (n == 0) return;
+    parts_.push_back({&running->entry().sequence, running->pending().first(n)});
+    planned_.push_back(running);
+    n_rows_ += n;
+    n_prompt_rows_ += n;
+  };
+  for (Running* running : prompts) {
+    if (running == oldest) continue;
+    const size_t n = std::min(running->pending().size(), budget);
+    add(running, n);
+    budget -= n;
   }
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    if (shares[i] == 0) continue;
-    parts_.push_back({&prompts[i]->entry().sequence, prompts[i]->pending().first(shares[i])});
-    planned_.push_back(prompts[i]);
-    n_rows_ += shares[i];
-    n_prompt_rows_ += shares[i];
-  }
+  of_oldest += std::min(oldest->pending().size() - of_oldest, budget);
+  add(oldest, of_oldest);
 }
 
 size_t Scheduler::prompt_budget(size_t n_decoding) const {
@@ -247,10 +254,15 @@ void Scheduler::learn(double seconds) {
   ++metrics_.steps;
   metrics_.step_rows += n_rows_;
   metrics_.prompt_tokens += n_prompt_rows_;
-  if (n_prompt_rows_ == 0) decode_step_s_ = blend(decode_step_s_, seconds);
-  const double decode_s = n_rows_ > n_prompt_rows_ ? decode_step_s_ : 0;
-  if (n_prompt_rows_ >= kLeastPrompt)
-    prompt_token_s_ = std::max(blend(prompt_token_s_, std::max(seconds - decode_s, seconds / 8) / static_cast<double>(n_prompt_rows_)), 1e-6);
+  const auto n_decoding = static_cast<double>(n_rows_ - n_prompt_rows_);
+  if (n_prompt_rows_ == 0) {
+    decode_step_s_ = blend(decode_step_s_, seconds);
+    decode_rows_ = blend(decode_rows_, n_decoding);
+  }
+  if (n_prompt_rows_ < kLeastPrompt) return;
+  // Rows beyond those of a batch without prompts cost alike, whichever they are.
+  const double n_more = static_cast<double>(n_prompt_rows_) + std::max(n_decoding - decode_rows_, 0.0), decode_s = n_decoding > 0 ? decode_step_s_ : 0;
+  prompt_token_s_ = std::max(blend(prompt_token_s_, std::max(seconds - decode_s, seconds / 8) / n_more), 1e-6);
 }
 
 // Logits are wanted of the last token of a complete prompt and of generated ones; of all tokens of a

@@ -106,7 +106,8 @@ class Scheduler {
   std::vector<Wanted> wanted_;
   size_t n_rows_ = 0, n_prompt_rows_ = 0;  // of the batch at hand
   Clock::time_point next_store_{};      // while there is other work
-  double prompt_token_s_ = 0.01, decode_step_s_ = 0;  // time of a prompt's token in a batch; of a batch without, about
+  double prompt_token_s_ = 0.01;                   // time of a prompt's token in a batch, about
+  double decode_step_s_ = 0, decode_rows_ = 0;     // time and rows of a batch without
 
   mutable std::mutex mutex_;
   std::condition_variable work_, gone_;

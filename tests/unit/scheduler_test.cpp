@@ -1,6 +1,7 @@
 // The scheduler: streams that run together are those that run alone, clients may leave, nothing stays.
 #include <doctest/doctest.h>
 
+#include <atomic>
 #include <cmath>
 #include <thread>
 
@@ -119,6 +120,35 @@ TEST_CASE("a second turn evaluates only what is new, also after another client s
   CHECK(second.tokens == alone(engine, turn, params));
   const Result again = run(scheduler, prompt_of(6, n_vocab), params);
   CHECK(again.tokens == first.tokens);
+}
+
+TEST_CASE("a long prompt goes on while others come, and short ones do not wait for its end") {
+  const Engine engine = open_tiny("prompts.gguf");
+  const uint32_t n_vocab = engine.info().hparams.n_vocab;
+  Metrics metrics;
+  Scheduler scheduler(engine, {.n_parallel = 5, .n_ctx = 8192, .n_batch = 32}, metrics);
+  Inbox inbox;
+  Job forever(inbox, prompt_of(0, n_vocab), params_of(SIZE_MAX, 0, 0));
+  const Ticket ticket(scheduler, {&forever});
+  REQUIRE(ticket.queued());
+  std::atomic<bool> is_done{false};
+  std::vector<std::thread> others;
+  for (Token i = 0; i < 3; ++i)
+    others.emplace_back([&, i] {
+      for (Token k = 0; !is_done; ++k) {
+        auto prompt = test::some_tokens(60, n_vocab);
+        prompt[0] = 3 + i;
+        prompt[1] = 3 + k % 90;
+        CHECK(run(scheduler, prompt, params_of(1, 0, 0)).finish.n_generated == 1);
+      }
+    });
+  constexpr size_t kLong = 2000;
+  const uint64_t before = metrics.steps;
+  CHECK(run(scheduler, test::some_tokens(kLong, n_vocab), params_of(1, 0, 0)).finish.n_generated == 1);
+  CHECK(metrics.steps - before <= kLong / 15 + 20);  // half of each batch was its own
+  CHECK(metrics.prompt_tokens > kLong + 5 * 60);     // the rest of them was the others'
+  is_done = true;
+  for (std::thread& other : others) other.join();
 }
 
 TEST_CASE("a client that leaves makes room at once") {
