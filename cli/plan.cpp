@@ -330,7 +330,8 @@ void run_plan(const PlanOptions& options) {
   measure_rates(report, options);
   for (const Candidate& candidate : candidates) report.outcomes.push_back(plan_one(candidate, options, report, memory));
   if (!report.has_speed()) note(report.rates_missing);
-  if (const std::string& refusal = report.outcomes.front().card_refusal; candidates.size() == 1 && !refusal.empty()) note(concat(report.card->name, " is not used: ", refusal));
+  const std::string& refusal = report.outcomes.front().card_refusal;
+  if (candidates.size() == 1 && !refusal.empty()) note(concat(report.card->name, " is not used: ", refusal));
   if (options.json) return print_plan_json(report);
   if (candidates.size() == 1) return print_one(report);
   print_table(report);

@@ -196,6 +196,8 @@ void Scheduler::step() {
   } catch (const Error& e) {
     if (e.kind() == ErrorKind::cancelled) return;  // stop_
     return end_all(FinishReason::failed, e.what());
+  } catch (const std::exception& e) {  // no memory for what these want
+    return end_all(FinishReason::failed, e.what());
   }
   pool_.trim();
   learn(std::chrono::duration<double>(Clock::now() - begin).count());

@@ -102,13 +102,9 @@ HeadShape head_shape(const HParams& h, KvType type) {
   return {.n_head = h.n_head, .n_head_kv = h.n_head_kv, .head_dim = h.head_dim, .n_rot = h.n_rot, .window = h.sliding_window, .kv_type = stored};
 }
 
-// More rows need fewer pieces of keys each: the most is not necessarily that of the most rows.
 size_t attention_bytes(const HParams& hparams, const ChunkSizes& chunk, const Device* device) {
   if (device == nullptr) return guessed_attention_bytes(hparams, chunk.n_batch);
-  size_t most = 0;
-  for (size_t n = 1; n <= chunk.n_batch; ++n)
-    most = std::max(most, device->attention_scratch_bytes(head_shape(hparams, chunk.kv_type), n, chunk.n_ctx));
-  return most;
+  return device->attention_scratch_bytes(head_shape(hparams, chunk.kv_type), chunk.n_batch, chunk.n_ctx);
 }
 
 uint64_t scratch_bytes(const HParams& hparams, const ChunkSizes& chunk, const Device* device) {
