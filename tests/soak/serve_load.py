@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Load on `duet serve`: streaming clients for some time, each text compared with the same request alone.
 
-serve_load.py MODEL [--clients 64] [--seconds 600] [--tokens 64] [--sweep] [--serve-args "--parallel 8"]
+serve_load.py MODEL [--clients 64] [--seconds 600] [--tokens 64] [--sweep] [--serve-args "--parallel 8"] [--peer "COMMAND"]
 Prints tok/s, time to first token (p50, p99), errors, texts that differ, memory of the server after warm-up
-and at the end. Exit code 1 on any error or difference. With --sweep: tok/s at 1, 8 and 32 clients.
+and at the end. Exit code 1 on any error or difference. With --sweep: tok/s at 1, 8 and 32 clients; with --peer as well
+for another server, begun anew for each number, first or second in turns; {clients} and {port} in its command are
+replaced, e.g. --peer "llama-server -m MODEL --port {port} -np {clients} -c 16384 -t 2".
 """
 import argparse
 import http.client
@@ -12,6 +14,7 @@ import os
 import pathlib
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -83,6 +86,78 @@ class Load:
               f"first token p50 {first[len(first) // 2] * 1e3:.0f} ms, p99 {first[len(first) * 99 // 100] * 1e3:.0f} ms, {len(self.errors)} errors", flush=True)
 
 
+def wait_until_up(url):
+    for _ in range(600):
+        try:
+            connection = http.client.HTTPConnection(urllib.parse.urlparse(url).netloc, timeout=5)
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.2)
+    sys.exit(f"error: nothing healthy at {url}")
+
+
+class Server:
+    """A server process; stop() says whether it ended well."""
+    def __init__(self, command, url=None):
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE if url is None else subprocess.DEVNULL,
+                                        stderr=None if url is None else subprocess.DEVNULL, text=True)
+        self.url = url or re.search(r"http://[\d.:]+", self.process.stdout.readline()).group(0)
+        wait_until_up(self.url)
+
+    @classmethod
+    def duet(cls, a):
+        return cls([DUET, "serve", a.model, "--port", "0", *a.serve_args.split()])
+
+    @classmethod
+    def peer(cls, a, n_clients):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return cls(a.peer.format(clients=n_clients, port=port).split(), f"http://127.0.0.1:{port}")
+
+    def stop(self):
+        self.process.terminate()
+        return self.process.wait(60) == 0
+
+
+def sweep(a):
+    """Whether all went well."""
+    good = True
+    for turn, n in enumerate((1, 8, 32)):
+        for ours in [True] if not a.peer else [True, False] if turn % 2 == 0 else [False, True]:
+            server = Server.duet(a) if ours else Server.peer(a, n)
+            try:
+                print("duet: " if ours else "peer: ", end="")
+                load = Load(server.url, 1000, a.tokens)
+                load.run(n, a.seconds)
+                good &= not load.errors
+            finally:
+                good &= server.stop() or not ours
+    return good
+
+
+def soak(a):
+    """Whether all went well."""
+    server = Server.duet(a)
+    try:
+        n_prompts = 100
+        Load(server.url, n_prompts, a.tokens).run(a.clients, min(a.seconds / 5, 30))
+        before = rss(server.process.pid)
+        load = Load(server.url, n_prompts, a.tokens)
+        load.run(a.clients, a.seconds)
+        after = rss(server.process.pid)
+        different = [i for i, texts in load.texts.items() if texts != {stream(server.url, i, a.tokens)}]
+        print(f"memory {before:.0f} MiB after warm-up, {after:.0f} MiB at the end; {len(different)} of {len(load.texts)} texts differ from the same request alone")
+        print("\n".join(load.errors[:5]))
+        good = not load.errors and not different and after <= before * 1.05 + 8
+    finally:
+        stopped = server.stop()
+    return good and stopped
+
+
 def rss(pid):
     return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text()).group(1)) / 1024
 
@@ -95,31 +170,9 @@ def main():
     p.add_argument("--tokens", type=int, default=64)
     p.add_argument("--sweep", action="store_true")
     p.add_argument("--serve-args", default="", help="more options of duet serve")
+    p.add_argument("--peer", default="", help="command of another server, for --sweep")
     a = p.parse_args()
-    process = subprocess.Popen([DUET, "serve", a.model, "--port", "0", *a.serve_args.split()], stdout=subprocess.PIPE, text=True)
-    try:
-        url = re.search(r"http://[\d.:]+", process.stdout.readline()).group(0)
-        failed = False
-        if a.sweep:
-            for n in (1, 8, 32):
-                load = Load(url, 1000, a.tokens)
-                load.run(n, a.seconds)
-                failed |= bool(load.errors)
-        else:
-            n_prompts = 100
-            Load(url, n_prompts, a.tokens).run(a.clients, min(a.seconds / 5, 30))
-            before = rss(process.pid)
-            load = Load(url, n_prompts, a.tokens)
-            load.run(a.clients, a.seconds)
-            after = rss(process.pid)
-            different = [i for i, texts in load.texts.items() if texts != {stream(url, i, a.tokens)}]
-            print(f"memory {before:.0f} MiB after warm-up, {after:.0f} MiB at the end; {len(different)} of {len(load.texts)} texts differ from the same request alone")
-            print("\n".join(load.errors[:5]))
-            failed = bool(load.errors) or bool(different) or after > before * 1.05 + 8
-    finally:
-        process.terminate()
-        code = process.wait(60)
-    sys.exit(1 if failed or code != 0 else 0)
+    sys.exit(0 if (sweep(a) if a.sweep else soak(a)) else 1)
 
 
 main()
