@@ -169,9 +169,14 @@ DUET_INLINE __m256 add_sums(const TokenSums& sums, __m256 d, __m256 dmin, float 
   return y;
 }
 
-// The first eight rows times T tokens.
-template <class Block, size_t T>
+DUET_INLINE __m256 eight_floats(const uint16_t* halves) { return _mm256_cvtph_ps(load128(halves)); }
+DUET_INLINE __m256 eight_floats(const float* floats) { return _mm256_loadu_ps(floats); }
+
+// The first eight rows times T tokens. Panel::form: a block as it is multiplied.
+template <class Panel, size_t T>
 void decode_rows(const MatmulArgs& a) noexcept {
+  using Block = typename Panel::Block;
+  using Form = typename Panel::Form;
   const RowsOf8 rows(a);
   Ahead ahead(a, 8);
   __m256 y[T] = {};
@@ -179,18 +184,19 @@ void decode_rows(const MatmulArgs& a) noexcept {
     const BlockAct256* x[T];
     for (size_t t = 0; t < T; ++t) x[t] = reinterpret_cast<const BlockAct256*>(a.x + t * a.x_stride) + b;
     TokenSums sums[T];
-    alignas(16) uint16_t d[8], dmin[8] = {};  // half precision, as stored
+    alignas(32) decltype(Form::d) d[8], dmin[8] = {};
 #pragma GCC unroll 1
     for (size_t r = 0; r < 8; ++r) {
-      const auto& block = reinterpret_cast<const Block*>(rows.at[r])[b];
       ahead.fetch(sizeof(Block));
-      decode_block<Block, T>(block, x, r, sums);
+      Form unpacked;
+      const Form& block = Panel::form(reinterpret_cast<const Block*>(rows.at[r])[b], unpacked);
+      decode_block<Form, T>(block, x, r, sums);
       d[r] = block.d;
-      if constexpr (kHasMinimum<Block>) dmin[r] = block.dmin;
+      if constexpr (kHasMinimum<Form>) dmin[r] = block.dmin;
     }
-    const __m256 scale = _mm256_cvtph_ps(load128(d)), min_scale = _mm256_cvtph_ps(load128(dmin));
+    const __m256 scale = eight_floats(d), min_scale = eight_floats(dmin);
 #pragma GCC unroll 4
-    for (size_t t = 0; t < T; ++t) y[t] = add_sums<Block>(sums[t], scale, min_scale, x[t]->d, y[t]);
+    for (size_t t = 0; t < T; ++t) y[t] = add_sums<Form>(sums[t], scale, min_scale, x[t]->d, y[t]);
   }
   for (size_t t = 0; t < T; ++t) rows.store(y[t], t);
 }
@@ -210,6 +216,7 @@ DUET_INLINE __m256i factor_high(__m256i v) {
 template <class Weights>
 struct KPanel {
   using Block = Weights;
+  using Form = Weights;
   using Act = BlockAct256;
   static constexpr size_t kBlockCols = 256, kActCols = 256;
   static constexpr bool kWide = kSignedQuants<Block>;  // int16 scale * level instead of bytes
@@ -223,6 +230,8 @@ struct KPanel {
   __m256i pair[kPairs][kVectors];  // factors of groups 2 i, 2 i + 1 (of 16, or 32) per row
   __m256 d[kVectors], dmin[kVectors];
 
+  static DUET_INLINE const Form& form(const Block& stored, Form&) { return stored; }
+
   void unpack(const Block* const rows[8], size_t v, size_t) {
     if constexpr (kWide) {
       unpack_products(rows, v);
@@ -230,17 +239,13 @@ struct KPanel {
       unpack_quants(rows, v);
       unpack_scales(rows, v);
     }
-    if constexpr (std::is_same_v<Block, WideBlock>) {
-      d[v] = _mm256_setr_ps(rows[0]->d, rows[1]->d, rows[2]->d, rows[3]->d, rows[4]->d, rows[5]->d, rows[6]->d, rows[7]->d);
-    } else {
-      alignas(16) uint16_t half[8], half_min[8] = {};
-      for (size_t j = 0; j < 8; ++j) {
-        half[j] = rows[j]->d;
-        if constexpr (kHasMinimum<Block>) half_min[j] = rows[j]->dmin;
-      }
-      d[v] = _mm256_cvtph_ps(load128(half));
-      dmin[v] = _mm256_cvtph_ps(load128(half_min));
+    alignas(32) decltype(Block::d) of_row[8], min_of_row[8] = {};
+    for (size_t j = 0; j < 8; ++j) {
+      of_row[j] = rows[j]->d;
+      if constexpr (kHasMinimum<Block>) min_of_row[j] = rows[j]->dmin;
     }
+    d[v] = eight_floats(of_row);
+    dmin[v] = eight_floats(min_of_row);
   }
 
   template <size_t R, size_t T>
@@ -374,24 +379,24 @@ struct KPanel {
   }
 };
 
-template <class Block>
+template <class Panel>
 void matmul_k(const MatmulArgs& a) noexcept {
   // From 4 tokens on unpacking a panel pays.
   switch (a.n_tokens) {
-    case 1: return for_eight_rows(a, decode_rows<Block, 1>);
-    case 2: return for_eight_rows(a, decode_rows<Block, 2>);
-    case 3: return for_eight_rows(a, decode_rows<Block, 3>);
-    default: return matmul_panels<KPanel<Block>>(a);
+    case 1: return for_eight_rows(a, decode_rows<Panel, 1>);
+    case 2: return for_eight_rows(a, decode_rows<Panel, 2>);
+    case 3: return for_eight_rows(a, decode_rows<Panel, 3>);
+    default: return matmul_panels<Panel>(a);
   }
 }
 
 void set_k_256(KernelTable& table) {
-  table.matmul[static_cast<size_t>(DType::Q2_K)] = matmul_k<BlockQ2_K>;
-  table.matmul[static_cast<size_t>(DType::Q3_K)] = matmul_k<BlockQ3_K>;
-  table.matmul[static_cast<size_t>(DType::Q4_K)] = matmul_k<BlockQ4_K>;
-  table.matmul[static_cast<size_t>(DType::Q5_K)] = matmul_k<BlockQ5_K>;
-  table.matmul[static_cast<size_t>(DType::Q6_K)] = matmul_k<BlockQ6_K>;
-  table.matmul[static_cast<size_t>(DType::IQ4_XS)] = matmul_k<BlockIQ4_XS>;
+  table.matmul[static_cast<size_t>(DType::Q2_K)] = matmul_k<KPanel<BlockQ2_K>>;
+  table.matmul[static_cast<size_t>(DType::Q3_K)] = matmul_k<KPanel<BlockQ3_K>>;
+  table.matmul[static_cast<size_t>(DType::Q4_K)] = matmul_k<KPanel<BlockQ4_K>>;
+  table.matmul[static_cast<size_t>(DType::Q5_K)] = matmul_k<KPanel<BlockQ5_K>>;
+  table.matmul[static_cast<size_t>(DType::Q6_K)] = matmul_k<KPanel<BlockQ6_K>>;
+  table.matmul[static_cast<size_t>(DType::IQ4_XS)] = matmul_k<KPanel<BlockIQ4_XS>>;
 }
 
 }  // namespace
