@@ -1,8 +1,8 @@
 // Speed of the matmul kernels: bench_kernels [--threads N] [--isa NAME] [--format NAME] [--gemm]
-// [--cpu-time] [--kib N]
+// [--cpu-time] [--kib N] [--tokens N] [--cols N]
 //
 // For each format, table and number of tokens: weights read per second (GB/s) and multiply-adds
-// per second (GMAC/s) on weights larger than the L3 cache, or of N KiB. --gemm compares oneDNN with the kernels
+// per second (GMAC/s) on weights larger than the L3 cache, or of N KiB. Each tokens count, or --tokens. --gemm compares oneDNN with the kernels
 // for float weights, for the threshold in runtime/kernels/onednn_gemm.h. --cpu-time counts
 // processor time per thread instead of the clock's: on a machine that others use too.
 #include "runtime/kernels/kernels.h"
@@ -24,12 +24,12 @@
 namespace {
 
 using namespace duet;
-constexpr size_t kCols = 4096;
-constexpr size_t kTokenCounts[] = {1, 2, 3, 4, 6, 8, 16, 64, 512};
 
 struct Options {
   std::vector<int> threads;
   std::string isa, format;
+  std::vector<size_t> token_counts = {1, 2, 3, 4, 6, 8, 16, 64, 512};
+  size_t cols = 4096;
   size_t weight_bytes = size_t{128} << 20;  // several times a 32 MiB L3 share
   bool gemm = false;
   bool cpu_time = false;
@@ -37,12 +37,12 @@ struct Options {
 
 struct Matrix {
   const Format& format;
-  size_t n_rows;
+  size_t cols, n_rows;
   std::vector<std::byte> bytes;
 
-  explicit Matrix(const Format& f, size_t total_bytes)
-      : format(f), n_rows(total_bytes / row_bytes(f, kCols)) {
-    bytes.resize(n_rows * row_bytes(f, kCols));
+  Matrix(const Format& f, size_t n_cols, size_t total_bytes)
+      : format(f), cols(n_cols), n_rows(total_bytes / row_bytes(f, cols)) {
+    bytes.resize(n_rows * row_bytes(f, cols));
     uint64_t state = 1;
     for (std::byte& b : bytes) {  // any bits will do: NaN costs nothing extra
       state = state * 6364136223846793005u + 1442695040888963407u;
@@ -52,17 +52,17 @@ struct Matrix {
 };
 
 std::vector<std::byte> random_activations(const Format& format, const KernelTable& kernels,
-                                          size_t n_tokens) {
-  const size_t stride = act_row_bytes(format.act, kCols);
+                                          size_t cols, size_t n_tokens) {
+  const size_t stride = act_row_bytes(format.act, cols);
   std::vector<std::byte> out(n_tokens * stride);
-  std::vector<float> row(kCols);
+  std::vector<float> row(cols);
   for (size_t t = 0; t < n_tokens; ++t) {
-    for (size_t i = 0; i < kCols; ++i)
+    for (size_t i = 0; i < cols; ++i)
       row[i] = static_cast<float>((i * 7919 + t * 104729) % 2001) * 1e-3f - 1.0f;
     std::byte* dst = out.data() + t * stride;
     if (format.act == ActFormat::f32) std::memcpy(dst, row.data(), stride);
-    if (format.act == ActFormat::act32) kernels.quantize_act32(row.data(), dst, kCols);
-    if (format.act == ActFormat::act256) kernels.quantize_act256(row.data(), dst, kCols);
+    if (format.act == ActFormat::act32) kernels.quantize_act32(row.data(), dst, cols);
+    if (format.act == ActFormat::act256) kernels.quantize_act256(row.data(), dst, cols);
   }
   return out;
 }
@@ -96,11 +96,11 @@ double best_seconds(const Options& options, int n_threads, Run run) {
 MatmulArgs problem(const Matrix& m, size_t n_rows, const std::vector<std::byte>& x, size_t n_tokens,
                    float* y) {
   return {.w = m.bytes.data(),
-          .w_stride = row_bytes(m.format, kCols),
+          .w_stride = row_bytes(m.format, m.cols),
           .n_rows = n_rows,
-          .cols = kCols,
+          .cols = m.cols,
           .x = x.data(),
-          .x_stride = act_row_bytes(m.format.act, kCols),
+          .x_stride = act_row_bytes(m.format.act, m.cols),
           .n_tokens = n_tokens,
           .y = y,
           .y_stride = n_rows};
@@ -119,24 +119,24 @@ void run_kernel(const KernelTable& kernels, DType dtype, const MatmulArgs& args,
 
 void report(const Matrix& m, const char* what, int n_threads, size_t n_rows, size_t n_tokens,
             double seconds) {
-  const double bytes = static_cast<double>(n_rows * row_bytes(m.format, kCols));
-  const double macs = static_cast<double>(n_rows * kCols) * static_cast<double>(n_tokens);
+  const double bytes = static_cast<double>(n_rows * row_bytes(m.format, m.cols));
+  const double macs = static_cast<double>(n_rows * m.cols) * static_cast<double>(n_tokens);
   std::printf("%-7s %-7s threads %d  tokens %4zu  %7.2f GB/s  %8.2f GMAC/s\n", m.format.name, what,
               n_threads, n_tokens, bytes / seconds * 1e-9, macs / seconds * 1e-9);
   std::fflush(stdout);
 }
 
 void bench_format(const Format& format, const Options& options) {
-  const Matrix m(format, options.weight_bytes);
+  const Matrix m(format, options.cols, options.weight_bytes);
   for (const KernelTable* kernels : usable_kernels()) {
     if (!options.isa.empty() && options.isa != kernels->isa) continue;
     for (int n_threads : options.threads) {
-      for (size_t n_tokens : kTokenCounts) {
+      for (size_t n_tokens : options.token_counts) {
         // Fewer rows for many tokens: still above the L2 cache, and done within a second.
         const size_t share = std::string(kernels->isa) == "scalar" ? 32 * n_tokens : n_tokens;
         const size_t n_rows =
             std::min(m.n_rows, std::max<size_t>(m.n_rows / std::max<size_t>(share / 8, 1), 256));
-        const std::vector<std::byte> x = random_activations(format, *kernels, n_tokens);
+        const std::vector<std::byte> x = random_activations(format, *kernels, m.cols, n_tokens);
         std::vector<float> y(n_rows * n_tokens);
         const MatmulArgs args = problem(m, n_rows, x, n_tokens, y.data());
         const double s = best_seconds(options, n_threads,
@@ -148,15 +148,15 @@ void bench_format(const Format& format, const Options& options) {
 }
 
 void bench_gemm(const Format& format, const Options& options) {
-  const Matrix m(format, size_t{64} << 20);
+  const Matrix m(format, options.cols, size_t{64} << 20);
   const KernelTable& kernels = select_kernels(options.isa);
-  std::vector<float> panel(gemm_panel_floats(kCols));
+  std::vector<float> panel(gemm_panel_floats(m.cols));
   for (int n_threads : options.threads) {
     set_library_threads(n_threads);
     constexpr size_t kCounts[] = {4, 8, 16, 24, 32, 48, 64, 128, 512};
     for (size_t n_tokens : kCounts) {
       const size_t n_rows = std::min<size_t>(m.n_rows, 4096);
-      const std::vector<std::byte> x = random_activations(format, kernels, n_tokens);
+      const std::vector<std::byte> x = random_activations(format, kernels, m.cols, n_tokens);
       std::vector<float> y(n_rows * n_tokens);
       const MatmulArgs args = problem(m, n_rows, x, n_tokens, y.data());
       report(m, kernels.isa, n_threads, n_rows, n_tokens, best_seconds(options, n_threads, [&] {
@@ -173,7 +173,7 @@ int usage() {
   std::fprintf(
       stderr,
       "usage: bench_kernels [--threads N] [--isa NAME] [--format NAME] [--gemm] [--cpu-time] "
-      "[--kib N]\n");
+      "[--kib N] [--tokens N] [--cols N]\n");
   return 2;
 }
 
@@ -193,8 +193,12 @@ int main(int argc, char** argv) {
       options.threads = {std::atoi(argv[++i])};
     else if (arg == "--kib")
       options.weight_bytes = static_cast<size_t>(std::atoi(argv[++i])) << 10;
+    else if (arg == "--cols")
+      options.cols = static_cast<size_t>(std::atoi(argv[++i]));
     else if (arg == "--isa")
       options.isa = argv[++i];
+    else if (arg == "--tokens")
+      options.token_counts = {static_cast<size_t>(std::atoi(argv[++i]))};
     else if (arg == "--format")
       options.format = argv[++i];
     else

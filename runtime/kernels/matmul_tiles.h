@@ -24,6 +24,11 @@ DUET_INLINE MatmulArgs sub_problem(const MatmulArgs& a, size_t row, size_t token
   return out;
 }
 
+// Where to look for row `row`: after the last one those of the next product are wanted.
+DUET_INLINE const std::byte* rows_from(const MatmulArgs& a, size_t row) {
+  return row < a.n_rows || a.next == nullptr ? a.w + row * a.w_stride : a.next + (row - a.n_rows) * a.w_stride;
+}
+
 // Kernel::tile<R, T>(args) computes R rows x T tokens from the start of args. Its sums for one
 // (row, token) must not depend on R and T. R > 1 only with T = 1 (decode: rows share activations),
 // T > 1 only with R = 1 (prefill: tokens share unpacked weights).

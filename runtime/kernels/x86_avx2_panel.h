@@ -151,7 +151,7 @@ struct Ahead {
 
   // at_once: rows computed side by side.
   DUET_INLINE Ahead(const MatmulArgs& a, size_t at_once)
-      : next(reinterpret_cast<uintptr_t>(a.w) + at_once * a.w_stride) {}
+      : next(reinterpret_cast<uintptr_t>(rows_from(a, at_once))) {}
 
   // As many bytes as the step that calls this computes.
   DUET_INLINE void fetch(size_t bytes) {

@@ -107,7 +107,7 @@ DUET_INLINE void subtract_minimums(const StripSums<T>& s, __m512 dmin, Pair pair
 }
 
 // ---- by format ----------------------------------------------------------------------------------
-// add_block(rows, x, fetch, sum): one block of 16 rows; fetch(i): part i of 8.
+// add_block(rows, x, fetch, sum): one block of 16 rows; fetch(i, v): part i of 8, once v is there.
 template <class Block>
 struct StripFormat;
 
@@ -149,7 +149,7 @@ struct StripFormat<BlockQ4_K> {
         s.multiply(high, masked(w.v[j], 0xf0), column + 32 + 4 * j);
       }
       s.add_pair(low, high, 4, head.scale_pair(i / 2));
-      fetch(n);
+      fetch(n, s.dot[0]);
     }
     head.finish(s, sum);
   }
@@ -173,7 +173,7 @@ struct StripFormat<BlockQ5_K> {
           s.multiply(low, or_bits(masked(w.v[j], 15), moved_left(bits[h].v[j], 4 - 2 * p), 16), column + 4 * j);
           s.multiply(high, or_bits(high_nibbles(w.v[j]), moved_left(bits[h].v[j], 3 - 2 * p), 16), column + 32 + 4 * j);
         }
-        fetch(n);
+        fetch(n, s.dot[0]);
       }
       s.add(low, head.scale(2 * p));
       s.add(high, head.scale(2 * p + 1));
@@ -223,7 +223,7 @@ struct StripFormat<BlockQ6_K> {
         add_group(s, starts, 8 * half + 4 + n, signed_scale<8>(scales, 8 * part + 4 + i), [&](size_t j) {
           return or_bits(high_nibbles(w.v[j]), moved_left(two.v[j], -at), 0x30);
         });
-        fetch(4 * half + n);
+        fetch(4 * half + n, s.dot[0]);
       }
     }
     add_terms(s, rows.halves(offsetof(BlockQ6_K, d)), sum);
@@ -258,7 +258,7 @@ struct StripFormat<BlockIQ4_XS> {
         s.multiply(part, _mm512_shuffle_epi8(table, high_nibbles(w.v[j])), 32 * n + 16 + 4 * j);
       }
       s.add(part, signed_scale<16>(scales, i));
-      fetch(n);
+      fetch(n, s.dot[0]);
     }
     add_terms(s, rows.halves(offsetof(BlockIQ4_XS, d)), sum);
   }
@@ -287,7 +287,7 @@ struct StripFormat<BlockQ2_K> {
         }
         const __m512i pair = moved_left(scales.v[2 * (i / 2) + k], -8 * (i % 2));
         s.add_pair(low, high, 2, _mm512_and_si512(pair, _mm512_set1_epi16(15)));
-        fetch(2 * n + static_cast<size_t>(k));
+        fetch(2 * n + static_cast<size_t>(k), s.dot[0]);
       }
     }
     add_terms(s, rows.halves(offsetof(BlockQ2_K, d)), sum);
@@ -321,7 +321,7 @@ struct StripFormat<BlockQ3_K> {
         }
         const __m512i pair = scales.v[2 * (i / 2) + k];
         s.add_pair(low, high, 2, _mm512_srai_epi16(moved_left(pair, 8 - 8 * (i % 2)), 8));
-        fetch(2 * n + static_cast<size_t>(k));
+        fetch(2 * n + static_cast<size_t>(k), s.dot[0]);
       }
     }
     add_terms(s, rows.halves(offsetof(BlockQ3_K, d)), sum);
@@ -347,9 +347,10 @@ constexpr size_t kStripTokens<BlockQ2_K> = 16;
 template <>
 constexpr size_t kStripTokens<BlockQ4_K> = 16;
 
-// One strip with T tokens from the start of `a`; kFetch: while it runs, as much of what follows is fetched.
-template <class Block, size_t T, bool kFetch>
+// One strip with T tokens from the start of `a`. While it runs, one of kPasses equal parts of what follows is fetched.
+template <class Block, size_t T, size_t kPasses>
 void multiply_strip(const MatmulArgs& a, Ahead ahead) {
+  constexpr size_t kFetched = kStripRows * sizeof(Block) / kPasses;
   __m512 sum[T] = {};
   StripSums<T> s;
 #pragma GCC unroll 8
@@ -358,10 +359,8 @@ void multiply_strip(const MatmulArgs& a, Ahead ahead) {
   for (size_t b = 0; b < a.cols / 256; ++b) {
 #pragma GCC unroll 8
     for (size_t t = 0; t < T; ++t) s.dot[t] = __m512i{};
-    StripFormat<Block>::add_block(rows, s, [&](size_t i) {
-      if constexpr (kFetch) ahead.fetch<kStripRows * sizeof(Block), 8>(i);
-    }, sum);
-    ahead.next(kStripRows * sizeof(Block));
+    StripFormat<Block>::add_block(rows, s, [&](size_t i, __m512i& v) __attribute__((always_inline)) { ahead.fetch_after<kFetched, 8>(i, v); }, sum);
+    ahead.next(kFetched);
     rows.first += sizeof(Block);
 #pragma GCC unroll 8
     for (size_t t = 0; t < T; ++t) ++s.x[t];
@@ -370,25 +369,28 @@ void multiply_strip(const MatmulArgs& a, Ahead ahead) {
   for (size_t t = 0; t < T; ++t) _mm512_storeu_ps(a.y + t * a.y_stride, sum[t]);
 }
 
-template <class Block, bool kFetch, size_t T = kPassTokens<Block>>
-DUET_INLINE void multiply_strip(const MatmulArgs& a, size_t n_tokens, const Ahead& ahead) {
-  if (n_tokens == T) return multiply_strip<Block, T, kFetch>(a, ahead);
-  if constexpr (T > 2) multiply_strip<Block, kFetch, T - 1>(a, n_tokens, ahead);
+template <class Block, size_t kPasses, size_t T = kPassTokens<Block>>
+DUET_INLINE void multiply_tokens(const MatmulArgs& a, size_t n_tokens, const Ahead& ahead) {
+  if (n_tokens == T) return multiply_strip<Block, T, kPasses>(a, ahead);
+  if constexpr (T > 2) multiply_tokens<Block, kPasses, T - 1>(a, n_tokens, ahead);
 }
 
 // At least 2 tokens, dealt out evenly to passes. The rows that fill no strip: one token at a time.
 template <class Block>
 void matmul_strips(const MatmulArgs& a) noexcept {
-  const size_t n_strip_rows = a.n_rows / kStripRows * kStripRows, n_passes = (a.n_tokens + kPassTokens<Block> - 1) / kPassTokens<Block>;
+  constexpr size_t kMostPasses = (kStripTokens<Block> + kPassTokens<Block> - 1) / kPassTokens<Block>;
+  static_assert(kMostPasses <= 2);
+  const size_t n_strip_rows = a.n_rows / kStripRows * kStripRows;
   Ahead(a.w).fetch_all(kStripRows * a.w_stride);
   for (size_t row = 0; row < n_strip_rows; row += kStripRows) {
-    const Ahead ahead(a.w + (row + kStripRows) * a.w_stride);
-    for (size_t pass = 0, t = 0; pass < n_passes; ++pass) {
-      const size_t n = (a.n_tokens + pass) / n_passes;
-      const MatmulArgs part = sub_problem(a, row, t);
-      if (pass == 0) multiply_strip<Block, true>(part, n, ahead);
-      else multiply_strip<Block, false>(part, n, ahead);
-      t += n;
+    Ahead ahead(rows_from(a, row + kStripRows));
+    if (a.n_tokens <= kPassTokens<Block>) {
+      multiply_tokens<Block, 1>(sub_problem(a, row, 0), a.n_tokens, ahead);
+    } else if constexpr (kMostPasses == 2) {
+      const size_t n = a.n_tokens / 2;
+      multiply_tokens<Block, 2>(sub_problem(a, row, 0), n, ahead);
+      ahead.next(kStripRows * a.w_stride / 2);
+      multiply_tokens<Block, 2>(sub_problem(a, row, n), a.n_tokens - n, ahead);
     }
   }
   for (size_t t = 0; n_strip_rows < a.n_rows && t < a.n_tokens; ++t) {

@@ -223,7 +223,7 @@ void matmul_panels(const MatmulArgs& a) noexcept {
     _mm_prefetch(reinterpret_cast<const char*>(a.w) + i, _MM_HINT_T1);
   for (size_t row = 0; row < a.n_rows; row += kPanelRows) {
     const PanelRowsAt rows = panel_rows(a, row);
-    const std::byte* later = a.w + (row + kPanelRows) * a.w_stride;
+    const std::byte* later = rows_from(a, row + kPanelRows);
     for (size_t block = 0, token = 0; block < n_blocks; ++block) {
       const size_t n = (a.n_tokens + block) / n_blocks;
       __builtin_memset(sums.at, 0, n * sizeof sums.at[0]);

@@ -22,7 +22,8 @@ class Ahead {
       _mm_prefetch(p_ + 64 * line, _MM_HINT_T1);
   }
   // The same once v is there, and before it is used: compilers gather prefetches at the start of a
-  // step, and a burst of them holds up the loads of the step.
+  // step, and a burst of them holds up the loads of the step. (GCC even drops those in functions
+  // that do nothing else, as calls without an effect.)
   template <size_t kBytes, size_t n>
   DUET_INLINE void fetch_after(size_t i, __m512i& v) const {
     constexpr size_t kLines = (kBytes + 63) / 64;
@@ -89,7 +90,7 @@ void matmul_rows(const MatmulArgs& a) noexcept {
     const std::byte* rows[kRows];
     for (size_t r = 0; r < kRows; ++r)
       rows[r] = a.w + (row + r < a.n_rows ? row + r : a.n_rows - 1) * a.w_stride;
-    decode<Kernel>(a, rows, Ahead(a.w + (row + kAhead) * a.w_stride), y);
+    decode<Kernel>(a, rows, Ahead(rows_from(a, row + kAhead)), y);
     const size_t n = a.n_rows - row < kRows ? a.n_rows - row : kRows;
     for (size_t t = 0; t < a.n_tokens; ++t)
       __builtin_memcpy(a.y + t * a.y_stride + row, y + t * kRows, n * sizeof(float));
