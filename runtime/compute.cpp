@@ -21,6 +21,9 @@ bool is_gemm(const Weight& w, size_t n_tokens) {
   return w.format->act == ActFormat::f32 && n_tokens >= kGemmMinTokens;
 }
 
+// Pieces that follow each other in a weight, before another's turn.
+constexpr size_t kTurn = 8;
+
 size_t chunk_rows(const Weight& w, size_t n_tokens) {
   if (is_gemm(w, n_tokens)) return std::clamp<size_t>(kPanelFloats / w.cols, 1, 256);
   const size_t bytes = n_tokens == 1 ? kDecodeChunkBytes : kPrefillChunkBytes;
@@ -128,7 +131,7 @@ void multiply_stored(const Compute& compute, const Product& p, std::span<float> 
   const Format& format = *p.w->format;
   const MatmulArgs args{.w = p.w->data + p.first_row * p.w->row_bytes, .w_stride = p.w->row_bytes,
                         .n_rows = p.n_rows, .cols = p.w->cols, .x = p.x->data(format.act, p.first_token),
-                        .x_stride = p.x->stride(format.act), .n_tokens = p.n_tokens, .y = p.y, .y_stride = p.y_stride};
+                        .x_stride = p.x->stride(format.act), .n_tokens = p.n_tokens, .y = p.y, .y_stride = p.y_stride, .next = p.next};
   if (is_gemm(*p.w, p.n_tokens) && try_gemm(*compute.kernels, format.dtype, args, 1, panel)) return;
   compute.kernels->matmul[static_cast<size_t>(format.dtype)](args);
 }
@@ -211,7 +214,10 @@ bool MatmulQueue::alike() const {
 // Products of equal shape (those of the experts) take turns, so that a thread's share is the same
 // rows of each of them, whichever experts they are.
 MatmulQueue::Chunk MatmulQueue::chunk_at(size_t i, bool alike) const {
-  if (alike) return {&jobs_[i % jobs_.size()], i / jobs_.size()};
+  if (alike) {
+    const size_t first = i / (jobs_.size() * kTurn) * kTurn, n = std::min(kTurn, jobs_[0].n_chunks - first), rest = i - first * jobs_.size();
+    return {&jobs_[rest / n], first + rest % n};
+  }
   size_t job = jobs_.size() - 1;  // a handful of jobs: the last one that begins at or before the chunk
   while (jobs_[job].first_chunk > i) --job;
   return {&jobs_[job], i - jobs_[job].first_chunk};
@@ -222,7 +228,10 @@ void MatmulQueue::run(const Compute& compute) {
   make_inner(compute);
   const bool take_turns = alike();
   parallel_shares(compute.threads_for(n_bytes_), n_chunks_,
-                  [&](size_t worker, size_t i) { run_chunk(compute, worker, chunk_at(i, take_turns)); });
+                  [&](size_t worker, size_t i) {
+                    const std::byte* next = i + 1 < n_chunks_ ? rows_of(chunk_at(i + 1, take_turns)) : nullptr;
+                    run_chunk(compute, worker, chunk_at(i, take_turns), next);
+                  });
 }
 
 void MatmulQueue::run_arriving(const Compute& compute, const std::function<void(size_t, size_t)>& ready) {
@@ -233,16 +242,22 @@ void MatmulQueue::run_arriving(const Compute& compute, const std::function<void(
     const Chunk chunk = chunk_at(i, take_turns);
     const size_t first = chunk.index * chunk.job->rows_per_chunk;
     ready(first, std::min(first + chunk.job->rows_per_chunk, chunk.job->all.n_rows));
-    run_chunk(compute, worker, chunk);
+    run_chunk(compute, worker, chunk, nullptr);
   });
 }
 
-void MatmulQueue::run_chunk(const Compute& compute, size_t worker, const Chunk& chunk) const {
+const std::byte* MatmulQueue::rows_of(const Chunk& chunk) {
+  const Weight& w = *chunk.job->all.w;
+  return w.data + chunk.index * chunk.job->rows_per_chunk * w.row_bytes;
+}
+
+void MatmulQueue::run_chunk(const Compute& compute, size_t worker, const Chunk& chunk, const std::byte* next) const {
   const Job& job = *chunk.job;
   Product part = job.all;
   part.first_row = chunk.index * job.rows_per_chunk;
   part.n_rows = std::min(job.rows_per_chunk, part.n_rows - part.first_row);
   part.y += part.first_row;
+  part.next = next;
   multiply(compute, part, {compute.panel(worker), kPanelFloats});
 }
 

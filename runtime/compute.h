@@ -115,6 +115,7 @@ struct Product {
   float* y;         // y[t * y_stride + r] for row first_row + r
   size_t y_stride;
   const float* inner = nullptr;  // of a weight with adapters, which needs it: see InnerProducts
+  const std::byte* next = nullptr;  // MatmulArgs::next
 };
 
 // What adapters make of the input of products, a x: once for all the pieces that products are made in.
@@ -169,7 +170,8 @@ class MatmulQueue {
   void make_inner(const Compute& compute);
   Chunk chunk_at(size_t i, bool alike) const;
   bool alike() const;
-  void run_chunk(const Compute& compute, size_t worker, const Chunk& chunk) const;
+  static const std::byte* rows_of(const Chunk& chunk);
+  void run_chunk(const Compute& compute, size_t worker, const Chunk& chunk, const std::byte* next) const;
 
   std::vector<Job> jobs_;
   InnerProducts inner_;

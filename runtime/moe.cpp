@@ -269,6 +269,7 @@ void Moe::make_hidden_block(const Activations& input, size_t worker, size_t bloc
     product.first_row = first_row;
     product.n_rows = n_rows;
     product.inner = inner_.of(2 * block_index + is_up);
+    product.next = is_up ? gate_rows_after(block_index, first_row) : expert.up.data + first_row * expert.up.row_bytes;
     multiply(compute_, product, rest);
   }
   for (size_t t = 0; t < block.n; ++t) {
@@ -278,6 +279,14 @@ void Moe::make_hidden_block(const Activations& input, size_t worker, size_t bloc
     hidden_.set_part(*compute_.kernels, block.hidden_row + t, first_row, values, n_rows, expert.down.format->act);
     if (expert.down.low_rank != nullptr) hidden_.set_part(*compute_.kernels, block.hidden_row + t, first_row, values, n_rows, ActFormat::f32);
   }
+}
+
+// Of the task that follows.
+const std::byte* Moe::gate_rows_after(size_t block_index, size_t first_row) const {
+  const bool last = block_index + 1 == blocks_.size();
+  const Weight& gate = blocks_[last ? 0 : block_index + 1].expert->gate;
+  if (last) first_row += kHiddenRows;
+  return first_row < n_ff_ ? gate.data + first_row * gate.row_bytes : nullptr;
 }
 
 void Moe::down(bool arriving) {

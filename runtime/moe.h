@@ -56,6 +56,7 @@ class Moe {
   void make_hidden(const Activations& input, bool arriving);
   void make_inner(const Activations& input);
   Product hidden_product(const Weight& weight, const Activations& input, const Segment& block, float* y) const;
+  const std::byte* gate_rows_after(size_t block_index, size_t first_row) const;
   void make_hidden_block(const Activations& input, size_t worker, size_t block_index, size_t first_row);
   void down(bool arriving);
   void combine(float* residual) const;
