@@ -2,7 +2,7 @@
 // [--cpu-time] [--kib N] [--tokens N] [--cols N]
 //
 // For each format, table and number of tokens: weights read per second (GB/s) and multiply-adds
-// per second (GMAC/s) on weights larger than the L3 cache, or of N KiB. Each tokens count, or --tokens. --gemm compares oneDNN with the kernels
+// per second (GMAC/s) on weights larger than the L3 cache, or of N KiB. Numbers of tokens: some, or --tokens. --gemm compares oneDNN with the kernels
 // for float weights, for the threshold in runtime/kernels/onednn_gemm.h. --cpu-time counts
 // processor time per thread instead of the clock's: on a machine that others use too.
 #include "runtime/kernels/kernels.h"

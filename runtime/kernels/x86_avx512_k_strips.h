@@ -107,7 +107,8 @@ DUET_INLINE void subtract_minimums(const StripSums<T>& s, __m512 dmin, Pair pair
 }
 
 // ---- by format ----------------------------------------------------------------------------------
-// add_block(rows, x, fetch, sum): one block of 16 rows; fetch(i, v): part i of 8, once v is there.
+// add_block(rows, x, fetch, sum): one block of 16 rows; fetch(i, v): part i of kFetches, once v is there.
+constexpr size_t kFetches = 32;
 template <class Block>
 struct StripFormat;
 
@@ -147,9 +148,9 @@ struct StripFormat<BlockQ4_K> {
       for (size_t j = 0; j < 4; ++j) {
         s.multiply(low, masked(w.v[j], 15), column + 4 * j);
         s.multiply(high, masked(w.v[j], 0xf0), column + 32 + 4 * j);
+        fetch(4 * n + j, high[0]);
       }
       s.add_pair(low, high, 4, head.scale_pair(i / 2));
-      fetch(n, s.dot[0]);
     }
     head.finish(s, sum);
   }
@@ -172,8 +173,8 @@ struct StripFormat<BlockQ5_K> {
         for (size_t j = 0; j < 4; ++j) {
           s.multiply(low, or_bits(masked(w.v[j], 15), moved_left(bits[h].v[j], 4 - 2 * p), 16), column + 4 * j);
           s.multiply(high, or_bits(high_nibbles(w.v[j]), moved_left(bits[h].v[j], 3 - 2 * p), 16), column + 32 + 4 * j);
+          fetch(4 * n + j, high[0]);
         }
-        fetch(n, s.dot[0]);
       }
       s.add(low, head.scale(2 * p));
       s.add(high, head.scale(2 * p + 1));
@@ -217,24 +218,28 @@ struct StripFormat<BlockQ6_K> {
         const auto n = static_cast<size_t>(i);
         const Quad w = rows.columns(offsetof(BlockQ6_K, ql) + 64 * half + 16 * n), two = bits[i % 2];
         const int at = 2 * (i / 2);  // of the two bits
-        add_group(s, starts, 8 * half + n, signed_scale<8>(scales, 8 * part + i), [&](size_t j) {
+        const auto fetch_low = [&](size_t j, __m512i& v) __attribute__((always_inline)) { fetch(16 * half + 4 * n + j, v); };
+        const auto fetch_high = [&](size_t j, __m512i& v) __attribute__((always_inline)) { fetch(16 * half + 4 * n + 2 + j, v); };
+        add_group(s, starts, 8 * half + n, signed_scale<8>(scales, 8 * part + i), fetch_low, [&](size_t j) {
           return or_bits(masked(w.v[j], 15), moved_left(two.v[j], 4 - at), 0x30);
         });
-        add_group(s, starts, 8 * half + 4 + n, signed_scale<8>(scales, 8 * part + 4 + i), [&](size_t j) {
+        add_group(s, starts, 8 * half + 4 + n, signed_scale<8>(scales, 8 * part + 4 + i), fetch_high, [&](size_t j) {
           return or_bits(high_nibbles(w.v[j]), moved_left(two.v[j], -at), 0x30);
         });
-        fetch(4 * half + n, s.dot[0]);
       }
     }
     add_terms(s, rows.halves(offsetof(BlockQ6_K, d)), sum);
   }
-  // Columns 16 group .. 16 group + 15.
-  template <size_t T, class Quants>
-  static DUET_INLINE void add_group(StripSums<T>& s, const StripStarts<T, 16>& starts, size_t group, __m512i scale, Quants quants) {
+  // Columns 16 group .. 16 group + 15; fetch(0), fetch(1) meanwhile.
+  template <size_t T, class Fetch, class Quants>
+  static DUET_INLINE void add_group(StripSums<T>& s, const StripStarts<T, 16>& starts, size_t group, __m512i scale, Fetch fetch, Quants quants) {
     __m512i part[T];
     starts.set(part, group);
 #pragma GCC unroll 4
-    for (size_t j = 0; j < 4; ++j) s.multiply(part, quants(j), 16 * group + 4 * j);
+    for (size_t j = 0; j < 4; ++j) {
+      s.multiply(part, quants(j), 16 * group + 4 * j);
+      if (j % 2 == 1) fetch(j / 2, part[0]);
+    }
     s.add(part, scale);
   }
 };
@@ -256,9 +261,9 @@ struct StripFormat<BlockIQ4_XS> {
       for (size_t j = 0; j < 4; ++j) {
         s.multiply(part, _mm512_shuffle_epi8(table, masked(w.v[j], 15)), 32 * n + 4 * j);
         s.multiply(part, _mm512_shuffle_epi8(table, high_nibbles(w.v[j])), 32 * n + 16 + 4 * j);
+        fetch(4 * n + j, part[0]);
       }
       s.add(part, signed_scale<16>(scales, i));
-      fetch(n, s.dot[0]);
     }
     add_terms(s, rows.halves(offsetof(BlockIQ4_XS, d)), sum);
   }
@@ -284,10 +289,10 @@ struct StripFormat<BlockQ2_K> {
           const __m512i v = moved_left(w.v[j], -4 * k);
           s.multiply(low, masked(v, 3), column + 4 * j);
           s.multiply(high, masked(v, 12), column + 32 + 4 * j);
+          fetch(8 * n + 4 * static_cast<size_t>(k) + j, high[0]);
         }
         const __m512i pair = moved_left(scales.v[2 * (i / 2) + k], -8 * (i % 2));
         s.add_pair(low, high, 2, _mm512_and_si512(pair, _mm512_set1_epi16(15)));
-        fetch(2 * n + static_cast<size_t>(k), s.dot[0]);
       }
     }
     add_terms(s, rows.halves(offsetof(BlockQ2_K, d)), sum);
@@ -318,10 +323,10 @@ struct StripFormat<BlockQ3_K> {
           const __m512i v = moved_left(w.v[j], -4 * k), b = bits[i % 2].v[j];
           s.multiply(low, or_bits(masked(v, 3), moved_left(b, 2 - bit), 4), column + 4 * j);
           s.multiply(high, or_bits(masked(v, 12), moved_left(b, 3 - bit), 16), column + 32 + 4 * j);
+          fetch(8 * n + 4 * static_cast<size_t>(k) + j, high[0]);
         }
         const __m512i pair = scales.v[2 * (i / 2) + k];
         s.add_pair(low, high, 2, _mm512_srai_epi16(moved_left(pair, 8 - 8 * (i % 2)), 8));
-        fetch(2 * n + static_cast<size_t>(k), s.dot[0]);
       }
     }
     add_terms(s, rows.halves(offsetof(BlockQ3_K, d)), sum);
@@ -359,7 +364,7 @@ void multiply_strip(const MatmulArgs& a, Ahead ahead) {
   for (size_t b = 0; b < a.cols / 256; ++b) {
 #pragma GCC unroll 8
     for (size_t t = 0; t < T; ++t) s.dot[t] = __m512i{};
-    StripFormat<Block>::add_block(rows, s, [&](size_t i, __m512i& v) __attribute__((always_inline)) { ahead.fetch_after<kFetched, 8>(i, v); }, sum);
+    StripFormat<Block>::add_block(rows, s, [&](size_t i, __m512i& v) __attribute__((always_inline)) { ahead.fetch_after<kFetched, kFetches>(i, v); }, sum);
     ahead.next(kFetched);
     rows.first += sizeof(Block);
 #pragma GCC unroll 8
