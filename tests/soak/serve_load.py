@@ -3,7 +3,8 @@
 
 serve_load.py MODEL [--clients 64] [--seconds 600] [--tokens 64] [--sweep] [--serve-args "--parallel 8"] [--peer "COMMAND"]
 Prints tok/s, time to first token (p50, p99), errors, texts that differ, memory of the server after warm-up
-and at the end. Exit code 1 on any error or difference. With --sweep: tok/s at 1, 8 and 32 clients; with --peer as well
+and at the end. Exit code 1 on any error or difference. "without start and end": of the last two thirds of the time, in which all
+clients were busy. With --sweep: tok/s at 1, 8 and 32 clients; with --peer as well
 for another server, begun anew for each number, first or second in turns; {clients} and {port} in its command are
 replaced, e.g. --peer "llama-server -m MODEL --port {port} -np {clients} -c 16384 -t 2".
 """
@@ -58,7 +59,7 @@ class Load:
     def __init__(self, url, n_prompts, n_tokens):
         self.url, self.n_prompts, self.n_tokens = url, n_prompts, n_tokens
         self.lock = threading.Lock()
-        self.first, self.n_done, self.errors, self.texts = [], 0, [], {}
+        self.first, self.n_done, self.errors, self.texts, self.streams = [], 0, [], {}, []
 
     def client(self, number, until):
         i = number
@@ -68,6 +69,7 @@ class Load:
                 text = stream(self.url, i % self.n_prompts, self.n_tokens, stamps)
                 with self.lock:
                     self.first.append(stamps[0] - begin)
+                    self.streams.append(stamps)
                     self.n_done += 1
                     self.texts.setdefault(i % self.n_prompts, set()).add(text)
             except Exception as e:  # every failure counts
@@ -75,14 +77,19 @@ class Load:
                     self.errors.append(repr(e))
             i += 7
 
+    def tokens_between(self, begin, end):
+        """Events may hold several tokens: of each stream the share of its events."""
+        return sum(self.n_tokens * sum(begin <= at < end for at in stamps) / len(stamps) for stamps in self.streams)
+
     def run(self, n_clients, seconds):
         begin = time.monotonic()
         threads = [threading.Thread(target=self.client, args=(n, begin + seconds)) for n in range(n_clients)]
         [t.start() for t in threads]
         [t.join() for t in threads]
         took = time.monotonic() - begin
+        steady = self.tokens_between(begin + seconds / 3, begin + seconds) / (seconds * 2 / 3)
         first = sorted(self.first) or [0]
-        print(f"{n_clients} clients: {self.n_done} streams in {took:.1f} s, {self.n_done * self.n_tokens / took:.1f} tok/s, "
+        print(f"{n_clients} clients: {self.n_done} streams in {took:.1f} s, {self.n_done * self.n_tokens / took:.1f} tok/s (without start and end {steady:.1f}), "
               f"first token p50 {first[len(first) // 2] * 1e3:.0f} ms, p99 {first[len(first) * 99 // 100] * 1e3:.0f} ms, {len(self.errors)} errors", flush=True)
 
 
