@@ -73,6 +73,7 @@ std::vector<size_t> read_lengths(const std::string& list) {
   std::vector<size_t> out;
   std::istringstream in(list);
   for (std::string item; std::getline(in, item, ',');) out.push_back(std::clamp<size_t>(std::strtoul(item.c_str(), nullptr, 10), 1, kMost));
+  if (out.empty()) fail(ErrorKind::usage, "LENGTHS: none");
   return out;
 }
 

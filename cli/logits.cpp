@@ -32,14 +32,15 @@ std::string npy_header(size_t rows, size_t cols) {
   return header + dict;
 }
 
-// Ids need no vocabulary: files without a tokenizer will do for them.
-std::vector<Token> input_ids(const LogitsOptions& options, const Engine& engine) {
+// Known before the model is opened, which plans for as many. Ids need no vocabulary: files without a tokenizer will do.
+std::vector<Token> input_ids(const LogitsOptions& options) {
   std::vector<Token> ids;
   if (options.ids) {
     ids = parse_ids(*options.ids);
   } else {
     const Segment segment{options.text ? *options.text : read_text(*options.file), false};
-    ids = engine.tokenizer().encode({&segment, 1}, engine.tokenizer().add_bos());
+    const Tokenizer tokenizer = Tokenizer::load(GgufFile::open(model_file(options.model.path)), notices());
+    ids = tokenizer.encode({&segment, 1}, tokenizer.add_bos());
   }
   if (ids.empty()) fail(ErrorKind::usage, "logits: the input has no tokens");
   return ids;
@@ -50,9 +51,11 @@ void run_logits(const LogitsOptions& options) {
           int{options.file.has_value()} !=
       1)
     fail(ErrorKind::usage, "logits: give exactly one of --ids, --text, --file");
-  const Engine engine = open_engine(options.model);
-  const std::vector<Token> ids = input_ids(options, engine);
-  Session session = open_session(engine, options.model, static_cast<uint32_t>(ids.size()));
+  const std::vector<Token> ids = input_ids(options);
+  ModelOptions model = options.model;
+  if (model.n_ctx == 0) model.n_ctx = static_cast<uint32_t>(ids.size());
+  const Engine engine = open_engine(model);
+  Session session = open_session(engine, model);
   const size_t n_vocab = engine.info().hparams.n_vocab, n_rows = options.last ? 1 : ids.size();
   const std::string header = npy_header(n_rows, n_vocab);
   OutputFile output(options.output, header.size() + n_rows * n_vocab * sizeof(float));

@@ -188,13 +188,22 @@ Division divide(const ModelSizes& sizes, const ModelOptions& options, const std:
   const MemoryOptions all = memory_options_of(options);
   Division out;
   try {
+    if (card && card->device != nullptr) gpu::check_heads(sizes.hparams, all.kv_type, *card->device);
     if (card) out.card = gpu::plan_card(sizes, options.gpu, gpu::chunk_sizes(sizes.hparams, all), *card);
   } catch (const Error& e) {
     if (!gpu::may_go_without(options.gpu, e)) throw;
     out.card_refusal = e.what();
   }
-  if (out.card) out.memory = plan_memory(gpu::sizes_beside(sizes, *out.card), gpu::options_beside(all, *out.card), n_threads, memory);
-  else out.memory = plan_memory(sizes, all, n_threads, memory);
+  if (!out.card) {
+    out.memory = plan_memory(sizes, all, n_threads, memory);
+    return out;
+  }
+  const auto plan_beside = [&] { return plan_memory(gpu::sizes_beside(sizes, *out.card), gpu::options_beside(all, *out.card), n_threads, memory); };
+  out.memory = plan_beside();
+  if (out.memory.streamed && out.card->transit_bytes > 0) {
+    out.card->transit_bytes = 0;
+    out.memory = plan_beside();
+  }
   return out;
 }
 

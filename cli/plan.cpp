@@ -130,7 +130,11 @@ void plan_for_card(Report& report, const ModelOptions& model) {
   using Mode = GpuOptions::Mode;
   const GpuOptions& options = model.gpu;
   report.device = find_card(model);
-  if (options.mode == Mode::off || !model.loras.empty()) return;
+  if (options.mode == Mode::off) return;
+  if (!model.loras.empty()) {
+    if (options.vram_bytes > 0 || gpu::has_module()) notices()("adapters are applied on the CPU only: no card is planned for");
+    return;
+  }
   if (report.device.device != nullptr) report.card = gpu::card_of(*report.device.device);
   else if (options.vram_bytes > 0) report.card = gpu::Card{.name = "", .free_bytes = 0, .memory_bytes_per_s = gpu::kAssumedBytesPerS, .device = nullptr};
   else if (options.mode != Mode::automatic)

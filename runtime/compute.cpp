@@ -21,7 +21,7 @@ bool is_gemm(const Weight& w, size_t n_tokens) {
   return w.format->act == ActFormat::f32 && n_tokens >= kGemmMinTokens;
 }
 
-// Pieces that follow each other in a weight, before another's turn.
+// Pieces of one weight before another's turn: kernels fetch what follows a piece in memory.
 constexpr size_t kTurn = 8;
 
 size_t chunk_rows(const Weight& w, size_t n_tokens) {
@@ -211,7 +211,7 @@ bool MatmulQueue::alike() const {
   return std::all_of(jobs_.begin(), jobs_.end(), [&](const Job& job) { return job.n_chunks == jobs_[0].n_chunks; });
 }
 
-// Products of equal shape (those of the experts) take turns, so that a thread's share is the same
+// Products of equal shape (those of the experts) take turns, so that a thread's share is about the same
 // rows of each of them, whichever experts they are.
 MatmulQueue::Chunk MatmulQueue::chunk_at(size_t i, bool alike) const {
   if (alike) {

@@ -153,8 +153,8 @@ class MatmulQueue {
   // y[t * y_stride + r] = sum over c of w[r][c] * x[first_row + t][c], t in [0, n_tokens)
   void add(const Weight& w, const Activations& x, size_t first_row, size_t n_tokens, float* y, size_t y_stride);
   void run(const Compute& compute);  // and empties the queue
-  // The same for products of one weight that is still being read: pieces in ascending order of rows,
-  // each after ready(first_row, end_row) has returned.
+  // The same for products of one weight that is still being read: pieces in ascending order of rows (several
+  // products: by turns), each after ready(first_row, end_row) has returned.
   void run_arriving(const Compute& compute, const std::function<void(size_t, size_t)>& ready);
 
  private:

@@ -77,7 +77,7 @@ void Decoder::evaluate(const std::atomic<bool>* cancel, size_t n_next) {
 void Decoder::evaluate_on_card(const std::atomic<bool>* cancel, size_t n_next) {
   const ExpertSource::Pass pass(source_, n_next);
   embed(card_->rows());
-  gpu::ForwardHooks hooks{.experts = {}, .routing = {}, .hidden = probe_.hidden, .cancel = cancel, .in_memory = source_ == nullptr, .n_threads = compute_.n_threads};
+  gpu::ForwardHooks hooks{.experts = {}, .routing = {}, .hidden = probe_.hidden, .cancel = cancel, .n_threads = compute_.n_threads};
   hooks.experts = [&](size_t layer, float* residual) {
     moe_.forward(layer, n_, input_, residual);
     if (probe_.routing) probe_.routing(static_cast<int>(layer), moe_.chosen(), moe_.weights());

@@ -40,8 +40,8 @@ Placement place(const HostCores& cores, int n_threads, const EngineOptions& opti
 }
 
 // Long chunks have the CPU's experts multiplied by a card, which rounds the rest of their layers differently.
-uint32_t exact_rows(const Model& model, const gpu::Offload* card, bool streamed) {
-  const bool transits = card != nullptr && card->transit() != nullptr && !streamed;
+uint32_t exact_rows(const Model& model, const gpu::Offload* card) {
+  const bool transits = card != nullptr && card->transit() != nullptr;
   return transits ? std::min(exact_batch(model), gpu::kTransitTokens - 1) : exact_batch(model);
 }
 
@@ -52,6 +52,20 @@ std::vector<uint64_t> one_expert(const ModelSizes& sizes) {
 }
 
 }  // namespace
+
+// Whether experts stream is known only once their memory is planned; then none passes through the card.
+ModelSizes Engine::State::plan_host(const ModelSizes& all, const MemoryOptions& options) {
+  const auto plan_for = [&](ModelSizes sizes, const MemoryOptions& wanted) {
+    plan = plan_memory(sizes, wanted, compute.n_threads, read_host_memory());
+    return sizes;
+  };
+  if (card == nullptr) return plan_for(all, options);
+  const auto plan_beside = [&] { return plan_for(sizes_beside(all, card->plan()), options_beside(options, card->plan())); };
+  ModelSizes sizes = plan_beside();
+  if (!plan.streamed || card->transit() == nullptr) return sizes;
+  card->drop_transit();
+  return plan_beside();
+}
 
 void Engine::State::load(const ModelSizes& sizes, const EngineOptions& options) {
   if (plan.streamed) watch = std::make_unique<MemoryWatch>(sizes, plan, options.watch, notice);  // first: loading takes long enough for a limit to change
@@ -125,10 +139,8 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
   ModelSizes all_sizes = model_sizes(file, hparams);
   all_sizes.dense_bytes += state->model.lora_bytes();
   state->open_card(all_sizes, options);
+  state->load(state->plan_host(all_sizes, options.memory), options);
   const gpu::Offload* const card = state->card.get();
-  const ModelSizes sizes = card != nullptr ? sizes_beside(all_sizes, card->plan()) : all_sizes;
-  state->plan = plan_memory(sizes, card != nullptr ? options_beside(options.memory, card->plan()) : options.memory, n_threads, read_host_memory());
-  state->load(sizes, options);
   state->tokenizer_error = try_load([&] { state->tokenizer = Tokenizer::load(file, notice); });
   state->template_error = try_load([&] { state->chat_template = ChatTemplate::of_model(file, notice); });
   state->info = {.hparams = hparams,
@@ -138,7 +150,7 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
                  .n_params = state->model.n_params(),
                  .isa = kernels.isa,
                  .n_threads = state->compute.n_threads,
-                 .exact_batch = exact_rows(state->model, state->card.get(), state->plan.streamed),
+                 .exact_batch = exact_rows(state->model, card),
                  .cost = model_cost(hparams, state->model.token_embd(), state->model.output(), state->model.layers()),
                  .expert_bytes = one_expert(all_sizes),
                  .gpu = card != nullptr ? card->device().info().name : "",

@@ -187,7 +187,9 @@ class Engine {
   // ids; what is wrong with them is thrown when they are asked for: Error(format), Error(unsupported).
   const Tokenizer& tokenizer() const;
   const std::optional<ChatTemplate>& chat_template() const;
-  Session new_session(const SessionOptions& options) const;  // Error(memory) when KV does not fit
+  // Error(memory) when keys and values do not fit, or are more than a card was planned for; Error(unsupported): products
+  // to be observed while a card computes.
+  Session new_session(const SessionOptions& options) const;
 
  private:
   friend class Session;

@@ -17,6 +17,8 @@ namespace duet {
 
 struct Engine::State {
   explicit State(Model m) : model(std::move(m)) {}
+  // Plans the memory for what is not on the card, which the result gives the sizes of.
+  ModelSizes plan_host(const ModelSizes& all, const MemoryOptions& options);
   // Weights to the card; where the plan streams, dense ones to memory, experts from the file.
   void load(const ModelSizes& sizes, const EngineOptions& options);
   // Takes what the plan of a card's memory gives it; leaves `card` null where there is none and none was asked for.

@@ -15,7 +15,12 @@ SequencePool::Entry& SequencePool::acquire(std::span<const Token> prompt, bool r
   const auto wanted = prompt.first(prompt.size() - 1);  // the last is always evaluated
   Entry& entry = from_memory(wanted, reuse);
   entry.to_store = false;
-  if (reuse && store_ != nullptr) store_->extend(entry.sequence, wanted);
+  try {
+    if (reuse && store_ != nullptr) store_->extend(entry.sequence, wanted);
+  } catch (...) {
+    entry.busy = false;
+    throw;
+  }
   return entry;
 }
 
@@ -35,8 +40,13 @@ SequencePool::Entry& SequencePool::from_memory(std::span<const Token> wanted, bo
     return *best;
   }
   Entry& entry = fresh(best);
-  entry.sequence.truncate(&entry == best ? common : 0);
-  if (best != nullptr && &entry != best && common >= kMinCopy) entry.sequence.copy_prefix(best->sequence, common);
+  try {
+    entry.sequence.truncate(&entry == best ? common : 0);
+    if (best != nullptr && &entry != best && common >= kMinCopy) entry.sequence.copy_prefix(best->sequence, common);
+  } catch (...) {
+    entry.busy = false;
+    throw;
+  }
   return entry;
 }
 

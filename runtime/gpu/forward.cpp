@@ -293,7 +293,7 @@ void Forward::forward(std::span<const CardRun> runs, const ForwardHooks& hooks) 
     ~Settled() { card->settle(); }
   } settled{card_};
   begin(runs);
-  const bool transits = n_ >= kTransitTokens && hooks.in_memory && card_->transit() != nullptr;
+  const bool transits = n_ >= kTransitTokens && card_->transit() != nullptr;
   const size_t n_on_host = transits ? 0 : card_->plan().first_layer;
   tell_hidden(hooks, -1);
   for (size_t layer = 0; layer < h_->n_layer; ++layer) {

@@ -55,8 +55,7 @@ struct ForwardHooks {
   std::function<void(size_t layer, std::span<const int32_t> chosen)> routing;
   std::function<void(int layer, std::span<const float> hidden)> hidden;  // null, or as DecoderProbe's; slows
   const std::atomic<bool>* cancel = nullptr;
-  bool in_memory = true;  // the CPU's experts: long chunks have them copied through the card, by so many threads
-  int n_threads = 1;
+  int n_threads = 1;  // that copy the CPU's experts, which long chunks have sent through the card
 };
 
 // One thread at a time.

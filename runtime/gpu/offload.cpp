@@ -213,6 +213,13 @@ void Offload::place_transit(const NoticeFn& notice) {
   notice(concat(device_->info().name, ": out of memory: long prompts do not have the CPU's experts copied through the card"));
 }
 
+void Offload::drop_transit() {
+  if (transit_ == nullptr) return;
+  std::erase_if(copies_, [&](const Copy& copy) { return copy.to == reinterpret_cast<const std::byte*>(transit_->pointers); });
+  transit_.reset();
+  plan_.transit_bytes = 0;
+}
+
 // What sessions will need, and experts on their way, is kept free meanwhile.
 void Offload::place_all(const ModelSizes& sizes, const NoticeFn& notice) {
   layers_.resize(model_->layers().size());

@@ -4,7 +4,6 @@
 
 #include <array>
 #include <atomic>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -90,6 +89,8 @@ class Offload {
   Offload(const Offload&) = delete;
   Offload& operator=(const Offload&) = delete;
 
+  // Gives back what experts of the CPU would pass through: those that are streamed do not. Before upload().
+  void drop_transit();
   // Copies the weights. Error(io).
   void upload(const Compute& compute);
 

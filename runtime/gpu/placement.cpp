@@ -166,9 +166,13 @@ bool may_go_without(const GpuOptions& options, const Error& refusal) {
   return refusal.kind() == ErrorKind::unsupported || (refusal.kind() == ErrorKind::memory && options.vram_bytes == 0);
 }
 
+void check_heads(const HParams& hparams, KvType type, const Device& device) {
+  if (!device.supports(head_shape(hparams, type)))
+    fail(ErrorKind::unsupported, device.info().name, ": attention heads of ", hparams.head_dim, " elements with this --kv-type are not supported; use --gpu off");
+}
+
 void check_support(const Model& model, KvType type, const Device& device) {
-  if (!device.supports(head_shape(model.hparams(), type)))
-    fail(ErrorKind::unsupported, device.info().name, ": attention heads of ", model.hparams().head_dim, " elements with this --kv-type are not supported; use --gpu off");
+  check_heads(model.hparams(), type, device);
   const auto check = [&](const Weight& w) {
     if (!device.supports(w.format->dtype)) fail(ErrorKind::unsupported, device.info().name, ": weights in ", w.format->name, " are not supported; use --gpu off");
   };

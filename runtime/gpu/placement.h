@@ -42,7 +42,7 @@ struct CardPlan {
   std::string budget_reason;  // "--vram 22.0 GiB", "free memory 23.1 GiB, 512.0 MiB left"
   uint64_t context_bytes = 0; // of the budget: what the driver takes for itself; 0 when it has been taken already
   uint64_t weight_bytes = 0, kv_bytes = 0, scratch_bytes = 0, expert_bytes = 0;
-  uint64_t transit_bytes = 0;  // of two experts on their way; 0: none passes through
+  uint64_t transit_bytes = 0;  // of two experts on their way; 0: none passes through, as where they are streamed
   ChunkSizes sizes;
   uint32_t n_layer = 0, first_layer = 0;  // experts of layers [first_layer, n_layer) are on the card
   uint64_t total_bytes() const { return context_bytes + weight_bytes + kv_bytes + scratch_bytes + transit_bytes + expert_bytes; }
@@ -63,7 +63,8 @@ ModelSizes sizes_beside(ModelSizes sizes, const CardPlan& plan);
 // What its memory is then planned for: keys and values are on the card.
 MemoryOptions options_beside(MemoryOptions options, const CardPlan& plan);
 
-// Error(unsupported) for formats or heads that the card does not take.
+// Error(unsupported) for heads, or for formats or heads, that the card does not take.
+void check_heads(const HParams& hparams, KvType type, const Device& device);
 void check_support(const Model& model, KvType type, const Device& device);
 
 // On the card.

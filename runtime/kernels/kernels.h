@@ -44,7 +44,7 @@ struct MatmulArgs {
   size_t n_tokens;
   float* y;
   size_t y_stride;  // floats from token to token
-  const std::byte* next = nullptr;  // weights that this thread multiplies next, to be fetched ahead; null: the rows behind these
+  const std::byte* next = nullptr;  // weights that this thread most likely multiplies next, to be fetched ahead; null: the rows behind these
 };
 using MatmulFn = void (*)(const MatmulArgs&) noexcept;
 

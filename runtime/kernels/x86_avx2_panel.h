@@ -145,7 +145,7 @@ struct WideAct {
 
 // Rows computed side by side are more streams at once than memory likes, so the rows that come
 // after them, one after the other in memory, are fetched into the L2 cache as one stream while
-// these are computed; at the end of a call too, because the caller's next rows are likely those.
+// these are computed; at the end of a call those of MatmulArgs::next, or the rows behind.
 struct Ahead {
   uintptr_t next;
 
@@ -256,6 +256,7 @@ DUET_INLINE void matmul_panels(const MatmulArgs& a) {
       MatmulArgs rest = sub_problem(a, r, t);
       rest.n_rows = a.n_rows - r;
       rest.n_tokens = a.n_tokens - t < kPanelTokens ? a.n_tokens - t : kPanelTokens;
+      if (t + kPanelTokens < a.n_tokens) rest.next = a.w;
       run_panel<Panel>(rest);
     }
   }

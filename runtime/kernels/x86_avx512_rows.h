@@ -7,8 +7,8 @@ namespace duet {
 namespace {
 
 // Rows computed side by side are more streams than hardware prefetchers follow. While a group of
-// rows is computed, the bytes that follow it are fetched into the L2 cache in address order, past
-// the end of the call too: the caller's next rows are likely those.
+// rows is computed, the bytes that follow it are fetched into the L2 cache in address order; at the
+// end of a call those of MatmulArgs::next, or the rows behind.
 class Ahead {
  public:
   explicit DUET_INLINE Ahead(const std::byte* p) : p_(reinterpret_cast<const char*>(p)) {}

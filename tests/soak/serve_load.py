@@ -100,7 +100,7 @@ def wait_until_up(url):
             connection.request("GET", "/health")
             if connection.getresponse().status == 200:
                 return
-        except OSError:
+        except (OSError, http.client.HTTPException):
             pass
         time.sleep(0.2)
     sys.exit(f"error: nothing healthy at {url}")
@@ -111,8 +111,13 @@ class Server:
     def __init__(self, command, url=None):
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE if url is None else subprocess.DEVNULL,
                                         stderr=None if url is None else subprocess.DEVNULL, text=True)
-        self.url = url or re.search(r"http://[\d.:]+", self.process.stdout.readline()).group(0)
-        wait_until_up(self.url)
+        try:
+            self.url = url or re.search(r"http://[\d.:]+", self.process.stdout.readline()).group(0)
+            wait_until_up(self.url)
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
 
     @classmethod
     def duet(cls, a):
@@ -179,6 +184,8 @@ def main():
     p.add_argument("--serve-args", default="", help="more options of duet serve")
     p.add_argument("--peer", default="", help="command of another server, for --sweep")
     a = p.parse_args()
+    if a.peer and not a.sweep:
+        p.error("--peer goes with --sweep")
     sys.exit(0 if (sweep(a) if a.sweep else soak(a)) else 1)
 
 
