@@ -28,12 +28,16 @@ using namespace duet;
 struct Options {
   std::vector<int> threads;
   std::string isa, format;
-  std::vector<size_t> token_counts = {1, 2, 3, 4, 6, 8, 16, 64, 512};
+  std::vector<size_t> token_counts;  // empty: some
   size_t cols = 4096;
   size_t weight_bytes = size_t{128} << 20;  // several times a 32 MiB L3 share
   bool gemm = false;
   bool cpu_time = false;
 };
+
+std::vector<size_t> counts_of(const Options& options, std::vector<size_t> usual) {
+  return options.token_counts.empty() ? usual : options.token_counts;
+}
 
 struct Matrix {
   const Format& format;
@@ -131,7 +135,7 @@ void bench_format(const Format& format, const Options& options) {
   for (const KernelTable* kernels : usable_kernels()) {
     if (!options.isa.empty() && options.isa != kernels->isa) continue;
     for (int n_threads : options.threads) {
-      for (size_t n_tokens : options.token_counts) {
+      for (size_t n_tokens : counts_of(options, {1, 2, 3, 4, 6, 8, 16, 64, 512})) {
         // Fewer rows for many tokens: still above the L2 cache, and done within a second.
         const size_t share = std::string(kernels->isa) == "scalar" ? 32 * n_tokens : n_tokens;
         const size_t n_rows =
@@ -153,8 +157,7 @@ void bench_gemm(const Format& format, const Options& options) {
   std::vector<float> panel(gemm_panel_floats(m.cols));
   for (int n_threads : options.threads) {
     set_library_threads(n_threads);
-    constexpr size_t kCounts[] = {4, 8, 16, 24, 32, 48, 64, 128, 512};
-    for (size_t n_tokens : kCounts) {
+    for (size_t n_tokens : counts_of(options, {4, 8, 16, 24, 32, 48, 64, 128, 512})) {
       const size_t n_rows = std::min<size_t>(m.n_rows, 4096);
       const std::vector<std::byte> x = random_activations(format, kernels, m.cols, n_tokens);
       std::vector<float> y(n_rows * n_tokens);
@@ -204,6 +207,7 @@ int main(int argc, char** argv) {
     else
       return usage();
   }
+  if (options.cols == 0 || options.cols % 256 != 0 || options.token_counts == std::vector<size_t>{0}) return usage();
   if (options.threads.empty()) {
     options.threads = {1};
     if (const int all = read_host_cores().usable(); all > 1) options.threads.push_back(all);

@@ -198,12 +198,7 @@ Division divide(const ModelSizes& sizes, const ModelOptions& options, const std:
     out.memory = plan_memory(sizes, all, n_threads, memory);
     return out;
   }
-  const auto plan_beside = [&] { return plan_memory(gpu::sizes_beside(sizes, *out.card), gpu::options_beside(all, *out.card), n_threads, memory); };
-  out.memory = plan_beside();
-  if (out.memory.streamed && out.card->transit_bytes > 0) {
-    out.card->transit_bytes = 0;
-    out.memory = plan_beside();
-  }
+  out.memory = gpu::plan_beside(sizes, all, *out.card, n_threads, memory);
   return out;
 }
 

@@ -55,16 +55,15 @@ std::vector<uint64_t> one_expert(const ModelSizes& sizes) {
 
 // Whether experts stream is known only once their memory is planned; then none passes through the card.
 ModelSizes Engine::State::plan_host(const ModelSizes& all, const MemoryOptions& options) {
-  const auto plan_for = [&](ModelSizes sizes, const MemoryOptions& wanted) {
-    plan = plan_memory(sizes, wanted, compute.n_threads, read_host_memory());
-    return sizes;
-  };
-  if (card == nullptr) return plan_for(all, options);
-  const auto plan_beside = [&] { return plan_for(sizes_beside(all, card->plan()), options_beside(options, card->plan())); };
-  ModelSizes sizes = plan_beside();
-  if (!plan.streamed || card->transit() == nullptr) return sizes;
-  card->drop_transit();
-  return plan_beside();
+  const HostMemory memory = read_host_memory();
+  if (card == nullptr) {
+    plan = plan_memory(all, options, compute.n_threads, memory);
+    return all;
+  }
+  gpu::CardPlan beside = card->plan();
+  plan = gpu::plan_beside(all, options, beside, compute.n_threads, memory);
+  if (beside.transit_bytes == 0) card->drop_transit();
+  return gpu::sizes_beside(all, beside);
 }
 
 void Engine::State::load(const ModelSizes& sizes, const EngineOptions& options) {

@@ -1,6 +1,7 @@
 #include "server/scheduler.h"
 
 #include <algorithm>
+#include <new>
 
 #include "base/error.h"
 #include "base/parallel.h"
@@ -196,7 +197,9 @@ void Scheduler::step() {
   } catch (const Error& e) {
     if (e.kind() == ErrorKind::cancelled) return;  // stop_
     return end_all(FinishReason::failed, e.what());
-  } catch (const std::exception& e) {  // no memory for what these want
+  } catch (const std::bad_alloc&) {
+    return end_all(FinishReason::failed, "out of memory");
+  } catch (const std::exception& e) {
     return end_all(FinishReason::failed, e.what());
   }
   pool_.trim();

@@ -15,12 +15,8 @@ SequencePool::Entry& SequencePool::acquire(std::span<const Token> prompt, bool r
   const auto wanted = prompt.first(prompt.size() - 1);  // the last is always evaluated
   Entry& entry = from_memory(wanted, reuse);
   entry.to_store = false;
-  try {
-    if (reuse && store_ != nullptr) store_->extend(entry.sequence, wanted);
-  } catch (...) {
-    entry.busy = false;
-    throw;
-  }
+  if (reuse && store_ != nullptr) store_->extend(entry.sequence, wanted);
+  entry.busy = true;  // last: what throws before leaves a finished sequence
   return entry;
 }
 
@@ -35,18 +31,12 @@ SequencePool::Entry& SequencePool::from_memory(std::span<const Token> wanted, bo
     }
   }
   if (best != nullptr && !best->busy && 2 * common >= best->sequence.tokens().size()) {
-    best->busy = true;
     best->sequence.truncate(common);
     return *best;
   }
   Entry& entry = fresh(best);
-  try {
-    entry.sequence.truncate(&entry == best ? common : 0);
-    if (best != nullptr && &entry != best && common >= kMinCopy) entry.sequence.copy_prefix(best->sequence, common);
-  } catch (...) {
-    entry.busy = false;
-    throw;
-  }
+  entry.sequence.truncate(&entry == best ? common : 0);
+  if (best != nullptr && &entry != best && common >= kMinCopy) entry.sequence.copy_prefix(best->sequence, common);
   return entry;
 }
 
@@ -58,7 +48,6 @@ SequencePool::Entry& SequencePool::fresh(const Entry* keep) {
   if (old == nullptr && is_full) old = oldest_idle(nullptr);
   if (old != nullptr && (is_full || bytes() + batch_->sequence_bytes() > max_bytes_)) {
     store_rest(*old);
-    old->busy = true;
     return *old;
   }
   entries_.push_back(std::make_unique<Entry>(Entry{batch_->new_sequence()}));

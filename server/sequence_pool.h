@@ -15,7 +15,7 @@ class SequencePool {
  public:
   struct Entry {
     Sequence sequence;
-    bool busy = true;
+    bool busy = false;
     uint64_t last_used = 0;
     bool to_store = false;  // not all blocks, from n_stored on, are in the store
     size_t n_stored = 0;

@@ -203,6 +203,14 @@ MemoryOptions options_beside(MemoryOptions options, const CardPlan& plan) {
   return options;
 }
 
+MemoryPlan plan_beside(const ModelSizes& sizes, const MemoryOptions& options, CardPlan& card, int n_threads, const HostMemory& memory) {
+  const auto plan = [&] { return plan_memory(sizes_beside(sizes, card), options_beside(options, card), n_threads, memory); };
+  MemoryPlan beside = plan();
+  if (!beside.streamed || card.transit_bytes == 0) return beside;
+  card.transit_bytes = 0;
+  return plan();
+}
+
 std::string describe(const CardPlan& plan, const HParams& hparams) {
   const uint32_t n = plan.n_layer - plan.first_layer;
   std::string what = "attention and output";

@@ -62,6 +62,8 @@ CardPlan with_first_layer(CardPlan plan, const ModelSizes& sizes, uint32_t first
 ModelSizes sizes_beside(ModelSizes sizes, const CardPlan& plan);
 // What its memory is then planned for: keys and values are on the card.
 MemoryOptions options_beside(MemoryOptions options, const CardPlan& plan);
+// Both. Where the experts are streamed, none passes through the card: its transit_bytes become 0.
+MemoryPlan plan_beside(const ModelSizes& sizes, const MemoryOptions& options, CardPlan& card, int n_threads, const HostMemory& memory);
 
 // Error(unsupported) for heads, or for formats or heads, that the card does not take.
 void check_heads(const HParams& hparams, KvType type, const Device& device);

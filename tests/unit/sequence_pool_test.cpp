@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "server/sequence_pool.h"
 #include "tests/support/logits.h"
@@ -25,6 +26,11 @@ Engine open_on(gpu::Device* device) {
   return Engine::open(test::write_model(random, "pool.gguf"), options);
 }
 
+std::vector<Token> changed_at(size_t i, std::vector<Token> prompt) {
+  prompt[i] = prompt[i] == 7 ? 8 : 7;
+  return prompt;
+}
+
 // Evaluates what the pool does not have of a prompt. How much it had.
 size_t serve(SequencePool& pool, Batch& batch, std::span<const Token> prompt) {
   SequencePool::Entry& entry = pool.acquire(prompt, true);
@@ -46,8 +52,7 @@ TEST_CASE("pool: a prompt that shares little with the only sequence there is roo
     Batch batch(engine, {.n_ctx = kContext, .n_batch = 128, .n_sequences = 1});
     SequencePool pool(batch, batch.sequence_bytes(), nullptr);
     const auto first = test::some_tokens(100, engine.info().hparams.n_vocab);
-    auto second = first;
-    second[30] = first[30] == 7 ? 8 : 7;
+    const auto second = changed_at(30, first);
     CHECK(serve(pool, batch, first) == 0);
     CHECK(serve(pool, batch, second) == 30);
     CHECK(pool.size() == 1);
@@ -61,15 +66,13 @@ TEST_CASE("pool: with room for two, both stay, and the beginning of one is copie
   Batch batch(engine, {.n_ctx = kContext, .n_batch = 128, .n_sequences = 2});
   SequencePool pool(batch, 2 * batch.sequence_bytes(), nullptr);
   const auto first = test::some_tokens(100, engine.info().hparams.n_vocab);
-  auto second = first;
-  second[30] = first[30] == 7 ? 8 : 7;
+  const auto second = changed_at(30, first);
   CHECK(serve(pool, batch, first) == 0);
   CHECK(serve(pool, batch, second) == 30);
   CHECK(pool.size() == 2);
   CHECK(serve(pool, batch, first) == 99);
   CHECK(serve(pool, batch, second) == 99);
-  auto third = first;
-  third[0] = first[0] == 7 ? 8 : 7;
+  const auto third = changed_at(0, first);
   CHECK(serve(pool, batch, third) == 0);  // in place of the oldest
   CHECK(pool.size() == 2);
   CHECK(serve(pool, batch, second) == 99);
