@@ -96,9 +96,9 @@ struct Decode32 {
                         : dpbusd(__m256i{}, q, v);
   }
 
-  // Row r; n blocks, of eight unless kTail.
+  // Row r; n blocks, of eight unless kTail. As many are fetched ahead.
   template <bool kTail>
-  DUET_INLINE void add_row(size_t r, const Block* w, const BlockAct32* x, size_t n) {
+  DUET_INLINE void add_row(size_t r, const Block* w, const BlockAct32* x, size_t n, Ahead& ahead) {
     __m256i dots[8];
 #pragma GCC unroll 8
     for (size_t i = 0; i < 8; ++i) {
@@ -107,7 +107,9 @@ struct Decode32 {
       dots[i] = dot(w[i], x[i]);
       d[r][i] = w[i].d;
       if constexpr (kM) m[r][i] = w[i].m;
+      ahead.fetch_after<8 * sizeof(Block), 8>(i, dots[i]);
     }
+    ahead.next += n * sizeof(Block);
     product[r] = sum_lanes(dots);
   }
 
@@ -147,8 +149,7 @@ DUET_INLINE __m256 decode_blocks(const RowsOf8& rows, Ahead& ahead, const BlockA
 #pragma GCC unroll 1
   for (size_t r = 0; r < 8; ++r) {
     const std::byte* w = rows.at[r] + b * sizeof(Block);
-    ahead.fetch(n * sizeof(Block));
-    decode.template add_row<kTail>(r, reinterpret_cast<const Block*>(w), x + b, n);
+    decode.template add_row<kTail>(r, reinterpret_cast<const Block*>(w), x + b, n, ahead);
   }
   return decode.chain(EightActs(x + b, n), n, y);
 }

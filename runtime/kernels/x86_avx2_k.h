@@ -133,9 +133,9 @@ DUET_INLINE __m256i start_sums(const RowScales& s, const BlockAct256& x, __m128i
   return __m256i{};
 }
 
-// Row r of the sums of T tokens.
-template <class Block, size_t T>
-DUET_INLINE void decode_block(const Block& b, const BlockAct256* const* x, size_t r, TokenSums* sums) {
+// Row r of the sums of T tokens. As many bytes as the step reads of the file are fetched ahead.
+template <size_t kBytes, class Block, size_t T>
+DUET_INLINE void decode_block(const Block& b, const BlockAct256* const* x, size_t r, Ahead& ahead, TokenSums* sums) {
   const RowScales scales = row_scales(b);
   __m256i dot[T];
 #pragma GCC unroll 4
@@ -151,7 +151,9 @@ DUET_INLINE void decode_block(const Block& b, const BlockAct256* const* x, size_
                                 : multiply_bytes<kQuads<Block>>(q, v);
       dot[t] = dpwssd(dot[t], parts, factor);
     }
+    ahead.fetch_after<kBytes, 8>(static_cast<size_t>(i), dot[0]);
   }
+  ahead.next += kBytes;
 #pragma GCC unroll 4
   for (size_t t = 0; t < T; ++t) sums[t].dot[r] = dot[t];
 }
@@ -187,10 +189,9 @@ void decode_rows(const MatmulArgs& a) noexcept {
     alignas(32) decltype(Form::d) d[8], dmin[8] = {};
 #pragma GCC unroll 1
     for (size_t r = 0; r < 8; ++r) {
-      ahead.fetch(sizeof(Block));
       Form unpacked;
       const Form& block = Panel::form(reinterpret_cast<const Block*>(rows.at[r])[b], unpacked);
-      decode_block<Form, T>(block, x, r, sums);
+      decode_block<sizeof(Block), Form, T>(block, x, r, ahead, sums);
       d[r] = block.d;
       if constexpr (kHasMinimum<Form>) dmin[r] = block.dmin;
     }

@@ -159,6 +159,15 @@ struct Ahead {
       _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T1);
     next += bytes;
   }
+  // Part i of n of a step that reads kBytes, once v is there and before it is used: compilers gather
+  // prefetches at the start of a step, and a burst of them holds up the loads of the step.
+  template <size_t kBytes, size_t n>
+  DUET_INLINE void fetch_after(size_t i, __m256i& v) const {
+    constexpr size_t kLines = (kBytes + 63) / 64;
+#pragma GCC unroll 8
+    for (size_t line = i * kLines / n; line < (i + 1) * kLines / n; ++line)
+      __asm__ volatile("prefetcht1 %1" : "+x"(v) : "m"(*reinterpret_cast<const char*>(next + 64 * line)));
+  }
 };
 
 // ---- a few tokens: eight rows at a time ------------------------------------------------------------
