@@ -109,7 +109,7 @@ struct Decode32 {
       if constexpr (kM) m[r][i] = w[i].m;
       ahead.fetch_after<8 * sizeof(Block), 8>(i, dots[i]);
     }
-    ahead.next += n * sizeof(Block);
+    ahead.next(n * sizeof(Block));
     product[r] = sum_lanes(dots);
   }
 
@@ -158,7 +158,7 @@ template <class Bytes>
 void decode_rows32(const MatmulArgs& a) noexcept {
   const auto* x = reinterpret_cast<const BlockAct32*>(a.x);
   const RowsOf8 rows(a);
-  Ahead ahead(a, 8);
+  Ahead ahead(rows_from(a, 8));
   __m256 y = {};
   size_t b = 0;
   for (; b + 8 <= a.cols / 32; b += 8) y = decode_blocks<Bytes, false>(rows, ahead, x, b, 8, y);

@@ -133,29 +133,38 @@ DUET_INLINE __m256i start_sums(const RowScales& s, const BlockAct256& x, __m128i
   return __m256i{};
 }
 
-// Row r of the sums of T tokens. As many bytes as the step reads of the file are fetched ahead.
-template <size_t kBytes, class Block, size_t T>
-DUET_INLINE void decode_block(const Block& b, const BlockAct256* const* x, size_t r, Ahead& ahead, TokenSums* sums) {
-  const RowScales scales = row_scales(b);
-  __m256i dot[T];
+// Rows r .. r + R - 1 of the sums of T tokens. As many bytes as they take in the file are fetched ahead.
+template <size_t kRowBytes, class Block, size_t R, size_t T>
+DUET_INLINE void decode_block(const Block* const (&b)[R], const BlockAct256* const (&x)[T], size_t r, Ahead& ahead, TokenSums* sums) {
+  __m256i factors[R], dot[R][T];
+#pragma GCC unroll 2
+  for (size_t j = 0; j < R; ++j) {
+    const RowScales scales = row_scales(*b[j]);
+    factors[j] = scales.factors;
 #pragma GCC unroll 4
-  for (size_t t = 0; t < T; ++t) dot[t] = start_sums<Block>(scales, *x[t], &sums[t].mins[r]);
+    for (size_t t = 0; t < T; ++t) dot[j][t] = start_sums<Block>(scales, *x[t], &sums[t].mins[r + j]);
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    const __m256i q = quants(b, i), factor = factor_of<kQuads<Block>>(scales.factors, i);
+#pragma GCC unroll 2
+    for (size_t j = 0; j < R; ++j) {
+      const __m256i q = quants(*b[j], i), factor = factor_of<kQuads<Block>>(factors[j], i);
 #pragma GCC unroll 4
-    for (size_t t = 0; t < T; ++t) {
-      const __m256i v = load256(x[t]->qs + 32 * i);
-      const __m256i parts = kSignedQuants<Block>
-                                ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(v, q))
-                                : multiply_bytes<kQuads<Block>>(q, v);
-      dot[t] = dpwssd(dot[t], parts, factor);
+      for (size_t t = 0; t < T; ++t) {
+        const __m256i v = load256(x[t]->qs + 32 * i);
+        const __m256i parts = kSignedQuants<Block>
+                                  ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(v, q))
+                                  : multiply_bytes<kQuads<Block>>(q, v);
+        dot[j][t] = dpwssd(dot[j][t], parts, factor);
+      }
     }
-    ahead.fetch_after<kBytes, 8>(static_cast<size_t>(i), dot[0]);
+    ahead.fetch_after<R * kRowBytes, 8>(static_cast<size_t>(i), dot[0][0]);
   }
-  ahead.next += kBytes;
+  ahead.next(R * kRowBytes);
+#pragma GCC unroll 2
+  for (size_t j = 0; j < R; ++j)
 #pragma GCC unroll 4
-  for (size_t t = 0; t < T; ++t) sums[t].dot[r] = dot[t];
+    for (size_t t = 0; t < T; ++t) sums[t].dot[r + j] = dot[j][t];
 }
 
 // One step of the float chains of a token.
@@ -174,13 +183,18 @@ DUET_INLINE __m256 add_sums(const TokenSums& sums, __m256 d, __m256 dmin, float 
 DUET_INLINE __m256 eight_floats(const uint16_t* halves) { return _mm256_cvtph_ps(load128(halves)); }
 DUET_INLINE __m256 eight_floats(const float* floats) { return _mm256_loadu_ps(floats); }
 
+// Rows that share the loads of one token's activations: where scales leave registers for it.
+template <class Block, size_t T>
+constexpr size_t kRowsAtOnce = T == 1 && kGroup<Block> == 32 ? 2 : 1;
+
 // The first eight rows times T tokens. Panel::form: a block as it is multiplied.
 template <class Panel, size_t T>
 void decode_rows(const MatmulArgs& a) noexcept {
   using Block = typename Panel::Block;
   using Form = typename Panel::Form;
+  constexpr size_t R = kRowsAtOnce<Form, T>;
   const RowsOf8 rows(a);
-  Ahead ahead(a, 8);
+  Ahead ahead(rows_from(a, 8));
   __m256 y[T] = {};
   for (size_t b = 0; b < a.cols / 256; ++b) {
     const BlockAct256* x[T];
@@ -188,12 +202,16 @@ void decode_rows(const MatmulArgs& a) noexcept {
     TokenSums sums[T];
     alignas(32) decltype(Form::d) d[8], dmin[8] = {};
 #pragma GCC unroll 1
-    for (size_t r = 0; r < 8; ++r) {
-      Form unpacked;
-      const Form& block = Panel::form(reinterpret_cast<const Block*>(rows.at[r])[b], unpacked);
-      decode_block<sizeof(Block), Form, T>(block, x, r, ahead, sums);
-      d[r] = block.d;
-      if constexpr (kHasMinimum<Form>) dmin[r] = block.dmin;
+    for (size_t r = 0; r < 8; r += R) {
+      Form unpacked[R];
+      const Form* block[R];
+#pragma GCC unroll 2
+      for (size_t j = 0; j < R; ++j) {
+        block[j] = &Panel::form(reinterpret_cast<const Block*>(rows.at[r + j])[b], unpacked[j]);
+        d[r + j] = block[j]->d;
+        if constexpr (kHasMinimum<Form>) dmin[r + j] = block[j]->dmin;
+      }
+      decode_block<sizeof(Block)>(block, x, r, ahead, sums);
     }
     const __m256 scale = eight_floats(d), min_scale = eight_floats(dmin);
 #pragma GCC unroll 4

@@ -143,33 +143,6 @@ struct WideAct {
   static DUET_INLINE __m256i widen16(const int8_t* x) { return _mm256_cvtepi8_epi16(load128(x)); }
 };
 
-// Rows computed side by side are more streams at once than memory likes, so the rows that come
-// after them, one after the other in memory, are fetched into the L2 cache as one stream while
-// these are computed; at the end of a call those of MatmulArgs::next, or the rows behind.
-struct Ahead {
-  uintptr_t next;
-
-  // at_once: rows computed side by side.
-  DUET_INLINE Ahead(const MatmulArgs& a, size_t at_once)
-      : next(reinterpret_cast<uintptr_t>(rows_from(a, at_once))) {}
-
-  // As many bytes as the step that calls this computes.
-  DUET_INLINE void fetch(size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T1);
-    next += bytes;
-  }
-  // Part i of n of a step that reads kBytes, once v is there and before it is used: compilers gather
-  // prefetches at the start of a step, and a burst of them holds up the loads of the step.
-  template <size_t kBytes, size_t n>
-  DUET_INLINE void fetch_after(size_t i, __m256i& v) const {
-    constexpr size_t kLines = (kBytes + 63) / 64;
-#pragma GCC unroll 8
-    for (size_t line = i * kLines / n; line < (i + 1) * kLines / n; ++line)
-      __asm__ volatile("prefetcht1 %1" : "+x"(v) : "m"(*reinterpret_cast<const char*>(next + 64 * line)));
-  }
-};
-
 // ---- a few tokens: eight rows at a time ------------------------------------------------------------
 // The first eight rows of a problem; past the last one that row again, not stored.
 struct RowsOf8 {
@@ -234,7 +207,8 @@ DUET_INLINE void unpack_vector(Panel& panel, const MatmulArgs& a, size_t c, size
   for (size_t j = 0; j < 8; ++j) {
     const size_t r = 8 * v + j < a.n_rows ? 8 * v + j : a.n_rows - 1;
     rows[j] = reinterpret_cast<const Block*>(a.w + r * a.w_stride) + c / Panel::kBlockCols;
-    ahead.fetch(n_cols / Panel::kBlockCols * sizeof(Block));
+    ahead.fetch_all(n_cols / Panel::kBlockCols * sizeof(Block));
+    ahead.next(n_cols / Panel::kBlockCols * sizeof(Block));
   }
   panel.unpack(rows, v, n_cols);
 }
@@ -245,7 +219,7 @@ void run_panel(const MatmulArgs& a) noexcept {
   Panel panel;
   PanelSums sums;
   __builtin_memset(&sums, 0, a.n_tokens * sizeof sums.v[0]);
-  Ahead ahead(a, kPanelRows);
+  Ahead ahead(rows_from(a, kPanelRows));
   for (size_t c = 0; c < a.cols; c += 256) {
     const size_t n_cols = a.cols - c < 256 ? a.cols - c : 256;
     for (size_t v = 0; v < kVectors; ++v) unpack_vector(panel, a, c, n_cols, v, ahead);

@@ -203,7 +203,7 @@ struct Panel32 {
     __m512 sum[T] = {};
     for (size_t b = 0; b < cols / 32; ++b) {
       add_quads<T>(rows, b * sizeof(Block), act + b * sizeof(BlockAct32), x_stride, sum);
-      ahead.fetch<kRows * sizeof(Block), 1>(0);
+      ahead.fetch_all(kRows * sizeof(Block));
       ahead.next(kRows * sizeof(Block));
     }
 #pragma GCC unroll 8

@@ -1,44 +1,10 @@
-// The loop over rows of a few tokens ("decode", small batches), and how it keeps memory busy.
+// The loop over rows of a few tokens ("decode", small batches).
 #pragma once
 
 #include "runtime/kernels/x86_avx512_panel.h"
 
 namespace duet {
 namespace {
-
-// Rows computed side by side are more streams than hardware prefetchers follow. While a group of
-// rows is computed, the bytes that follow it are fetched into the L2 cache in address order; at the
-// end of a call those of MatmulArgs::next, or the rows behind.
-class Ahead {
- public:
-  explicit DUET_INLINE Ahead(const std::byte* p) : p_(reinterpret_cast<const char*>(p)) {}
-
-  // Part i of n of a step that reads kBytes; next() after the last.
-  template <size_t kBytes, size_t n>
-  DUET_INLINE void fetch(size_t i) const {
-    constexpr size_t kLines = (kBytes + 63) / 64;
-#pragma GCC unroll 32
-    for (size_t line = i * kLines / n; line < (i + 1) * kLines / n; ++line)
-      _mm_prefetch(p_ + 64 * line, _MM_HINT_T1);
-  }
-  // The same once v is there, and before it is used: compilers gather prefetches at the start of a
-  // step, and a burst of them holds up the loads of the step. (GCC even drops those in functions
-  // that do nothing else, as calls without an effect.)
-  template <size_t kBytes, size_t n>
-  DUET_INLINE void fetch_after(size_t i, __m512i& v) const {
-    constexpr size_t kLines = (kBytes + 63) / 64;
-#pragma GCC unroll 32
-    for (size_t line = i * kLines / n; line < (i + 1) * kLines / n; ++line)
-      __asm__ volatile("prefetcht1 %1" : "+v"(v) : "m"(p_[64 * line]));
-  }
-  DUET_INLINE void next(size_t n_bytes) { p_ += n_bytes; }
-  DUET_INLINE void fetch_all(size_t n_bytes) const {
-    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch(p_ + i, _MM_HINT_T1);
-  }
-
- private:
-  const char* p_;
-};
 
 // half(i), half-precision bits, for i = 0 .. 15 (7), as floats. Put together by integer units, which have
 // nothing else to do.
