@@ -165,7 +165,8 @@ void LineEditor::State::settle() {
     // line by the new width, and clear what was drawn.
     const int rows = columns_before_cursor() / terminal_columns();
     if (rows > 0) write_terminal(concat("\033[", rows, "A"));
-    write_terminal("\r\033[J");
+    // Not \033[J alone: erased from the top left on, a screen goes into tmux's history, and a copy of the line with it.
+    write_terminal("\r\033[K\0337\033[B\033[J\0338");
     el_resize(editor);
     el_wset(editor, EL_REFRESH);
   }

@@ -271,6 +271,7 @@ function openSidebar(isOpen) {
 
 function openRouter(isOpen) {
   $('router').hidden = !isOpen;
+  $('scrim').hidden = !(isOpen && matchMedia('(max-width: 760px)').matches);
   $('toggle-router').setAttribute('aria-expanded', String(isOpen));
   store.setPreference('router', isOpen);
   router.show(isOpen);
@@ -307,6 +308,7 @@ function onMessageKey(e) {
 function onKey(e) {
   if (e.key !== 'Escape' || document.querySelector('dialog[open]')) return;
   if ($('sidebar').classList.contains('open')) openSidebar(false);
+  else if ($('scrim').getClientRects().length > 0) openRouter(false);
   else live()?.controller.abort();
 }
 
@@ -335,11 +337,12 @@ function listen() {
   $('close-router').addEventListener('click', () => { openRouter(false); $('toggle-router').focus(); });
   $('open-sidebar').addEventListener('click', () => openSidebar(true));
   $('close-sidebar').addEventListener('click', () => openSidebar(false));
-  $('scrim').addEventListener('click', () => openSidebar(false));
+  $('scrim').addEventListener('click', () => { openSidebar(false); if (!$('router').hidden) openRouter(false); });
   $('to-end').addEventListener('click', scrollToEnd);
   $('scroll').addEventListener('scroll', showToEnd, { passive: true });
   document.addEventListener('keydown', onKey);
   document.addEventListener('click', (e) => e.target.closest('[data-close]')?.closest('dialog').close(''));
+  addEventListener('resize', () => { if ($('to-end').hidden) scrollToEnd(); });
   addEventListener('storage', (e) => { if (store.isIndexKey(e.key)) drawList(); });
   addEventListener('pagehide', () => { for (const job of answers.values()) keep(job.conversation); });
   for (const input of document.querySelectorAll('input[name="theme"]')) {

@@ -111,7 +111,7 @@ export function statsText(version) {
     out.push(count(s.tokens, 'token'));
     if (s.rate > 0) out.push(`${figure(s.rate)} tok/s`);
     if (s.promptTokens > 0 && s.promptRate > 0) out.push(`prompt ${figure(s.promptRate)} tok/s`);
-    if (s.hitRate !== undefined) out.push(`experts ${Math.round(100 * s.hitRate)} % in memory`);
+    if (s.hitRate !== undefined) out.push(`experts ${Math.round(100 * s.hitRate)}\u00a0% in memory`);
     else if (s.allInMemory) out.push('all experts in memory');
     if (s.reason === 'length') out.push('cut off at the limit');
   }

@@ -43,7 +43,7 @@ function build(picture) {
   const label = (text) => Object.assign(document.createElement('span'), { className: 'label', textContent: text });
   for (let e = 0; e < picture.experts; ++e) axis.append(label(e + 1));
   for (let l = 0; l < picture.layers; ++l) {
-    grid.append(label(l % 4 === 0 ? l : ''));
+    grid.append(label(l % 4 === 0 ? l + 1 : ''));
     for (let e = 0; e < picture.experts; ++e) grid.append(Object.assign(document.createElement('span'), { className: 'cell' }));
   }
 }
@@ -72,7 +72,7 @@ function drawCell(cell, picture, l, e) {
   const read = last && (picture.read?.[l]?.includes(e) ?? false);
   const name = `cell h${heat(uses, picture)}${last ? ' last' : ''}${read ? ' read' : ''}${present ? '' : ' absent'}`;
   if (cell.className !== name) cell.className = name;
-  const title = `Layer ${l}, expert ${e + 1}: chosen for ${uses} of the last ${picture.window} tokens` + (picture.streamed ? `; ${present ? '' : 'not '}in memory` : '');
+  const title = `Layer ${l + 1}, expert ${e + 1}: chosen for ${uses} of the last ${picture.window} tokens` + (picture.streamed ? `; ${present ? '' : 'not '}in memory` : '');
   if (cell.title !== title) cell.title = title;
 }
 

@@ -269,7 +269,8 @@ def check_lm_eval(folder):
     subprocess.run([DUET, "convert", str(DEMO), "-q", "F32", "-o", model], check=True, capture_output=True)
     with Server(model, "--kv-type", "f32") as server:
         for backend, bos, more in (("huggingface", True, {"tokenizer": reference.tokenizer_folder}), ("remote", False, {})):
-            expected = evaluate(folder, "hf", pretrained=str(DEMO), tokenizer=reference.tokenizer_folder, dtype="float32", device="cpu", add_bos_token=bos)
+            # logits_cache: requests whose tokens begin alike share a row of logits there, of which lm-eval 0.4.13 takes the wrong positions.
+            expected = evaluate(folder, "hf", logits_cache=False, pretrained=str(DEMO), tokenizer=reference.tokenizer_folder, dtype="float32", device="cpu", add_bos_token=bos)
             got = evaluate(folder, "local-completions", model="demo-f32", base_url=server.url + "/v1/completions", tokenizer_backend=backend,
                            tokenized_requests=True, num_concurrent=4, max_retries=1, max_length=1024, add_bos_token=bos, **more)
             name = f"lm-eval, {backend} tokenizer"

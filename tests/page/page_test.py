@@ -474,6 +474,7 @@ def looks(page):
     page.one("#settings").send_keys(Keys.ESCAPE)
     page.one("#close-router").click()
     page.resize(390, 800)
+    check("made narrow at its end it stays there", wait_for(lambda: page.js("const s = document.getElementById('scroll'); return s.scrollHeight - s.scrollTop - s.clientHeight") < 2))
     for scheme in ("light", "dark"):
         page.prefer(scheme)
         page.picture("phone-" + scheme)
@@ -485,8 +486,10 @@ def looks(page):
     page.picture("phone-list")
     page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
     page.one("#toggle-router").click()
+    check("the router lies over the rest of a phone's page", page.one("#scrim").is_displayed())
     page.picture("phone-router")
-    page.one("#close-router").click()
+    page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    check("Escape closes it", wait_for(lambda: not page.one("#router").is_displayed() and not page.one("#scrim").is_displayed()))
     page.resize(1280, 860)
 
 
