@@ -135,7 +135,7 @@ void Batch::evaluate(std::span<const Part> parts) {
   size_t n = 0;
   for (const Part& part : parts) {
     s.check(part);
-    s.runs.push_back({part.tokens, part.sequence->tokens().size(), &part.sequence->state_->kv, part.sequence->state_->on_card.get()});
+    s.runs.push_back({part.tokens, part.sequence->tokens().size(), &part.sequence->state_->kv, part.sequence->state_->on_card.get(), part.n_outputs});
     n += part.tokens.size();
   }
   s.decoder.forward(s.runs, s.cancel);

@@ -68,6 +68,7 @@ class Batch {
   struct Part {
     Sequence* sequence;  // in one part only
     std::span<const Token> tokens;
+    size_t n_outputs = kAllOutputs;  // last tokens, of which logits() or hidden() will be asked for
   };
   static constexpr size_t kMaxLogitRows = 64;
 
@@ -87,7 +88,7 @@ class Batch {
   // Appends 1 to n_batch tokens in all. Error(usage) for ids outside the vocabulary and sequences beyond
   // n_ctx. After an error all sequences are as before.
   void evaluate(std::span<const Part> parts);
-  // Logits of these rows, at most kMaxLogitRows, of the last evaluate(): [rows.size(), n_vocab], until the
+  // Logits of these rows, all with outputs, at most kMaxLogitRows, of the last evaluate(): [rows.size(), n_vocab], until the
   // next call.
   std::span<const float> logits(std::span<const size_t> rows);
   // The hidden state of a row that its logits are made from, [n_embd].

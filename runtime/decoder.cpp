@@ -18,6 +18,7 @@ Decoder::Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_
       moe_(model, compute_, n_batch, source),
       card_(std::move(card)) {
   tokens_.reserve(n_batch);
+  outputs_.reserve(n_batch);
   runs_.reserve(n_batch);
 }
 
@@ -56,26 +57,53 @@ void Decoder::forward(std::span<const TokenRun> runs, const std::atomic<bool>* c
   }
   n_ = tokens_.size();
   DUET_ASSERT(n_ > 0);
+  choose_outputs(runs);
   compute_.team([&] { card_ != nullptr ? evaluate_on_card(cancel, n_next) : evaluate(cancel, n_next); });
+}
+
+// All where somebody watches: observers count rows, and a card leaves none out.
+void Decoder::choose_outputs(std::span<const TokenRun> runs) {
+  const bool all = card_ != nullptr || compute_.observer != nullptr || probe_.hidden;
+  outputs_.clear();
+  size_t end = 0;
+  for (const TokenRun& run : runs) {
+    end += run.tokens.size();
+    for (size_t row = end - (all ? run.tokens.size() : std::min(run.n_outputs, run.tokens.size())); row < end; ++row) outputs_.push_back(row);
+  }
+}
+
+void Decoder::keep_outputs() {
+  for (size_t i = 0; i < outputs_.size(); ++i)
+    if (outputs_[i] != i) std::copy_n(residual_.data() + outputs_[i] * n_embd_, n_embd_, residual_.data() + i * n_embd_);
+}
+
+size_t Decoder::place_of(size_t row) const {
+  const auto found = std::lower_bound(outputs_.begin(), outputs_.end(), row);
+  DUET_ASSERT(found != outputs_.end() && *found == row);
+  return static_cast<size_t>(found - outputs_.begin());
 }
 
 void Decoder::evaluate(const std::atomic<bool>* cancel, size_t n_next) {
   const std::span<const float> hidden{residual_.data(), n_ * n_embd_};
-  const ExpertSource::Pass pass(source_, n_next);
+  const size_t n_layer = model_->layers().size();
+  const ExpertSource::Pass pass(source_, {n_, outputs_.size(), n_next});
   embed(residual_.data());
   attention_.begin(runs_);
   if (probe_.hidden) probe_.hidden(-1, hidden);
-  for (size_t i = 0; i < model_->layers().size(); ++i) {
+  for (size_t i = 0; i < n_layer; ++i) {
     if (cancel != nullptr && cancel->load(std::memory_order_relaxed)) fail(ErrorKind::cancelled, "interrupted");
     attention_.forward(model_->layers()[i], i, input_, residual_.data());
-    moe_.forward(i, n_, input_, residual_.data());
+    const bool is_last = i + 1 == n_layer;
+    if (is_last) keep_outputs();
+    if (is_last && outputs_.empty()) return;
+    moe_.forward(i, is_last ? outputs_.size() : n_, input_, residual_.data());
     if (probe_.hidden) probe_.hidden(static_cast<int>(i), hidden);
     if (probe_.routing) probe_.routing(static_cast<int>(i), moe_.chosen(), moe_.weights());
   }
 }
 
 void Decoder::evaluate_on_card(const std::atomic<bool>* cancel, size_t n_next) {
-  const ExpertSource::Pass pass(source_, n_next);
+  const ExpertSource::Pass pass(source_, {n_, n_, n_next});
   embed(card_->rows());
   gpu::ForwardHooks hooks{.experts = {}, .routing = {}, .hidden = probe_.hidden, .cancel = cancel, .n_threads = compute_.n_threads};
   hooks.experts = [&](size_t layer, float* residual) {
@@ -94,8 +122,11 @@ void Decoder::logits(size_t row, size_t n_rows, float* out) {
     std::iota(rows.begin(), rows.end(), row);
     return card_->logits(rows, out);
   }
+  if (n_rows == 0) return;
+  const size_t place = place_of(row);
+  DUET_ASSERT(place_of(row + n_rows - 1) == place + n_rows - 1);
   compute_.team([&] {
-    normalize(compute_, residual_.data() + row * n_embd_, n_rows, model_->output_norm(), model_->hparams().rms_eps,
+    normalize(compute_, residual_.data() + place * n_embd_, n_rows, model_->output_norm(), model_->hparams().rms_eps,
               input_, act_bit(model_->output()));
     multiply_output(n_rows, out);
   });
@@ -107,8 +138,7 @@ void Decoder::logits(std::span<const size_t> rows, float* out) {
   compute_.team([&] {
     parallel_for(compute_.n_threads, rows.size(), 8, [&](size_t begin, size_t end) {
       for (size_t i = begin; i < end; ++i) {
-        DUET_ASSERT(rows[i] < n_);
-        compute_.kernels->rms_norm(residual_.data() + rows[i] * n_embd_, model_->output_norm().data(), model_->hparams().rms_eps,
+        compute_.kernels->rms_norm(residual_.data() + place_of(rows[i]) * n_embd_, model_->output_norm().data(), model_->hparams().rms_eps,
                                    input_.row(i), n_embd_);
         input_.quantize(*compute_.kernels, i, act_bit(model_->output()));
       }
@@ -120,8 +150,7 @@ void Decoder::logits(std::span<const size_t> rows, float* out) {
 void Decoder::hidden(std::span<const size_t> rows, float* out) {
   if (card_ != nullptr) return card_->hidden(rows, out);
   for (size_t i = 0; i < rows.size(); ++i) {
-    DUET_ASSERT(rows[i] < n_);
-    compute_.kernels->rms_norm(residual_.data() + rows[i] * n_embd_, model_->output_norm().data(), model_->hparams().rms_eps, out + i * n_embd_, n_embd_);
+    compute_.kernels->rms_norm(residual_.data() + place_of(rows[i]) * n_embd_, model_->output_norm().data(), model_->hparams().rms_eps, out + i * n_embd_, n_embd_);
   }
 }
 

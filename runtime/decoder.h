@@ -9,6 +9,7 @@
 
 #include "runtime/attention.h"
 #include "runtime/compute.h"
+#include "runtime/engine.h"
 #include "runtime/gpu/forward.h"
 #include "runtime/kv_cache.h"
 #include "runtime/model.h"
@@ -34,6 +35,7 @@ struct TokenRun {
   size_t first;
   KvCache* kv;
   gpu::Cache* on_card = nullptr;  // where a card computes, instead
+  size_t n_outputs = kAllOutputs;  // last tokens, of which logits or hidden states will be asked for
 };
 
 // With a card it computes the layers, but for experts that are the CPU's. Owns all scratch, allocated on construction. One thread at a time. The model must outlive it.
@@ -44,7 +46,8 @@ class Decoder {
 
   // Evaluates 1..n_batch valid tokens in all, of one sequence or of several, none of them twice: rows of
   // the chunk, run after run. What the rows of a sequence become does not depend on the others, to the
-  // bit, up to ModelInfo::exact_batch rows. n_next: tokens of the chunk that will follow at once.
+  // bit, up to ModelInfo::exact_batch rows. Rows without outputs end with the last layer's keys and values: nothing reads
+  // what its experts would make of them. n_next: tokens of the chunk that will follow at once.
   // Error(cancelled) between layers.
   void forward(std::span<const TokenRun> runs, const std::atomic<bool>* cancel = nullptr, size_t n_next = 0);
   void forward(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel = nullptr, size_t n_next = 0);
@@ -53,7 +56,7 @@ class Decoder {
   void with_team(const Body& body) const {
     compute_.team(body);
   }
-  // Logits of rows [row, row + n_rows) of the last forward() -> out [n_rows, n_vocab].
+  // Logits of rows [row, row + n_rows) of the last forward(), all with outputs -> out [n_rows, n_vocab].
   void logits(size_t row, size_t n_rows, float* out);
   // The same for any rows, at most n_batch.
   void logits(std::span<const size_t> rows, float* out);
@@ -70,6 +73,9 @@ class Decoder {
   void evaluate(const std::atomic<bool>* cancel, size_t n_next);
   void evaluate_on_card(const std::atomic<bool>* cancel, size_t n_next);
   void embed(float* rows);
+  void choose_outputs(std::span<const TokenRun> runs);
+  void keep_outputs();
+  size_t place_of(size_t row) const;
   void multiply_output(size_t n_rows, float* out);
 
   const Model* model_;
@@ -79,6 +85,7 @@ class Decoder {
   size_t n_batch_, n_embd_, n_ = 0;
   std::vector<Token> tokens_;     // of the chunk
   std::vector<KvRun> runs_;
+  std::vector<size_t> outputs_;   // rows with outputs, which end as the first of residual_
   std::vector<gpu::CardRun> card_runs_;
   AlignedArray<float> residual_;  // [n_batch, n_embd]
   Activations input_;             // [n_batch, n_embd]

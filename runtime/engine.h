@@ -50,6 +50,9 @@ struct MemoryOptions {
 enum class Lookahead { automatic, off, on };
 inline constexpr uint32_t kLookaheadLayers = 6;
 
+// Of a chunk: logits of all of its tokens will be asked for.
+inline constexpr size_t kAllOutputs = SIZE_MAX;
+
 // How experts are read when they do not all fit in memory.
 struct StreamOptions {
   ReadBackend backend = ReadBackend::automatic;
@@ -143,6 +146,9 @@ struct ModelCost {
   Work layers;  // one token through all layers with its n_expert_used experts, and its embedding row
   Work output;  // final norm and output head, for one row of logits
   uint64_t unused_expert_bytes = 0;  // of the experts that one token leaves out
+  // Of both, the experts' part in the last layer, which only tokens with outputs pass.
+  Work last_experts;
+  uint64_t last_unused_expert_bytes = 0;
 };
 
 struct ModelInfo {

@@ -115,10 +115,11 @@ void ExpertSource::make_buffers(const std::vector<uint32_t>& slots, uint32_t n_s
   for (uint32_t i = 0; i < n_staging; ++i) staging_.push_back(add(largest_, true));
 }
 
-ExpertSource::Pass::Pass(ExpertSource* source, size_t n_next) : source_(source) {
+ExpertSource::Pass::Pass(ExpertSource* source, const Tokens& tokens) : source_(source) {
   if (source == nullptr) return;
   lock_ = std::unique_lock(source->mutex_);
-  source->long_one_follows_ = n_next >= kAllExpertsTokens;
+  source->tokens_ = tokens;
+  source->is_short_ = tokens.n < kAllExpertsTokens;
   source->finished_ = false;
 }
 
@@ -137,9 +138,23 @@ void ExpertSource::begin(size_t layer, std::span<const int32_t> chosen, size_t n
   std::fill(current_.begin(), current_.end(), nullptr);
   for (const int32_t e : step_.hits) current_[static_cast<size_t>(e)] = &slot_buffer(layer, policy_.slot_of(layer, e));
   adopt_expected();
-  is_short_ = chosen.size() < kAllExpertsTokens * n_used;
-  if (layer + 1 < shapes_.size() ? !is_short_ : long_one_follows_) expect_all((layer + 1) % shapes_.size());
+  expect_next();
   start_more();
+}
+
+// Of the layers that stream, behind the last that this chunk reaches.
+size_t ExpertSource::end_layer() const {
+  const bool skips_last = tokens_.n_last == 0 && shapes_.size() == model_->layers().size();
+  return shapes_.size() - skips_last;
+}
+
+void ExpertSource::expect_next() {
+  const size_t next = layer_ + 1;
+  if (next == end_layer()) {
+    if (tokens_.n_next >= kAllExpertsTokens) expect_all(0);
+  } else if ((next + 1 == model_->layers().size() ? tokens_.n_last : tokens_.n) >= kAllExpertsTokens) {
+    expect_all(next);
+  }
 }
 
 void ExpertSource::expect_all(size_t layer) {
@@ -150,7 +165,7 @@ void ExpertSource::expect_all(size_t layer) {
 size_t ExpertSource::guess_reach() const {
   if (lookahead_ == Lookahead::off || !is_short_ || n_started_ < step_.loads.size()) return 0;
   if (expected_.empty() && free_staging(shapes_[layer_].bytes) == nullptr) return 0;
-  size_t reach = std::min<size_t>(lookahead_layers_, shapes_.size() - 1 - layer_);
+  size_t reach = std::min<size_t>(lookahead_layers_, end_layer() - 1 - layer_);
   while (reach > 0 && lookahead_ == Lookahead::automatic && !gates_[reach - 1].open()) --reach;
   return reach;
 }
@@ -386,7 +401,7 @@ void ExpertSource::copy(const Buffer& from, Buffer& to) {
 
 void ExpertSource::end() {
   in_layer_ = false;
-  finished_ = layer_ + 1 == shapes_.size();
+  finished_ = layer_ + 1 == end_layer();
 }
 
 // ---- endings ---------------------------------------------------------------------------------------
@@ -413,7 +428,7 @@ void ExpertSource::settle(Buffer& buffer) {
 
 // What is being read for the next pass goes on.
 void ExpertSource::finish() {
-  if (finished_ && long_one_follows_) return;
+  if (finished_ && tokens_.n_next >= kAllExpertsTokens) return;
   abandon();
   if (is_short_)
     for (LookaheadGate& gate : gates_) gate.passed();

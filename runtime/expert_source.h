@@ -37,13 +37,17 @@ class ExpertSource {
   ExpertSource(const Model& model, std::vector<uint32_t> slots, uint32_t n_staging, const StreamOptions& options);
   ~ExpertSource();
 
+  // Tokens of a chunk, those of them that pass the model's last layer, and those of the chunk that will follow
+  // at once (0: none will).
+  struct Tokens {
+    size_t n = 0, n_last = 0, n_next = 0;
+  };
   // The right to use the source for one chunk. Whatever ends it, an error included, leaves the
   // source usable.
   class Pass {
    public:
-    // n_next: tokens of the chunk that will follow at once, 0 when none will: a long one has its first
-    // layer read ahead. Null: does nothing.
-    explicit Pass(ExpertSource* source, size_t n_next = 0);
+    // A long chunk that follows has its first layer read ahead. Null: does nothing.
+    Pass(ExpertSource* source, const Tokens& tokens);
     ~Pass();
     Pass(const Pass&) = delete;
     Pass& operator=(const Pass&) = delete;
@@ -119,6 +123,8 @@ class ExpertSource {
   void adopt_expected();
   void adopt(Expected& expected, const ExpertPolicy::Load& load);
   bool can_exchange(const Buffer& staging, const Buffer& slot) const;
+  size_t end_layer() const;
+  void expect_next();
   void expect_all(size_t layer);
   void start_more();
   void start_expected();
@@ -150,8 +156,9 @@ class ExpertSource {
 
   std::mutex mutex_;
   // Of the pass and layer at hand.
-  bool in_layer_ = false, is_short_ = false;
-  bool long_one_follows_ = false, finished_ = false;  // the pass
+  bool in_layer_ = false;
+  Tokens tokens_;
+  bool is_short_ = false, finished_ = false;  // the pass
   size_t layer_ = 0, n_started_ = 0;  // of step_.loads
   ExpertPolicy::Step step_;
   std::vector<Buffer*> current_;  // [n_expert] null: not chosen or not started

@@ -74,8 +74,8 @@ ExpertTrace::Chunk parse_chunk(const Json& json, const ExpertTraceHeader& header
   ExpertTrace::Chunk chunk;
   for (const Json& layer : layers) {
     chunk.layers.push_back(parse_layer(layer, header, source));
-    if (chunk.layers.back().size() != chunk.layers.front().size())
-      fail(ErrorKind::format, source, ": layers of different numbers of tokens");
+    if (chunk.layers.back().size() > chunk.layers.front().size())
+      fail(ErrorKind::format, source, ": a layer of more tokens than the first");
   }
   return chunk;
 }

@@ -8,7 +8,8 @@
 //   {"hits": 123, "misses": 45, "disk_bytes": 6789,             what the engine counted, when it streamed
 //    "padding_bytes": 10, "wasted_bytes": 11}                  (StreamStats)
 //
-// A chunk that was broken off has the layers that it passed: the engine has counted those too.
+// A chunk that was broken off has the layers that it passed: the engine has counted those too. The last layer has only the
+// tokens whose logits were wanted, and is left out where there were none.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,7 @@ struct ExpertTraceHeader {
 
 struct ExpertTrace {
   struct Chunk {
-    std::vector<std::vector<int32_t>> layers;  // [1..n_layer][n_tokens * n_used]
+    std::vector<std::vector<int32_t>> layers;  // [1..n_layer][n_tokens * n_used], of the last layer fewer
     std::vector<uint32_t> slots = {};          // [n_layer] when they became fewer before this chunk; else empty
   };
   struct Counters {

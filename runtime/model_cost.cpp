@@ -32,10 +32,13 @@ ModelCost model_cost(const HParams& hparams, const Weight& token_embd, const Wei
     cost.layers.f32_macs += layer.router.size();
     const Work all = experts_of(layer);
     const uint64_t used_bytes = all.bytes * n_used / n_expert;
-    cost.layers.bytes += used_bytes;
-    cost.layers.int8_macs += all.int8_macs * n_used / n_expert;
-    cost.layers.f32_macs += all.f32_macs * n_used / n_expert;
+    const Work used{used_bytes, all.int8_macs * n_used / n_expert, all.f32_macs * n_used / n_expert};
+    cost.layers.bytes += used.bytes;
+    cost.layers.int8_macs += used.int8_macs;
+    cost.layers.f32_macs += used.f32_macs;
     cost.unused_expert_bytes += all.bytes - used_bytes;
+    cost.last_experts = used;
+    cost.last_unused_expert_bytes = all.bytes - used_bytes;
   }
   add_product(cost.output, output);
   cost.output.bytes += uint64_t{hparams.n_embd} * sizeof(float);

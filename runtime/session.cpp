@@ -74,8 +74,9 @@ void Session::State::evaluate(std::span<const Token> added, const Progress& prog
     const bool last = done + batch.size() == added.size();
     const size_t unwanted = std::clamp<size_t>(skip, done, done + batch.size()) - done;
     const bool delivers_last = sink && unwanted < batch.size();
+    const size_t n_outputs = delivers_last ? batch.size() - unwanted : last ? 1 : 0;
     decoder.with_team([&] {
-      const TokenRun run{batch, tokens.size(), &kv, on_card.get()};
+      const TokenRun run{batch, tokens.size(), &kv, on_card.get(), n_outputs};
       decoder.forward({&run, 1}, cancel, std::min(decoder.n_batch(), added.size() - done - batch.size()));
       if (last && !delivers_last) decoder.logits(batch.size() - 1, 1, logits.data());
     });

@@ -78,16 +78,16 @@ void estimate_prefill(SpeedEstimate& out, const ModelSizes& sizes, const MemoryP
   const double n = plan.n_batch;
   const double attention = as_double(attention_macs(sizes.hparams, plan.n_batch / 2));
   if (plan.streamed) out.prefill_read_s = experts_bytes(sizes, plan.slots.size()) * (1 - plan.resident_share) / rates.disk_bytes_per_s;
+  const HParams& h = sizes.hparams;
+  const double ffn_s = 3.0 * h.n_embd * h.n_ff * (h.n_expert > 0 ? h.n_expert_used : 1) / (sizes.int8_macs > sizes.f32_macs ? rates.int8_macs_per_s : rates.f32_macs_per_s);
   if (card != nullptr) {
-    const HParams& h = sizes.hparams;
-    const double macs = 3.0 * h.n_embd * h.n_ff * (h.n_expert > 0 ? h.n_expert_used : 1) * card->first_layer;
-    out.prefill_compute_s = n * macs / (sizes.int8_macs > sizes.f32_macs ? rates.int8_macs_per_s : rates.f32_macs_per_s) / kReachedOfPeak;
+    out.prefill_compute_s = n * card->first_layer * ffn_s / kReachedOfPeak;
     const double seconds = std::max(out.prefill_read_s, out.prefill_compute_s);
     out.prefill_tok_s = seconds > 0 ? n / seconds : 0;
     return;
   }
-  out.prefill_compute_s = n * (as_double(sizes.int8_macs) / rates.int8_macs_per_s +
-                               (as_double(sizes.f32_macs) + attention) / rates.f32_macs_per_s) / kReachedOfPeak;
+  out.prefill_compute_s = (n * (as_double(sizes.int8_macs) / rates.int8_macs_per_s + (as_double(sizes.f32_macs) + attention) / rates.f32_macs_per_s) -
+                           (n - 1) * ffn_s) / kReachedOfPeak;  // of the last layer only the last token's
   out.prefill_tok_s = n / std::max(out.prefill_read_s, out.prefill_compute_s);
 }
 

@@ -233,7 +233,9 @@ void Scheduler::plan_prompts(size_t budget) {
   std::stable_sort(prompts.begin(), prompts.end(), [](const Running* a, const Running* b) { return a->pending().size() < b->pending().size(); });
   const auto add = [&](Running* running, size_t n) {
     if (n == 0) return;
-    parts_.push_back({&running->entry().sequence, running->pending().first(n)});
+    const auto& params = running->job().params;
+    const bool is_end = n == running->pending().size();
+    parts_.push_back({&running->entry().sequence, running->pending().first(n), params.embedding || params.prompt_logprobs ? n : size_t{is_end}});
     planned_.push_back(running);
     n_rows_ += n;
     n_prompt_rows_ += n;

@@ -56,6 +56,26 @@ TEST_CASE("sequences in one batch have the logits of sessions of their own, to t
   }
 }
 
+TEST_CASE("rows without outputs leave those with them as they are") {
+  const Engine engine = Engine::open(quantized_model("batch_outputs.gguf"), {.n_threads = 2, .isa = {}, .notice = {}});
+  const uint32_t n_vocab = engine.info().hparams.n_vocab;
+  Batch batch(engine, {.n_ctx = 600, .n_batch = 320, .n_sequences = 3});
+  const auto tokens = some_tokens(200, n_vocab);
+  Sequence a = batch.new_sequence(), b = batch.new_sequence(), c = batch.new_sequence();
+  const Batch::Part none[] = {{&a, {tokens.data(), 90}, 0}, {&b, {tokens.data(), 30}, 0}};
+  batch.evaluate(none);
+  const Batch::Part some[] = {{&b, {tokens.data() + 30, 20}, 0}, {&a, {tokens.data() + 90, 60}, 2}, {&c, {tokens.data(), 40}}};
+  batch.evaluate(some);
+  const size_t rows[] = {20 + 58, 20 + 59, 80, 80 + 39};
+  const auto logits = batch.logits(rows);
+  const size_t lengths[] = {149, 150, 1, 40};
+  for (size_t i = 0; i < 4; ++i) CHECK(same_bits(logits.subspan(i * n_vocab, n_vocab), alone(engine, {tokens.begin(), tokens.begin() + static_cast<ptrdiff_t>(lengths[i])}, KvType::f16)));
+  const Batch::Part rest[] = {{&b, {tokens.data() + 50, 50}, 1}};
+  batch.evaluate(rest);
+  const size_t last[] = {49};
+  CHECK(same_bits(batch.logits(last), alone(engine, {tokens.begin(), tokens.begin() + 100}, KvType::f16)));
+}
+
 TEST_CASE("a copied or truncated prefix continues as if it had been evaluated") {
   const Engine engine = Engine::open(quantized_model("batch_prefix.gguf"), {.n_threads = 2, .isa = {}, .notice = {}});
   const uint32_t n_vocab = engine.info().hparams.n_vocab;

@@ -124,7 +124,7 @@ TEST_CASE("expert trace: damaged files are refused with their line") {
   refused(header + R"({"layers":[[1,2],[1,2]]})", "expected 1 to 1 layers");
   refused(header + R"({"hits":1})", "misses");
   refused(header + "{\"hits\":1,\"misses\":2,\"disk_bytes\":3,\"padding_bytes\":4,\"wasted_bytes\":5}\n{\"layers\":[[1,2]]}", "line 3: follows the end");
-  refused(R"({"expert_bytes":[9,9],"n_expert":4,"n_used":2,"slots":[2,2]})" "\n" R"({"layers":[[1,2],[1,2,0,1]]})", "different numbers");
+  refused(R"({"expert_bytes":[9,9],"n_expert":4,"n_used":2,"slots":[2,2]})" "\n" R"({"layers":[[1,2],[1,2,0,1]]})", "a layer of more tokens than the first");
   refused(header + R"({"slots":[2,2]})", "line 2: slots of 2 layers, not 1");
   refused(header + R"({"slots":[-1]})", "line 2");
   refused(header + "{\"slots\":[1]}\n{\"slots\":[2]}", "line 3: layer 0 gets 2 slots, more than its 1");

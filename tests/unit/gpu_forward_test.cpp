@@ -196,7 +196,7 @@ TEST_CASE("experts chosen on the card are told and counted as the CPU's are") {
                                             CHECK(chosen.size() == 40);
                                             layers.push_back(layer);
                                           }});
-    session.append(some_tokens(20, engine.info().hparams.n_vocab));
+    session.append_all_logits(some_tokens(20, engine.info().hparams.n_vocab), [](size_t, size_t, std::span<const float>) {});
     return std::vector<uint64_t>(session.expert_uses().begin(), session.expert_uses().end());
   };
   std::vector<int> layers_cpu, layers_card;

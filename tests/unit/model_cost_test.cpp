@@ -54,6 +54,9 @@ TEST_CASE("model cost: 8x7B of four layers in Q4_K") {
   const uint64_t floats = 4 * (2 * 4096 + 8 * 4096) * 4, row = 2304;
   CHECK(cost.layers.bytes == 4 * (kAttention + 2 * kExpert) * 9 / 16 + floats + row);
   CHECK(cost.unused_expert_bytes == 4 * 6 * kExpert * 9 / 16);
+  CHECK(cost.last_experts.int8_macs == 2 * kExpert);
+  CHECK(cost.last_experts.bytes == 2 * kExpert * 9 / 16);
+  CHECK(cost.last_unused_expert_bytes == 6 * kExpert * 9 / 16);
   CHECK(cost.output.int8_macs == 32000 * 4096);
   CHECK(cost.output.bytes == 32000 * 2304 + 4096 * 4);
   CHECK(cost.layers.bytes + cost.output.bytes == 961497344);  // 0.96 GB per token
@@ -92,7 +95,7 @@ TEST_CASE("attention: products with every visible key and value") {
   CHECK(attention_macs(model.hparams, 8192) == uint64_t{4} * 32 * 128 * 2 * 4096);
 }
 
-TEST_CASE("session: expert uses count every choice of every layer") {
+TEST_CASE("session: expert uses count every choice of every layer, in the last those of tokens with logits") {
   const auto path = test::write_model({.hparams = test::tiny_hparams()}, "expert-uses.gguf");
   const Engine engine = Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}});
   Session session = engine.new_session({.n_ctx = 64, .n_batch = 16});
@@ -100,11 +103,12 @@ TEST_CASE("session: expert uses count every choice of every layer") {
   std::iota(tokens.begin(), tokens.end(), 3);
   session.append(tokens);
   session.append({tokens.data(), 1});
+  session.append_all_logits({tokens.data(), 20}, [](size_t, size_t, std::span<const float>) {}, 3);
   const auto uses = session.expert_uses();
   REQUIRE(uses.size() == 2 * 4);
   for (size_t layer = 0; layer < 2; ++layer) {
     uint64_t sum = 0;
     for (size_t e = 0; e < 4; ++e) sum += uses[layer * 4 + e];
-    CHECK(sum == 41 * 2);
+    CHECK(sum == (layer == 0 ? 61 : 2 + 17) * 2);
   }
 }

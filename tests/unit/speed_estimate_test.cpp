@@ -48,7 +48,9 @@ TEST_CASE("speed estimate: resident decode is bound by memory") {
   CHECK(s.decode_tok_s == doctest::Approx(20 / 7.4));
   CHECK(s.prefill_read_s == 0);
   const double attention = static_cast<double>(attention_macs(sizes_8x7b().hparams, 256));
-  CHECK(s.prefill_compute_s == doctest::Approx(512 * (0.012 + attention / 1e11)));
+  const HParams h = sizes_8x7b().hparams;
+  const double last_experts = 511 * 2 * 3.0 * h.n_embd * h.n_ff / rates(1e9).int8_macs_per_s / 0.55;  // the share of the peak that is reckoned with
+  CHECK(s.prefill_compute_s == doctest::Approx(512 * (0.012 + attention / 1e11) - last_experts));
   CHECK(s.prefill_tok_s == doctest::Approx(512 / s.prefill_compute_s));
 }
 

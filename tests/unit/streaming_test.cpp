@@ -116,6 +116,39 @@ void check_equal(const RandomModel& model, std::initializer_list<uint32_t> all_s
 TEST_CASE("streaming: logits equal resident ones, merged experts") { check_equal(mixed_model(false), {0, 1, 2, 3, 7}); }
 TEST_CASE("streaming: logits equal resident ones, per-expert tensors") { check_equal(mixed_model(true), {1, 2, 8}); }
 
+// The last layer's experts are read for the last token of a prompt only, and what follows a chunk is read ahead.
+TEST_CASE("streaming: prompts in chunks, of which one token's logits are wanted") {
+  const RandomModel model = mixed_model(false);
+  const auto path = test::write_model(model, "stream.gguf");
+  const auto tokens = some_tokens(kTokens, model.hparams.n_vocab);
+  for (const uint32_t n_batch : {7u, 32u, 40u, static_cast<uint32_t>(kTokens)})
+    for (const uint32_t slots : {0u, 2u, 7u}) {
+      CAPTURE(n_batch);
+      CAPTURE(slots);
+      const auto last_logits = [&](const Engine& engine, RoutingFn routing) {
+        Session session = engine.new_session({.n_ctx = 2 * kTokens, .n_batch = n_batch, .routing = std::move(routing)});
+        session.append(tokens);
+        session.append(tokens);  // with what is in memory now
+        return std::vector<float>(session.logits().begin(), session.logits().end());
+      };
+      const auto want = last_logits(Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}}), {});
+      const Engine engine = open(path, slots, 2, {.backend = ReadBackend::automatic, .piece_bytes = 16384, .lookahead = Lookahead::off});
+      const auto trace_path = path.parent_path() / "trace.jsonl";
+      ExpertTraceWriter writer(trace_path, trace_header(engine));
+      CHECK(same_bits(last_logits(engine, trace_routing(writer, engine)), want));
+      writer.commit(engine.stream_stats());
+      const ExpertTrace trace = read_expert_trace(trace_path);
+      check_accounts(engine, &trace);
+      CHECK(engine.stream_stats()->wasted_bytes == 0);
+      const size_t n_layer = model.hparams.n_layer;
+      for (size_t i = 0; i < trace.chunks.size(); ++i) {
+        const bool ends = (i + 1) % (trace.chunks.size() / 2) == 0;
+        CHECK(trace.chunks[i].layers.size() == n_layer - !ends);
+        if (ends) CHECK(trace.chunks[i].layers.back().size() == model.hparams.n_expert_used);
+      }
+    }
+}
+
 // Token after token, so that most of the guesses come from far away; the depth changes between tokens too.
 TEST_CASE("streaming: guesses for several layers, experts of two sizes") {
   constexpr uint32_t kLayers = 8;
