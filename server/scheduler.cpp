@@ -233,9 +233,9 @@ void Scheduler::plan_prompts(size_t budget) {
   std::stable_sort(prompts.begin(), prompts.end(), [](const Running* a, const Running* b) { return a->pending().size() < b->pending().size(); });
   const auto add = [&](Running* running, size_t n) {
     if (n == 0) return;
-    const auto& params = running->job().params;
-    const bool is_end = n == running->pending().size();
-    parts_.push_back({&running->entry().sequence, running->pending().first(n), params.embedding || params.prompt_logprobs ? n : size_t{is_end}});
+    const std::span<const Token> pending = running->pending();
+    const size_t n_outputs = running->job().params.needs_whole_prompt() ? n : n == pending.size() ? 1 : 0;
+    parts_.push_back({&running->entry().sequence, pending.first(n), n_outputs});
     planned_.push_back(running);
     n_rows_ += n;
     n_prompt_rows_ += n;
