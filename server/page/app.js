@@ -313,11 +313,11 @@ function onKey(e) {
 }
 
 async function settings() {
-  const system = await dialogs.editSettings(conversation.system);
-  if (system === null) return;
-  conversation.system = system;
-  keep(conversation);
-  say('Settings saved.');
+  const saved = await dialogs.editSettings(conversation.system, (system) => {
+    conversation.system = system;
+    keep(conversation);
+  });
+  if (saved) say('Settings saved.');
 }
 
 function listen() {

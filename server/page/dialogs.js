@@ -70,16 +70,19 @@ export function parameters() {
 }
 
 // Resolves to the system prompt that was set, or null.
-export async function editSettings(system) {
+// save: gets the system prompt, before anything can be sent. True when all is over and it has.
+export async function editSettings(system, save) {
   fill(system, store.settings());
-  let saved = null;
+  let saved = false;
   $('settings-form').onsubmit = (e) => {
     if (e.submitter?.value !== 'save') return;
     const sampling = readSampling();
     if (!sampling) return e.preventDefault();
     const stop = $('set-stop').value.split('\n').filter((line) => line !== '').slice(0, 16);
-    saved = $('set-system').value.trim();
-    store.saveSettings({ ...sampling, stop, system: saved });
+    const wanted = $('set-system').value.trim();
+    store.saveSettings({ ...sampling, stop, system: wanted });
+    save(wanted);
+    saved = true;
   };
   $('reset-settings').onclick = () => fill('', { stop: [] });
   await ask($('settings'), $('set-system'));
