@@ -122,7 +122,6 @@ void Decoder::logits(size_t row, size_t n_rows, float* out) {
     std::iota(rows.begin(), rows.end(), row);
     return card_->logits(rows, out);
   }
-  if (n_rows == 0) return;
   const size_t place = place_of(row);
   DUET_ASSERT(place_of(row + n_rows - 1) == place + n_rows - 1);
   compute_.team([&] {

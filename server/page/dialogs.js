@@ -69,7 +69,6 @@ export function parameters() {
   return out;
 }
 
-// Resolves to the system prompt that was set, or null.
 // save: gets the system prompt, before anything can be sent. True when all is over and it has.
 export async function editSettings(system, save) {
   fill(system, store.settings());
