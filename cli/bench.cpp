@@ -84,11 +84,11 @@ Cost decode_cost(const ModelInfo& info, KvType type, const Test& test) {
 }
 
 // Batches: weights (those of all experts that can be in use) and visible keys and values are read
-// once for a batch; the last layer's experts and the output head serve the last token only.
+// once for a batch; the last layer (but for its keys and values) and the output head serve the last token only.
 Cost prefill_cost(const ModelInfo& info, KvType type, uint32_t n_batch, const Test& test) {
   const HParams& hparams = info.hparams;
   const bool on_card = !info.gpu.empty();  // where no token is left out
-  const Work last = on_card ? Work{} : info.cost.last_experts;
+  const Work last = on_card ? Work{} : info.cost.last_layer;
   const uint64_t last_unused = on_card ? 0 : info.cost.last_unused_expert_bytes;
   const double n = test.n_tokens;
   Cost sum{static_cast<double>(info.cost.output.bytes), static_cast<double>(info.cost.output.int8_macs),
@@ -104,8 +104,11 @@ Cost prefill_cost(const ModelInfo& info, KvType type, uint32_t n_batch, const Te
   sum.bytes += static_cast<double>(last.bytes);
   sum.int8_macs += n * static_cast<double>(info.cost.layers.int8_macs) - (n - 1) * static_cast<double>(last.int8_macs);
   sum.f32_macs += n * static_cast<double>(info.cost.layers.f32_macs) - (n - 1) * static_cast<double>(last.f32_macs);
-  for (uint32_t i = 0; i < test.n_tokens; ++i)
-    sum.f32_macs += static_cast<double>(attention_macs(hparams, uint64_t{test.depth} + i + 1));
+  for (uint32_t i = 0; i < test.n_tokens; ++i) {
+    const bool narrow = !on_card && i + 1 < test.n_tokens;
+    const auto macs = static_cast<double>(attention_macs(hparams, uint64_t{test.depth} + i + 1));
+    sum.f32_macs += narrow ? macs * (1 - 1.0 / hparams.n_layer) : macs;
+  }
   return {sum.bytes / n, sum.int8_macs / n, sum.f32_macs / n};
 }
 

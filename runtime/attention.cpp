@@ -138,8 +138,27 @@ void Attention::make_tiles() {
 }
 
 void Attention::forward(const Layer& layer, size_t kv_layer, Activations& input, float* residual) {
-  const size_t n_embd = hparams_->n_embd;
   attend(layer, kv_layer, input, residual);
+  add_output(layer, residual);
+}
+
+void Attention::store_keys(const Layer& layer, size_t kv_layer, Activations& input, const float* residual) {
+  project(layer, kv_layer, input, residual, {.queries = false, .keys = true});
+}
+
+void Attention::forward_queries(const Layer& layer, size_t kv_layer, Activations& input, float* residual) {
+  project(layer, kv_layer, input, residual, {.queries = true, .keys = false});
+  mix_values(layer, kv_layer);
+  add_output(layer, residual);
+}
+
+void Attention::attend(const Layer& layer, size_t kv_layer, Activations& input, const float* residual) {
+  project(layer, kv_layer, input, residual, {.queries = true, .keys = true});
+  mix_values(layer, kv_layer);
+}
+
+void Attention::add_output(const Layer& layer, float* residual) {
+  const size_t n_embd = hparams_->n_embd;
   queue_.add(layer.attn_output, out_, 0, n_, projected_.data(), n_embd);
   queue_.run(compute_);
   parallel_for(compute_.n_threads, n_, 32, [&](size_t begin, size_t end) {
@@ -147,34 +166,31 @@ void Attention::forward(const Layer& layer, size_t kv_layer, Activations& input,
   });
 }
 
-void Attention::attend(const Layer& layer, size_t kv_layer, Activations& input, const float* residual) {
-  normalize(compute_, residual, n_, layer.attn_norm, hparams_->rms_eps, input,
-            act_bit(layer.attn_q) | act_bit(layer.attn_k) | act_bit(layer.attn_v));
-  if (compute_.observer != nullptr)
-    for (const TensorKind kind : {TensorKind::attn_q, TensorKind::attn_k, TensorKind::attn_v})
-      observe(compute_, kind, static_cast<int>(kv_layer), input.row(0), n_, hparams_->n_embd);
-  queue_.add(layer.attn_q, input, 0, n_, q_.data(), n_head_ * head_dim_);
-  queue_.add(layer.attn_k, input, 0, n_, k_.data(), n_head_kv_ * head_dim_);
-  queue_.add(layer.attn_v, input, 0, n_, v_.data(), n_head_kv_ * head_dim_);
+// Queries, keys and values of the rows, rotated, and keys and values in the cache.
+void Attention::project(const Layer& layer, size_t kv_layer, Activations& input, const float* residual, Parts parts) {
+  const size_t q_width = n_head_ * head_dim_, kv_width = n_head_kv_ * head_dim_;
+  const ActFormats of_q = parts.queries ? act_bit(layer.attn_q) : 0, of_kv = parts.keys ? act_bit(layer.attn_k) | act_bit(layer.attn_v) : 0;
+  normalize(compute_, residual, n_, layer.attn_norm, hparams_->rms_eps, input, of_q | of_kv);
+  const auto multiply = [&](TensorKind kind, const Weight& w, float* y, size_t width) {
+    if (compute_.observer != nullptr) observe(compute_, kind, static_cast<int>(kv_layer), input.row(0), n_, hparams_->n_embd);
+    queue_.add(w, input, 0, n_, y, width);
+  };
+  if (parts.queries) multiply(TensorKind::attn_q, layer.attn_q, q_.data(), q_width);
+  if (parts.keys) multiply(TensorKind::attn_k, layer.attn_k, k_.data(), kv_width);
+  if (parts.keys) multiply(TensorKind::attn_v, layer.attn_v, v_.data(), kv_width);
   queue_.run(compute_);
-  rotate_and_store(kv_layer);
-  mix_values(layer, kv_layer);
-  if (compute_.observer != nullptr)
-    observe(compute_, TensorKind::attn_output, static_cast<int>(kv_layer), out_.row(0), n_, n_head_ * head_dim_);
-}
-
-void Attention::rotate_and_store(size_t kv_layer) {
-  const KernelTable& kernels = *compute_.kernels;
   parallel_for(compute_.n_threads, n_, kKvBlock, [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) {
-      const float* cs = cos_sin_.data() + t * n_rot_;
-      float* q = q_.data() + t * n_head_ * head_dim_;
-      float* k = k_.data() + t * n_head_kv_ * head_dim_;
-      for (size_t h = 0; h < n_head_; ++h) kernels.rope(q + h * head_dim_, cs, n_rot_);
-      for (size_t h = 0; h < n_head_kv_; ++h) kernels.rope(k + h * head_dim_, cs, n_rot_);
-      run_of_[t]->kv->store(kernels, kv_layer, run_of_[t]->position(t), k, v_.data() + t * n_head_kv_ * head_dim_);
+      if (parts.queries) rotate(q_.data() + t * q_width, n_head_, t);
+      if (!parts.keys) continue;
+      rotate(k_.data() + t * kv_width, n_head_kv_, t);
+      run_of_[t]->kv->store(*compute_.kernels, kv_layer, run_of_[t]->position(t), k_.data() + t * kv_width, v_.data() + t * kv_width);
     }
   });
+}
+
+void Attention::rotate(float* rows, size_t n_heads, size_t t) const {
+  for (size_t h = 0; h < n_heads; ++h) compute_.kernels->rope(rows + h * head_dim_, cos_sin_.data() + t * n_rot_, n_rot_);
 }
 
 void Attention::mix_values(const Layer& layer, size_t kv_layer) {
@@ -193,6 +209,8 @@ void Attention::mix_values(const Layer& layer, size_t kv_layer) {
   parallel_for(compute_.n_threads, n_, 8, [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) out_.quantize(*compute_.kernels, t, formats);
   });
+  if (compute_.observer != nullptr)
+    observe(compute_, TensorKind::attn_output, static_cast<int>(kv_layer), out_.row(0), n_, n_head_ * head_dim_);
 }
 
 // All spans of a tile, one after the other.

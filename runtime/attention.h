@@ -42,6 +42,10 @@ class Attention {
   // residual [n, n_embd] += attention(rms_norm(residual)); `input` is scratch [n_batch, n_embd].
   // kv_layer: the layer's place in the caches.
   void forward(const Layer& layer, size_t kv_layer, Activations& input, float* residual);
+  // The same in two steps, where only some rows go on: keys and values of all rows; then, after a begin() of those
+  // positions alone, their queries, residual [n, n_embd] being that of these rows.
+  void store_keys(const Layer& layer, size_t kv_layer, Activations& input, const float* residual);
+  void forward_queries(const Layer& layer, size_t kv_layer, Activations& input, float* residual);
   // Only up to the input of the output projection, head_rows().
   void attend(const Layer& layer, size_t kv_layer, Activations& input, const float* residual);
   const float* head_rows() { return out_.row(0); }  // [n, n_head * head_dim]
@@ -63,9 +67,14 @@ class Attention {
   struct Spans {
     size_t begin, end;
   };
+  struct Parts {
+    bool queries, keys;
+  };
   void make_tiles();
-  void rotate_and_store(size_t kv_layer);
+  void project(const Layer& layer, size_t kv_layer, Activations& input, const float* residual, Parts parts);
+  void rotate(float* rows, size_t n_heads, size_t t) const;
   void mix_values(const Layer& layer, size_t kv_layer);
+  void add_output(const Layer& layer, float* residual);
   void attend_whole(const KvView& kv, size_t worker, const Tile& tile);
   void attend_split(size_t kv_layer, const Run& run, Spans spans, int n_threads);
   void attend_span(const KvView& kv, const Tile& tile, size_t span, float* scratch, float* out) const;

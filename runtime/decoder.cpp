@@ -20,6 +20,7 @@ Decoder::Decoder(const Model& model, const Compute& compute, size_t n_ctx, size_
   tokens_.reserve(n_batch);
   outputs_.reserve(n_batch);
   runs_.reserve(n_batch);
+  output_runs_.reserve(n_batch);
 }
 
 uint64_t Decoder::bytes_needed(const HParams& hparams, int n_threads, size_t n_ctx, size_t n_batch) {
@@ -65,10 +66,13 @@ void Decoder::forward(std::span<const TokenRun> runs, const std::atomic<bool>* c
 void Decoder::choose_outputs(std::span<const TokenRun> runs) {
   const bool all = card_ != nullptr || compute_.observer != nullptr || probe_.hidden;
   outputs_.clear();
+  output_runs_.clear();
   size_t end = 0;
   for (const TokenRun& run : runs) {
     end += run.tokens.size();
-    for (size_t row = end - (all ? run.tokens.size() : std::min(run.n_outputs, run.tokens.size())); row < end; ++row) outputs_.push_back(row);
+    const size_t n_outputs = all ? run.tokens.size() : std::min(run.n_outputs, run.tokens.size());
+    for (size_t row = end - n_outputs; row < end; ++row) outputs_.push_back(row);
+    if (n_outputs > 0) output_runs_.push_back({run.kv, run.first + run.tokens.size() - n_outputs, n_outputs});
   }
 }
 
@@ -92,14 +96,25 @@ void Decoder::evaluate(const std::atomic<bool>* cancel, size_t n_next) {
   if (probe_.hidden) probe_.hidden(-1, hidden);
   for (size_t i = 0; i < n_layer; ++i) {
     if (cancel != nullptr && cancel->load(std::memory_order_relaxed)) fail(ErrorKind::cancelled, "interrupted");
-    attention_.forward(model_->layers()[i], i, input_, residual_.data());
     const bool is_last = i + 1 == n_layer;
-    if (is_last) keep_outputs();
+    attend(i);
     if (is_last && outputs_.empty()) return;
     moe_.forward(i, is_last ? outputs_.size() : n_, input_, residual_.data());
     if (probe_.hidden) probe_.hidden(static_cast<int>(i), hidden);
     if (probe_.routing) probe_.routing(static_cast<int>(i), moe_.chosen(), moe_.weights());
   }
+}
+
+// After the last layer's, residual_ has the rows with outputs only.
+void Decoder::attend(size_t layer_index) {
+  const Layer& layer = model_->layers()[layer_index];
+  const bool narrows = layer_index + 1 == model_->layers().size() && outputs_.size() < n_;
+  if (!narrows) return attention_.forward(layer, layer_index, input_, residual_.data());
+  attention_.store_keys(layer, layer_index, input_, residual_.data());
+  if (outputs_.empty()) return;
+  keep_outputs();
+  attention_.begin(output_runs_);
+  attention_.forward_queries(layer, layer_index, input_, residual_.data());
 }
 
 void Decoder::evaluate_on_card(const std::atomic<bool>* cancel, size_t n_next) {

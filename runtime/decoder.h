@@ -47,7 +47,7 @@ class Decoder {
   // Evaluates 1..n_batch valid tokens in all, of one sequence or of several, none of them twice: rows of
   // the chunk, run after run. What the rows of a sequence become does not depend on the others, to the
   // bit, up to ModelInfo::exact_batch rows. Rows without outputs end with the last layer's keys and values: nothing reads
-  // what its experts would make of them. n_next: tokens of the chunk that will follow at once.
+  // what else it would make of them. n_next: tokens of the chunk that will follow at once.
   // Error(cancelled) between layers.
   void forward(std::span<const TokenRun> runs, const std::atomic<bool>* cancel = nullptr, size_t n_next = 0);
   void forward(std::span<const Token> tokens, size_t first, KvCache& kv, const std::atomic<bool>* cancel = nullptr, size_t n_next = 0);
@@ -74,6 +74,7 @@ class Decoder {
   void evaluate_on_card(const std::atomic<bool>* cancel, size_t n_next);
   void embed(float* rows);
   void choose_outputs(std::span<const TokenRun> runs);
+  void attend(size_t layer_index);
   void keep_outputs();
   size_t place_of(size_t row) const;
   void multiply_output(size_t n_rows, float* out);
@@ -84,7 +85,7 @@ class Decoder {
   ExpertSource* source_;          // null: all experts are in memory
   size_t n_batch_, n_embd_, n_ = 0;
   std::vector<Token> tokens_;     // of the chunk
-  std::vector<KvRun> runs_;
+  std::vector<KvRun> runs_, output_runs_;  // all rows; those with outputs
   std::vector<size_t> outputs_;   // rows with outputs, which end as the first of residual_
   std::vector<gpu::CardRun> card_runs_;
   AlignedArray<float> residual_;  // [n_batch, n_embd]

@@ -146,8 +146,8 @@ struct ModelCost {
   Work layers;  // one token through all layers with its n_expert_used experts, and its embedding row
   Work output;  // final norm and output head, for one row of logits
   uint64_t unused_expert_bytes = 0;  // of the experts that one token leaves out
-  // Of both, the experts' part in the last layer, which only tokens with outputs pass.
-  Work last_experts;
+  // Of both, the last layer without its keys and values, which only tokens with outputs pass.
+  Work last_layer;
   uint64_t last_unused_expert_bytes = 0;
 };
 

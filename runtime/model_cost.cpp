@@ -37,7 +37,9 @@ ModelCost model_cost(const HParams& hparams, const Weight& token_embd, const Wei
     cost.layers.int8_macs += used.int8_macs;
     cost.layers.f32_macs += used.f32_macs;
     cost.unused_expert_bytes += all.bytes - used_bytes;
-    cost.last_experts = used;
+    cost.last_layer = used;
+    for (const Weight* w : {&layer.attn_q, &layer.attn_output}) add_product(cost.last_layer, *w);
+    cost.last_layer.f32_macs += layer.router.size();
     cost.last_unused_expert_bytes = all.bytes - used_bytes;
   }
   add_product(cost.output, output);

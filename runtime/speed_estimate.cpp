@@ -15,11 +15,6 @@ constexpr double kReachedOfCard = 0.75, kHandOverSeconds = 40e-6;
 
 double as_double(uint64_t n) { return static_cast<double>(n); }
 
-double experts_bytes(const ModelSizes& sizes, size_t n_layer) {
-  double sum = 0;
-  for (size_t layer = 0; layer < n_layer; ++layer) sum += as_double(sizes.expert_file_bytes[layer]);
-  return sum;
-}
 
 // P(k of n miss).
 double binomial(uint32_t n, uint32_t k, double miss) {
@@ -41,6 +36,21 @@ double experts_time(const HParams& hparams, double n_bytes, double hit_rate, con
 }
 
 uint64_t used_of(const HParams& hparams, uint64_t n_bytes) { return hparams.n_expert > 0 ? n_bytes / hparams.n_expert * hparams.n_expert_used : n_bytes; }
+
+// Experts that a prompt reads: all; of the last layer a token's, but where a card leaves no token out.
+double prompt_experts_bytes(const ModelSizes& sizes, size_t n_layer, bool on_card) {
+  double sum = 0;
+  for (size_t layer = 0; layer < n_layer; ++layer) {
+    const uint64_t all = sizes.expert_file_bytes[layer];
+    sum += as_double(layer + 1 == n_layer && !on_card ? used_of(sizes.hparams, all) : all);
+  }
+  return sum;
+}
+
+double ffn_macs(const HParams& h) { return 3.0 * h.n_embd * h.n_ff * (h.n_expert > 0 ? h.n_expert_used : 1); }
+
+// Multiply-adds of the last layer but for its keys and values, which a prompt's last token alone needs.
+double last_layer_macs(const HParams& h) { return ffn_macs(h) + 2.0 * h.n_embd * h.n_head * h.head_dim; }
 
 // Weights of a token that the CPU reads.
 double cpu_bytes(const ModelSizes& sizes, const CardShare* card) {
@@ -76,18 +86,19 @@ void estimate_decode(SpeedEstimate& out, const ModelSizes& sizes, const MemoryPl
 
 void estimate_prefill(SpeedEstimate& out, const ModelSizes& sizes, const MemoryPlan& plan, const MachineRates& rates, const CardShare* card) {
   const double n = plan.n_batch;
-  const double attention = as_double(attention_macs(sizes.hparams, plan.n_batch / 2));
-  if (plan.streamed) out.prefill_read_s = experts_bytes(sizes, plan.slots.size()) * (1 - plan.resident_share) / rates.disk_bytes_per_s;
   const HParams& h = sizes.hparams;
-  const double ffn_s = 3.0 * h.n_embd * h.n_ff * (h.n_expert > 0 ? h.n_expert_used : 1) / (sizes.int8_macs > sizes.f32_macs ? rates.int8_macs_per_s : rates.f32_macs_per_s);
+  if (plan.streamed) out.prefill_read_s = prompt_experts_bytes(sizes, plan.slots.size(), card != nullptr) * (1 - plan.resident_share) / rates.disk_bytes_per_s;
+  const double product_rate = sizes.int8_macs > sizes.f32_macs ? rates.int8_macs_per_s : rates.f32_macs_per_s;
   if (card != nullptr) {
-    out.prefill_compute_s = n * card->first_layer * ffn_s / kReachedOfPeak;
+    out.prefill_compute_s = n * card->first_layer * ffn_macs(h) / product_rate / kReachedOfPeak;
     const double seconds = std::max(out.prefill_read_s, out.prefill_compute_s);
     out.prefill_tok_s = seconds > 0 ? n / seconds : 0;
     return;
   }
-  out.prefill_compute_s = (n * (as_double(sizes.int8_macs) / rates.int8_macs_per_s + (as_double(sizes.f32_macs) + attention) / rates.f32_macs_per_s) -
-                           (n - 1) * ffn_s) / kReachedOfPeak;  // of the last layer only the last token's
+  const double attention = as_double(attention_macs(h, plan.n_batch / 2)), left_out = (n - 1) / n;  // of the last layer
+  const double of_token = as_double(sizes.int8_macs) / rates.int8_macs_per_s + as_double(sizes.f32_macs) / rates.f32_macs_per_s - left_out * last_layer_macs(h) / product_rate +
+                          attention * (1 - left_out / h.n_layer) / rates.f32_macs_per_s;
+  out.prefill_compute_s = n * of_token / kReachedOfPeak;
   out.prefill_tok_s = n / std::max(out.prefill_read_s, out.prefill_compute_s);
 }
 

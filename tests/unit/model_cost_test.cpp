@@ -54,8 +54,10 @@ TEST_CASE("model cost: 8x7B of four layers in Q4_K") {
   const uint64_t floats = 4 * (2 * 4096 + 8 * 4096) * 4, row = 2304;
   CHECK(cost.layers.bytes == 4 * (kAttention + 2 * kExpert) * 9 / 16 + floats + row);
   CHECK(cost.unused_expert_bytes == 4 * 6 * kExpert * 9 / 16);
-  CHECK(cost.last_experts.int8_macs == 2 * kExpert);
-  CHECK(cost.last_experts.bytes == 2 * kExpert * 9 / 16);
+  constexpr uint64_t kLast = 2 * kExpert + 2 * 4096 * 4096;  // but for keys and values
+  CHECK(cost.last_layer.int8_macs == kLast);
+  CHECK(cost.last_layer.f32_macs == 8 * 4096);
+  CHECK(cost.last_layer.bytes == kLast * 9 / 16);
   CHECK(cost.last_unused_expert_bytes == 6 * kExpert * 9 / 16);
   CHECK(cost.output.int8_macs == 32000 * 4096);
   CHECK(cost.output.bytes == 32000 * 2304 + 4096 * 4);
