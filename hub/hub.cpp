@@ -136,16 +136,22 @@ std::string hub_url(const HubAccess& access, const std::string& repo, const std:
   return access.endpoint + "/" + url_encode(repo) + "/resolve/main/" + url_encode(path);
 }
 
+std::vector<HubFile> parse_listing(const std::string& page, const std::string& source) {
+  const Json listing = parse_json(page, source);
+  if (!listing.is_array()) fail(ErrorKind::format, source, ": not a listing of files");
+  std::vector<HubFile> out;
+  for (const Json& entry : listing)
+    if (std::optional<HubFile> file = parse_entry(entry, source)) out.push_back(std::move(*file));
+  return out;
+}
+
 std::vector<HubFile> hub_files(const HubAccess& access, const std::string& repo, const HttpOptions& options) {
   std::vector<HubFile> out;
   std::string url = access.endpoint + "/api/models/" + url_encode(repo) + "/tree/main?recursive=true";
   for (int page = 0; !url.empty(); ++page) {
     if (page == kMaxPages) fail(ErrorKind::format, url, ": the listing has no end");
     const HttpResponse response = http_get({url, access.token}, kMaxListing, options);
-    const Json listing = parse_json(response.body, url);
-    if (!listing.is_array()) fail(ErrorKind::format, url, ": not a listing of files");
-    for (const Json& entry : listing)
-      if (std::optional<HubFile> file = parse_entry(entry, url)) out.push_back(std::move(*file));
+    for (HubFile& file : parse_listing(response.body, url)) out.push_back(std::move(file));
     url = response.head.next_page;
     if (!url.empty() && !url.starts_with(access.endpoint + "/")) fail(ErrorKind::format, quote(url), ": the listing goes on at another server");
   }

@@ -41,6 +41,8 @@ HubAccess hub_access_of_environment();
 
 // All .gguf files. Error: io (see http_get), format (an answer that is not what a hub says).
 std::vector<HubFile> hub_files(const HubAccess& access, const std::string& repo, const HttpOptions& options);
+// The GGUF files of one page of a listing; `source` names it in errors. Error(format).
+std::vector<HubFile> parse_listing(const std::string& page, const std::string& source);
 std::string hub_url(const HubAccess& access, const std::string& repo, const std::string& path);
 
 // A model in a repository: one file, or the parts of a split set in order.
