@@ -2,7 +2,7 @@
 //
 // vpdpbusd multiplies unsigned quants (with an offset where they are signed) by activations and adds
 // four; how scales come in, and how offsets go out again: x86_avx512_k_panel.h, x86_avx512_k_rows.h
-// (one token), x86_avx512_k_strips.h (a few).
+// (one token), x86_avx512_k_strips.h (a few; one of Q2_K and Q3_K).
 #include "runtime/kernels/x86_avx512_iq.h"
 #include "runtime/kernels/x86_avx512_k_strips.h"
 #include "runtime/kernels/x86_avx512_k_rows.h"

@@ -1,6 +1,5 @@
-// One token times the 256-element formats with AVX-512 VNNI: four rows by four blocks at a time
-// (kFewRows), so that memory is read in few streams: floats are added along a row, four rows side by
-// side. Or one block of sixteen rows.
+// One token times Q4_K, Q5_K, Q6_K and IQ4_XS with AVX-512 VNNI: four rows by four blocks at a time, so that
+// memory is read in few streams: floats are added along a row, four rows side by side.
 //
 // vpdpbusd adds four products of a row. Before anything is multiplied by a scale, the sums of two
 // groups share a register as 16-bit halves of its lanes, and four rows are added up within 128-bit
@@ -167,76 +166,6 @@ struct RowFormat<BlockQ5_K> {
   }
 };
 
-// Q2_K, Q3_K: bits 2 s and 2 s + 1 of 128-bit lane l are groups 8 (l / 2) + 2 s + l % 2; s and s + 1
-// share a register.
-DUET_INLINE TokenBlock arrange_two_bits(const BlockAct256& x) {
-  const __m512i a = load512(x.qs), b = load512(x.qs + 64), c = load512(x.qs + 128),
-                d = load512(x.qs + 192);
-  return {{low_halves(a, c), high_halves(a, c), low_halves(b, d), high_halves(b, d)},
-          {permuted_sums(x, _mm_setr_epi8(0, 2, 1, 3, 8, 10, 9, 11, 0, 2, 1, 3, 8, 10, 9, 11)),
-           permuted_sums(x, _mm_setr_epi8(4, 6, 5, 7, 12, 14, 13, 15, 4, 6, 5, 7, 12, 14, 13, 15))}};
-}
-// Bytes as the upper halves of 16-bit lanes, in that order.
-DUET_INLINE __m512i two_bit_scales(__m512i bytes, int i) {
-  return _mm512_shuffle_epi8(
-      bytes, i == 0 ? _mm512_broadcast_i32x4(
-                          _mm_setr_epi8(-1, 0, -1, 2, -1, 1, -1, 3, -1, 8, -1, 10, -1, 9, -1, 11))
-                    : _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 4, -1, 6, -1, 5, -1, 7, -1, 12, -1,
-                                                           14, -1, 13, -1, 15)));
-}
-
-template <>
-struct RowFormat<BlockQ2_K> {
-  using Block = BlockQ2_K;
-  static DUET_INLINE TokenBlock arrange(const BlockAct256& x) { return arrange_two_bits(x); }
-  template <class Fetch>
-  static DUET_INLINE FourRows four(const Block* const* b, const TokenBlock& x, const Fetch& fetch) {
-    const __m512i lanes = scale_lanes(b);
-    __m512i pair[2][4];
-#pragma GCC unroll 4
-    for (size_t r = 0; r < 4; ++r) {
-      const __m512i v = load512(b[r]->qs), w = _mm512_srli_epi16(v, 4);
-      pair[0][r] = word_pairs(dot4(masked(v, 3), x.q[0]), dot4(masked(v, 12), x.q[1]), 14);
-      pair[1][r] = word_pairs(dot4(masked(w, 3), x.q[2]), dot4(masked(w, 12), x.q[3]), 14);
-      fetch(r, pair[1][r]);
-    }
-    const __m512i s = masked(lanes, 15), m = high_nibbles(lanes);
-    const auto words = [](__m512i v, int i) { return _mm512_srli_epi16(two_bit_scales(v, i), 8); };
-    return {add_scaled(fold_rows16(pair[0]), transpose4(words(s, 0)), fold_rows16(pair[1]),
-                       transpose4(words(s, 1))),
-            add_scaled(words(m, 0), x.sums[0], words(m, 1), x.sums[1]), lanes};
-  }
-};
-
-template <>
-struct RowFormat<BlockQ3_K> {
-  using Block = BlockQ3_K;
-  static DUET_INLINE TokenBlock arrange(const BlockAct256& x) { return arrange_two_bits(x); }
-  template <class Fetch>
-  static DUET_INLINE FourRows four(const Block* const* b, const TokenBlock& x, const Fetch& fetch) {
-    const __m512i lanes = scale_lanes(b);
-    __m512i pair[2][4];
-#pragma GCC unroll 4
-    for (size_t r = 0; r < 4; ++r) {
-      // Bit i of the lower half and 4 + i of the upper half stand two above bits 2 i, 2 i + 1; the
-      // second and fourth quants are four times their value.
-      const __m512i bits = shift_halves(both_halves(b[r]->hmask), 0, 4);
-      const __m512i v = load512(b[r]->qs), w = _mm512_srli_epi16(v, 4);
-      pair[0][r] =
-          word_pairs(dot4(or_bits(masked(v, 3), _mm512_slli_epi16(bits, 2), 4), x.q[0]),
-                     dot4(or_bits(masked(v, 12), _mm512_slli_epi16(bits, 3), 16), x.q[1]), 14);
-      pair[1][r] =
-          word_pairs(dot4(or_bits(masked(w, 3), bits, 4), x.q[2]),
-                     dot4(or_bits(masked(w, 12), _mm512_slli_epi16(bits, 1), 16), x.q[3]), 14);
-      fetch(r, pair[1][r]);
-    }
-    const auto words = [&](int i) { return _mm512_srai_epi16(two_bit_scales(lanes, i), 8); };
-    const __m512i s0 = words(0), s1 = words(1);
-    return {add_scaled(fold_rows16(pair[0]), transpose4(s0), fold_rows16(pair[1]), transpose4(s1)),
-            add_scaled(s0, x.sums[0], s1, x.sums[1]), lanes};
-  }
-};
-
 // Sums of four fill 16 bits: scales first. Lanes l of registers 2 p, 2 p + 1: groups 8 p + l, + 4.
 template <>
 struct RowFormat<BlockQ6_K> {
@@ -317,23 +246,9 @@ struct RowFormat<BlockIQ4_XS> {
   }
 };
 
-// Few streams are fetched best, but each block of the token is then arranged for four rows only: too
-// dear where computing takes longer than reading.
 template <class Block>
-constexpr bool kFewRows = !std::is_same_v<Block, BlockQ2_K> && !std::is_same_v<Block, BlockQ3_K>;
-
-struct FourSums {
-  using Type = __m128;
-};
-struct SixteenSums {
-  using Type = __m512;
-};
-
-template <class Block, bool kMulld = true>
-struct KRows : KPanel<Block, kMulld> {
-  static constexpr size_t kTokens = 1, kRows = kFewRows<Block> ? 4 : 16, kBlocks = 16 / kRows;
-  static constexpr size_t kGroupsAhead = kFewRows<Block> ? 2 : 1;
-  using Sum = typename std::conditional_t<kFewRows<Block>, FourSums, SixteenSums>::Type;
+struct KRows {
+  static constexpr size_t kTokens = 1, kRows = 4, kBlocks = 4, kGroupsAhead = 2;
 
   template <size_t T>
   static void decode(const std::byte* const* rows, const std::byte* act, size_t, size_t cols, Ahead ahead,
@@ -342,7 +257,7 @@ struct KRows : KPanel<Block, kMulld> {
     const Block* block[kRows];
     for (size_t r = 0; r < kRows; ++r) block[r] = reinterpret_cast<const Block*>(rows[r]);
     const size_t n_blocks = cols / 256;
-    Sum sum = {};
+    __m128 sum = {};
     size_t b = 0;
     for (; b + kBlocks <= n_blocks; b += kBlocks) {
       sum = add_blocks(block, b, kBlocks, x + b, ahead, sum);
@@ -353,19 +268,18 @@ struct KRows : KPanel<Block, kMulld> {
   }
 
   // Blocks [first, first + n) of each row, n up to kBlocks: more are computed and left out.
-  static DUET_INLINE Sum add_blocks(const Block* const* rows, size_t first, size_t n, const BlockAct256* x,
-                                    const Ahead& ahead, Sum sum) {
+  static DUET_INLINE __m128 add_blocks(const Block* const* rows, size_t first, size_t n, const BlockAct256* x,
+                                       const Ahead& ahead, __m128 sum) {
     const Block* block[16];
     __m512i dot[4], side[4], head[4];
     __m128 dx = {};
-    TokenBlock token;
 #pragma GCC unroll 4
     for (size_t s = 0; s < 4; ++s) {
-      const size_t b = s < n ? s : n - 1, row = kFewRows<Block> ? 0 : 4 * s;
-      if (s < kBlocks) token = RowFormat<Block>::arrange(x[b]);
+      const size_t b = s < n ? s : n - 1;
+      const TokenBlock token = RowFormat<Block>::arrange(x[b]);
       dx[s] = x[b].d;
 #pragma GCC unroll 4
-      for (size_t r = 0; r < 4; ++r) block[4 * s + r] = rows[row + r] + first + b;
+      for (size_t r = 0; r < 4; ++r) block[4 * s + r] = rows[r] + first + b;
       const auto fetch = [&](size_t r, __m512i& v) {
         ahead.fetch_after<kRows * kBlocks * sizeof(Block), kRows * kBlocks>(4 * s + r, v);
       };
@@ -375,7 +289,7 @@ struct KRows : KPanel<Block, kMulld> {
     return add_terms(terms(block, dot, side, head, dx), n, sum);
   }
 
-  // Lane 4 s + i: block s of row i, or row 4 s + i.
+  // Lane 4 s + i: block s of row i.
   struct Terms {
     __m512 dot, scale, min, min_scale;
   };
@@ -396,11 +310,6 @@ struct KRows : KPanel<Block, kMulld> {
       t.min_scale = _mm512_mul_ps(f.dmin, dx);
     }
     return t;
-  }
-  static DUET_INLINE __m512 add_terms(const Terms& t, size_t, __m512 sum) {
-    sum = _mm512_fmadd_ps(t.dot, t.scale, sum);
-    if constexpr (kHasMinimum<Block>) sum = _mm512_fnmadd_ps(t.min, t.min_scale, sum);
-    return sum;
   }
   // The first n blocks, one after the other.
   template <int s = 0>
