@@ -93,28 +93,27 @@ template <size_t T, size_t kGroups>
 struct StripStarts {
   alignas(64) int32_t at[T][kGroups];
 
-  // shift: of each group.
+  // shift: of each group. To be read from memory, which costs nothing: GCC would shuffle them out of a register.
   DUET_INLINE StripStarts(const BlockAct256* const* x, __m512i shift) {
 #pragma GCC unroll 8
     for (size_t t = 0; t < T; ++t) {
       const __m512i sums = _mm512_cvtepi16_epi32(load256(x[t]->bsums));
       _mm512_store_si512(at[t], _mm512_sub_epi32(__m512i{}, _mm512_sllv_epi32(sums, shift)));
     }
-    in_memory();
+    __asm__("" : "+m"(at));
   }
   DUET_INLINE StripStarts(const BlockAct256* const* x, int shift) {
-    if constexpr (kGroups == 16) {
-      *this = StripStarts(x, _mm512_set1_epi32(shift));
-    } else {
 #pragma GCC unroll 8
-      for (size_t t = 0; t < T; ++t) {
+    for (size_t t = 0; t < T; ++t) {
+      if constexpr (kGroups == 16) {
+        const __m512i sums = _mm512_cvtepi16_epi32(load256(x[t]->bsums));
+        _mm512_store_si512(at[t], _mm512_sub_epi32(__m512i{}, _mm512_slli_epi32(sums, static_cast<unsigned>(shift))));
+      } else {
         const __m256i sums = _mm256_cvtepi16_epi32(load128(x[t]->bsums32));
         _mm256_store_si256(reinterpret_cast<__m256i*>(at[t]), _mm256_sub_epi32(__m256i{}, _mm256_slli_epi32(sums, shift)));
       }
     }
   }
-  // To be read from memory, which costs nothing, not taken from registers.
-  DUET_INLINE void in_memory() { __asm__("" : "+m"(at)); }
   DUET_INLINE void set(__m512i (&part)[T], size_t group) const {
 #pragma GCC unroll 8
     for (size_t t = 0; t < T; ++t) part[t] = broadcast4(&at[t][group]);
