@@ -63,14 +63,13 @@ DUET_INLINE KScales load_scales(const BlockQ2_K& b) {
 }
 
 DUET_INLINE KScales load_scales(const BlockQ3_K& b) {
-  uint32_t s[3];
-  __builtin_memcpy(s, b.scales, 12);
-  const auto six_bits = [&](uint32_t low, int high_at) {
-    return static_cast<int>((low & 0x0f0f0f0fu) | (((s[2] >> high_at) & 0x03030303u) << 4));
-  };
-  const __m128i v = _mm_setr_epi32(six_bits(s[0], 0), six_bits(s[1], 2), six_bits(s[0] >> 4, 4),
-                                   six_bits(s[1] >> 4, 6));
-  return {_mm256_cvtepi8_epi16(_mm_sub_epi8(v, _mm_set1_epi8(32))), __m256i{}};
+  // Four bytes before the scales are quants: the words are ., s0, s1, s2.
+  const __m128i v = load128(b.scales - 4);
+  const __m128i low = _mm_srlv_epi32(_mm_shuffle_epi32(v, 0x99), _mm_setr_epi32(0, 0, 4, 4));  // s0 s1 s0 s1
+  const __m128i high = _mm_srlv_epi32(_mm_shuffle_epi32(v, 0xff), _mm_setr_epi32(0, 2, 4, 6));
+  const __m128i six = _mm_or_si128(_mm_and_si128(low, _mm_set1_epi8(15)),
+                                   _mm_slli_epi32(_mm_and_si128(high, _mm_set1_epi8(3)), 4));
+  return {_mm256_cvtepi8_epi16(_mm_sub_epi8(six, _mm_set1_epi8(32))), __m256i{}};
 }
 
 // Eight bytes, each of which serves two neighbouring groups of 16.
