@@ -222,6 +222,40 @@ TEST_CASE("matmul of quantized weights equals scalar to the bit: avx512") {
   with_isa("avx512", check_bits_of_scalar);
 }
 
+// The largest sums that blocks and activations can make: no integer of a kernel may overflow.
+void check_largest_sums(const KernelTable& table) {
+  constexpr int kPatterns[] = {0x00, 0xff, 0x55, 0xaa, 0x0f, 0xf0, 0x33, 0xcc, 0x7f, 0x80};
+  constexpr uint16_t kOne = 0x3c00;
+  for (const Format& format : all_formats()) {
+    const ScaleFields fields = scale_fields(format.dtype);
+    if (format.block_elems == 1 || fields.d < 0) continue;
+    const size_t cols = 512;
+    Problem p(format, std::size(kPatterns) * 4, cols, 17);
+    for (size_t r = 0; r < p.n_rows; ++r) {
+      std::byte* row = p.w.data() + r * p.w_stride;
+      std::memset(row, kPatterns[r % std::size(kPatterns)], p.w_stride);
+      for (size_t b = 0; b < cols / format.block_elems; ++b)
+        for (const int at : {fields.d, fields.dmin})
+          if (at >= 0) std::memcpy(row + b * format.block_bytes + at, &kOne, 2);
+    }
+    // All as large as can be, of one sign or of signs that change with every 2^t-th.
+    for (size_t t = 0; t < p.n_tokens; ++t) {
+      std::vector<float> values(cols);
+      for (size_t i = 0; i < cols; ++i) values[i] = (t % 2 == 0 ? 1.0f : -1.0f) * ((i >> t / 2 & 1) == 0 ? 1.0f : -1.0f);
+      p.set_token(t, values);
+    }
+    for (size_t n = 1; n <= p.n_tokens; ++n) {
+      INFO(format.name, " tokens ", n);
+      CHECK(p.run(table, 0, p.n_rows, p.n_tokens - n, n) == p.run(select_kernels("scalar"), 0, p.n_rows, p.n_tokens - n, n));
+    }
+  }
+}
+TEST_CASE("matmul of the largest sums equals scalar: scalar") { with_isa("scalar", check_largest_sums); }
+TEST_CASE("matmul of the largest sums equals scalar: avx2") { with_isa("avx2", check_largest_sums); }
+TEST_CASE("matmul of the largest sums equals scalar: avxvnni") { with_isa("avxvnni", check_largest_sums); }
+TEST_CASE("matmul of the largest sums equals scalar: avx512vnni256") { with_isa("avx512vnni256", check_largest_sums); }
+TEST_CASE("matmul of the largest sums equals scalar: avx512") { with_isa("avx512", check_largest_sums); }
+
 // The bits of a (row, token) pair do not depend on what else is in the call.
 void check_batch_invariance(const KernelTable& table) {
   Rng rng(4);
