@@ -7,12 +7,12 @@ matrix and the calibration come from the first --tokens of one text, the scores 
 512 (25,500 scored tokens), by `duet perplexity --kld` or, with --judge llama, by llama-perplexity.
 
   calibration_oracle.py --calibration FILE --text FILE [--sets experts,wide,recipes] [--tokens N] [--greedy N]
-      [--model FOLDER|F32.gguf] [--also-calibration NAME=FILE ...] [--judge duet|llama] [--keep FOLDER]
+      [--model FOLDER|F32.gguf] [--also-calibration NAME=FILE ...] [--judge duet|llama] [--keep FOLDER] [--only REGEX]
 
 Sets: experts (experts Q3_K or Q4_K, all else F32; 50 % below llama.cpp with imatrix is asked), wide (Q3_K_M and
 Q4_K_M, embedding and head Q8_0: 45 %), recipes (as they are: below), sized (files of
 the size of Q3_K_M and Q4_K_M whose types --target-size has chosen: below those recipes by the same method), down (ffn_down Q3_K or Q4_K, all else F16: 35 %).
---also-calibration: rows calibrated with another kind of text, at every entry of the chosen sets.
+--also-calibration: rows calibrated with another kind of text, at every entry of the chosen sets. --only: entries of the sets whose names match.
 --keep: files and scores stay there, a run that was broken off goes on. Environment: DUET = the duet binary; LLAMA_BIN =
 folder of llama-quantize, llama-imatrix and llama-perplexity. Prints Markdown. Exit 0 pass, 1 fail, 77 cannot run here.
 """
@@ -233,6 +233,7 @@ def arguments():
     parser.add_argument("--greedy-tokens", type=int, default=128)
     parser.add_argument("--judge", choices=["duet", "llama"], default="duet")
     parser.add_argument("--keep", type=pathlib.Path)
+    parser.add_argument("--only", default="", help="entries whose names match")
     return parser.parse_args()
 
 
@@ -243,8 +244,10 @@ def measure(args, tools, folder):
     elif not f32.exists():
         run(tools.duet, "convert", args.model, "-q", "F32", "-o", f32)
     if not imatrix.exists():
-        run(tools.llama / "llama-imatrix", "-m", f32, "-f", args.calibration, "-o", imatrix, "-c", 512, "--chunks", args.tokens // 512,
+        partial = folder / "partial.gguf"  # the program writes the file again and again while it runs
+        run(tools.llama / "llama-imatrix", "-m", f32, "-f", args.calibration, "-o", partial, "-c", 512, "--chunks", args.tokens // 512,
             "--process-output", "--no-ppl")
+        partial.rename(imatrix)
     judge = Judge(args, tools, f32, folder)
     judge.continuations = Continuations(args, tools, f32, folder) if args.greedy > 1 else None
     print(f"{args.tokens} calibration tokens, {255 * args.chunks} scored tokens, scored by {args.judge}\n")
@@ -255,6 +258,8 @@ def measure(args, tools, folder):
     for name in args.sets.split(","):
         wanted, entries = SETS[name]
         for entry in entries:
+            if not re.search(args.only, entry[0]):
+                continue
             passed &= (measure_sized(args, tools, judge, folder, f32, imatrix, entry) if name == "sized" else
                        measure_entry(args, tools, judge, folder, f32, imatrix, wanted, entry))
     return passed
