@@ -7,12 +7,13 @@ matrix and the calibration come from the first --tokens of one text, the scores 
 512 (25,500 scored tokens), by `duet perplexity --kld` or, with --judge llama, by llama-perplexity.
 
   calibration_oracle.py --calibration FILE --text FILE [--sets experts,wide,recipes] [--tokens N] [--greedy N]
-      [--model FOLDER|F32.gguf] [--also-calibration NAME=FILE ...] [--judge duet|llama] [--keep FOLDER] [--only REGEX]
+      [--model FOLDER|F32.gguf] [--also-calibration NAME=FILE ...] [--judge duet|llama] [--keep FOLDER] [--only REGEX] [--methods REGEX]
 
 Sets: experts (experts Q3_K or Q4_K, all else F32; 50 % below llama.cpp with imatrix is asked), wide (Q3_K_M and
 Q4_K_M, embedding and head Q8_0: 45 %), recipes (as they are: below), sized (files of
 the size of Q3_K_M and Q4_K_M whose types --target-size has chosen: below those recipes by the same method), down (ffn_down Q3_K or Q4_K, all else F16: 35 %).
---also-calibration: rows calibrated with another kind of text, at every entry of the chosen sets. --only: entries of the sets whose names match.
+--also-calibration: rows calibrated with another kind of text, at every entry of the chosen sets. --only: entries of the sets whose names match;
+--methods: those rows only (llama.cpp imatrix and duet calibrated are needed for the verdict).
 --keep: files and scores stay there, a run that was broken off goes on. Environment: DUET = the duet binary; LLAMA_BIN =
 folder of llama-quantize, llama-imatrix and llama-perplexity. Prints Markdown. Exit 0 pass, 1 fail, 77 cannot run here.
 """
@@ -160,7 +161,7 @@ def methods(args, tools, f32, imatrix, recipe, options):
     for pair in args.also_calibration:
         name, path = pair.split("=", 1)
         table[f"duet calibrated, {name}"] = calibrated(path)
-    return table
+    return {name: command for name, command in table.items() if re.search(args.methods, name)}
 
 
 def measured(judge, folder, label, method, command):
@@ -183,6 +184,8 @@ def measure_sized(args, tools, judge, folder, f32, imatrix, entry):
     passed = True
     ways = {"plain": [], "imatrix": ["--imatrix", imatrix], "calibrated": ["--calibrate", args.calibration, "--calibrate-tokens", args.tokens]}
     for way, options in ways.items():
+        if not re.search(args.methods, f"duet {way}"):
+            continue
         fixed = measured(judge, folder, label, f"duet {way}", lambda out, o=options: [tools.duet, "quantize", f32, out, recipe, "--force", *o])
         size = fixed["bytes"]
         sized = measured(judge, folder, label, f"duet sized {way}",
@@ -234,6 +237,7 @@ def arguments():
     parser.add_argument("--judge", choices=["duet", "llama"], default="duet")
     parser.add_argument("--keep", type=pathlib.Path)
     parser.add_argument("--only", default="", help="entries whose names match")
+    parser.add_argument("--methods", default="", help="methods whose names match")
     return parser.parse_args()
 
 
