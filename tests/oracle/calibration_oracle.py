@@ -8,12 +8,14 @@ matrix and the calibration come from the first --tokens of one text, the scores 
 
   calibration_oracle.py --calibration FILE --text FILE [--sets experts,wide,recipes] [--tokens N] [--greedy N]
       [--model FOLDER|F32.gguf] [--also-calibration NAME=FILE ...] [--judge duet|llama] [--keep FOLDER] [--only REGEX] [--methods REGEX]
+      [--calibrate-tokens N]
 
 Sets: experts (experts Q3_K or Q4_K, all else F32; 50 % below llama.cpp with imatrix is asked), wide (Q3_K_M and
 Q4_K_M, embedding and head Q8_0: 45 %), recipes (as they are: below), sized (files of
 the size of Q3_K_M and Q4_K_M whose types --target-size has chosen: below those recipes by the same method), down (ffn_down Q3_K or Q4_K, all else F16: 35 %).
 --also-calibration: rows calibrated with another kind of text, at every entry of the chosen sets. --only: entries of the sets whose names match;
---methods: those rows only (llama.cpp imatrix and duet calibrated are needed for the verdict).
+--methods: those rows only (llama.cpp imatrix and duet calibrated are needed for the verdict); --calibrate-tokens:
+fewer for the calibrated rows than for the matrix.
 --keep: files and scores stay there, a run that was broken off goes on. Environment: DUET = the duet binary; LLAMA_BIN =
 folder of llama-quantize, llama-imatrix and llama-perplexity. Prints Markdown. Exit 0 pass, 1 fail, 77 cannot run here.
 """
@@ -150,7 +152,7 @@ def methods(args, tools, f32, imatrix, recipe, options):
     ours, theirs = options
     llama = [tools.llama / "llama-quantize"]
     calibrated = lambda text: lambda out: [tools.duet, "quantize", f32, out, recipe, *ours, "--force", "--calibrate", text,
-                                           "--calibrate-tokens", args.tokens]
+                                           "--calibrate-tokens", args.calibrate_tokens or args.tokens]
     table = {
         "llama.cpp plain": lambda out: [*llama, *theirs, f32, out, recipe, 2],
         "llama.cpp imatrix": lambda out: [*llama, "--imatrix", imatrix, *theirs, f32, out, recipe, 2],
@@ -182,7 +184,7 @@ def measure_sized(args, tools, judge, folder, f32, imatrix, entry):
     """The same recipe against types chosen for its size."""
     label, recipe, _ = entry
     passed = True
-    ways = {"plain": [], "imatrix": ["--imatrix", imatrix], "calibrated": ["--calibrate", args.calibration, "--calibrate-tokens", args.tokens]}
+    ways = {"plain": [], "imatrix": ["--imatrix", imatrix], "calibrated": ["--calibrate", args.calibration, "--calibrate-tokens", args.calibrate_tokens or args.tokens]}
     for way, options in ways.items():
         if not re.search(args.methods, f"duet {way}"):
             continue
@@ -229,6 +231,7 @@ def arguments():
     parser.add_argument("--text")
     parser.add_argument("--sets", default="experts,wide,recipes")
     parser.add_argument("--tokens", type=int, default=98304)
+    parser.add_argument("--calibrate-tokens", type=int)
     parser.add_argument("--chunks", type=int, default=100)
     parser.add_argument("--model", type=pathlib.Path, default=ROOT / "models/demo")
     parser.add_argument("--also-calibration", action="append", default=[])
