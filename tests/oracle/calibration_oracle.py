@@ -151,7 +151,8 @@ def methods(args, tools, f32, imatrix, recipe, options):
     """Name -> command that writes to the path put behind it."""
     ours, theirs = options
     llama = [tools.llama / "llama-quantize"]
-    calibrated = lambda text: lambda out: [tools.duet, "quantize", f32, out, recipe, *ours, "--force", "--calibrate", text,
+    goes_on = lambda out: "--resume" if pathlib.Path(f"{out}.part").exists() else "--force"
+    calibrated = lambda text: lambda out: [tools.duet, "quantize", f32, out, recipe, *ours, goes_on(out), "--calibrate", text,
                                            "--calibrate-tokens", args.calibrate_tokens or args.tokens]
     table = {
         "llama.cpp plain": lambda out: [*llama, *theirs, f32, out, recipe, 2],
