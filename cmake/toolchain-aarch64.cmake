@@ -22,6 +22,9 @@ set(ENV{PKG_CONFIG_SYSROOT_DIR} "${DUET_SYSROOT}")
 set(ENV{PKG_CONFIG_LIBDIR}
   "${DUET_SYSROOT}/usr/lib/aarch64-linux-gnu/pkgconfig:${DUET_SYSROOT}/usr/share/pkgconfig")
 
+# Debian keeps headers that depend on the machine (openssl/opensslconf.h) here, where its own compilers look by themselves.
+set(CMAKE_CXX_STANDARD_INCLUDE_DIRECTORIES "${DUET_SYSROOT}/usr/include/aarch64-linux-gnu")
+
 # What libraries need in turn is found there when linking and, by a run path that counts for all of them, when running.
 add_link_options(
   "-Wl,--disable-new-dtags,-rpath-link,${DUET_SYSROOT}/usr/lib/aarch64-linux-gnu:${DUET_SYSROOT}/lib/aarch64-linux-gnu")
