@@ -23,10 +23,17 @@ std::string key_of(const HttpRequest& request) {
   return request.header("x-api-key");
 }
 
-// "[::1]:8080" -> "::1", "localhost:8080" -> "localhost"
+// Names of hosts have no case.
+std::string lower(std::string text) {
+  for (char& c : text)
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+  return text;
+}
+
+// "[::1]:8080" -> "::1", "LocalHost:8080" -> "localhost"
 std::string without_port(const std::string& host) {
-  if (host.starts_with('[')) return host.substr(1, host.find(']') - 1);
-  return host.substr(0, host.find(':'));
+  if (host.starts_with('[')) return lower(host.substr(1, host.find(']') - 1));
+  return lower(host.substr(0, host.find(':')));
 }
 
 bool is_address(const std::string& host) {
@@ -34,11 +41,13 @@ bool is_address(const std::string& host) {
   return ::inet_pton(AF_INET, host.c_str(), storage.data()) == 1 || ::inet_pton(AF_INET6, host.c_str(), storage.data()) == 1;
 }
 
-bool contains(const std::vector<std::string>& list, const std::string& value) { return std::find(list.begin(), list.end(), value) != list.end(); }
+bool contains(const std::vector<std::string>& list, const std::string& value) {
+  return std::any_of(list.begin(), list.end(), [&](const std::string& entry) { return lower(entry) == lower(value); });
+}
 
 // A name that a foreign site could have made to point here is none of these.
 bool host_allowed(const AccessOptions& options, const std::string& host) {
-  if (host == "localhost" || host.ends_with(".localhost") || host == options.host || contains(options.allowed_hosts, host) || contains(options.allowed_hosts, "*")) return true;
+  if (host == "localhost" || host.ends_with(".localhost") || host == lower(options.host) || contains(options.allowed_hosts, host) || contains(options.allowed_hosts, "*")) return true;
   return is_loopback(options.host) ? is_loopback(host) : is_address(host);
 }
 
@@ -47,7 +56,7 @@ bool origin_allowed(const AccessOptions& options, const HttpRequest& request, co
   const size_t scheme = origin.find("://");
   if (scheme == std::string::npos) return false;  // "null": a sandboxed page, a file
   const std::string host = origin.substr(scheme + 3);
-  return host == request.header("Host") || is_loopback(without_port(host)) || without_port(host) == "localhost";
+  return lower(host) == lower(request.header("Host")) || is_loopback(without_port(host)) || without_port(host) == "localhost";
 }
 
 }  // namespace

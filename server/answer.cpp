@@ -102,6 +102,7 @@ class Answer : public ReplyStream {
   }
 
   static void check_end(const Finish& finish) {
+    if (finish.reason == FinishReason::refused) throw ApiError(400, finish.error);
     if (finish.reason == FinishReason::failed) throw ApiError(500, finish.error);
     if (finish.reason == FinishReason::cancelled) throw ApiError(503, finish.error.empty() ? "cancelled" : finish.error);
   }

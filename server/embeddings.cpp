@@ -10,7 +10,7 @@
 namespace duet::server::embeddings {
 namespace {
 
-constexpr size_t kMaxInputs = 256;
+constexpr size_t kMaxInputs = 2048;  // as OpenAI
 
 // Little-endian floats, as all machines that duet runs on store them.
 std::string bytes_of(const std::vector<float>& values) {
@@ -21,10 +21,14 @@ std::string bytes_of(const std::vector<float>& values) {
 
 TextRequest request_of(const Fields& f, const char* field, const ServedModel& model) {
   model.check_name(f.string("model"));
+  const int64_t n_embd = model.engine.info().hparams.n_embd;
+  if (f.integer("dimensions", n_embd, 1, 1 << 20) != n_embd) bad_request("dimensions", "'dimensions' is fixed for this model: ", n_embd);
   TextRequest r;
   const Json* input = f.find(field);
   if (input == nullptr) bad_request(field, "'", field, "' is missing");
-  r.prompts = prompt_inputs(*input, field, model.tokenizer, kMaxInputs);
+  r.prompts = prompt_inputs(*input, field, model.tokenizer, kMaxInputs, true);
+  if (f.boolean("truncate", false))
+    for (PromptInput& prompt : r.prompts) prompt.ids.resize(std::min<size_t>(prompt.ids.size(), model.n_ctx));
   for (const PromptInput& prompt : r.prompts) check_length(prompt.ids.size(), model.n_ctx, field);
   r.params.embedding = true;
   return r;
@@ -79,8 +83,6 @@ Parsed parse_openai(const Json& body, const ServedModel& model) {
   const Fields f(body);
   const std::string format = f.string("encoding_format", "float");
   if (format != "float" && format != "base64") bad_request("encoding_format", "'encoding_format' is ", quote(format), "; it must be 'float' or 'base64'");
-  if (f.integer("dimensions", model.engine.info().hparams.n_embd, 1, 1 << 20) != model.engine.info().hparams.n_embd)
-    bad_request("dimensions", "'dimensions' is fixed for this model: ", model.engine.info().hparams.n_embd);
   return {request_of(f, "input", model), format == "base64" ? Shape::openai_base64 : Shape::openai_floats};
 }
 

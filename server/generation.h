@@ -45,12 +45,12 @@ struct ExpertCounts {
   uint64_t hits = 0, misses = 0;
 };
 
-enum class FinishReason { stop, length, cancelled, failed };
+enum class FinishReason { stop, length, cancelled, failed, refused };  // refused: what was asked cannot be done
 
 struct Finish {
   FinishReason reason = FinishReason::stop;
   std::string stop_string = {};  // which ended it, if one did
-  std::string error = {};        // when failed
+  std::string error = {};        // when failed or refused
   size_t n_generated = 0;
   double queue_s = 0, prompt_s = 0, decode_s = 0;  // decode: from the first token to the last
   ExpertCounts experts = {};  // of all batches meanwhile, whose ever

@@ -34,10 +34,11 @@ bool is_closed(int fd) {
 // What httplib reads a request from: bounds its bytes and the time they may take.
 class Connection : public httplib::Stream {
  public:
-  // tls: null for plain HTTP.
-  Connection(int fd, const HttpLimits& limits, const TlsContext* tls) : fd_(fd), limits_(limits) {
+  // tls: null for plain HTTP. bodies: bytes that all connections hold.
+  Connection(int fd, const HttpLimits& limits, const TlsContext* tls, std::atomic<size_t>& bodies) : fd_(fd), limits_(limits), bodies_(bodies) {
     if (tls != nullptr) tls_.emplace(*tls, fd);
   }
+  ~Connection() override { end_request(); }
 
   bool handshake() { return !tls_ || tls_->handshake(Clock::now() + limits_.header_time); }
   void close() {
@@ -48,7 +49,14 @@ class Connection : public httplib::Stream {
   bool has_buffered() const { return at_ < end_ || (tls_ && tls_->has_buffered()); }
   void begin_request() { begin_phase(limits_.max_header_bytes, limits_.header_time); }
   // A little more than the body may have: chunked framing.
-  void begin_body() { begin_phase(limits_.max_body_bytes + limits_.max_body_bytes / 8, limits_.body_time); }
+  void begin_body() {
+    begin_phase(limits_.max_body_bytes + limits_.max_body_bytes / 8, limits_.body_time);
+    in_body_ = true;
+  }
+  void end_request() {
+    bodies_ -= std::exchange(body_bytes_, 0);
+    in_body_ = false;
+  }
   bool closed() const { return is_closed(fd_); }
 
   bool is_readable() const override { return has_buffered() || wait_for(fd_, POLLIN, deadline_); }
@@ -61,6 +69,7 @@ class Connection : public httplib::Stream {
       return -1;
     }
     n = std::min({n, end_ - at_, bytes_left_});
+    if (in_body_ && !hold(n)) return -1;
     std::memcpy(to, buffer_.data() + at_, n);
     at_ += n;
     bytes_left_ -= n;
@@ -79,6 +88,13 @@ class Connection : public httplib::Stream {
   bool overrun() const { return overrun_; }  // what follows is the rest of a body, not a request
 
  private:
+  // Counts bytes of a body among those of all connections; false: they would be too many.
+  bool hold(size_t n) {
+    body_bytes_ += n;
+    overrun_ = (bodies_ += n) > limits_.max_bodies_bytes;
+    return !overrun_;
+  }
+
   void begin_phase(size_t n_bytes, std::chrono::seconds time) {
     bytes_left_ = n_bytes;
     deadline_ = Clock::now() + time;
@@ -112,8 +128,9 @@ class Connection : public httplib::Stream {
   const HttpLimits& limits_;
   std::optional<TlsSocket> tls_;
   std::array<char, 16384> buffer_;
-  size_t at_ = 0, end_ = 0, bytes_left_ = 0;
-  bool overrun_ = false;
+  size_t at_ = 0, end_ = 0, bytes_left_ = 0, body_bytes_ = 0;
+  bool in_body_ = false, overrun_ = false;
+  std::atomic<size_t>& bodies_;
   Clock::time_point deadline_{};
 };
 
@@ -153,6 +170,17 @@ class ConnectionThreads : public httplib::TaskQueue {
   std::condition_variable changed_;
 };
 
+// A status of this file's own, and its text.
+const char* text_of(int status) {
+  switch (status) {
+    case 413: return "the request body is too large";
+    case 414: return "the path is too long";
+    case 415: return "Content-Encoding is not supported";
+    case 503: return "too many large requests at once; try again later";
+    default: return "the request could not be read";
+  }
+}
+
 std::string refusal(const char* text) { return concat("{\"error\":{\"message\":\"", text, "\",\"type\":\"invalid_request_error\",\"param\":null,\"code\":null}}"); }
 
 }  // namespace
@@ -165,7 +193,7 @@ std::string HttpRequest::header(std::string_view name) const {
 
 class HttpServer::Impl : public httplib::Server {
  public:
-  Impl(const HttpLimits& limits, HttpHandler handler, const TlsFiles& tls) : limits_(limits), handler_(std::move(handler)) {
+  Impl(const HttpLimits& limits, HttpGate gate, HttpHandler handler, const TlsFiles& tls) : limits_(limits), gate_(std::move(gate)), handler_(std::move(handler)) {
     if (!tls.certificate.empty()) tls_.emplace(tls);
     const auto serve = [this](const httplib::Request& req, httplib::Response& res) { answer(req, res); };
     Get(".*", serve);
@@ -184,7 +212,7 @@ class HttpServer::Impl : public httplib::Server {
       ::setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
     });
     set_error_handler([](const httplib::Request&, httplib::Response& res) {
-      if (res.body.empty()) res.set_content(refusal(res.status == 413 ? "the request body is too large" : "the request could not be read"), "application/json");
+      if (res.body.empty()) res.set_content(refusal(text_of(res.status)), "application/json");
     });
     set_pre_routing_handler([this](const httplib::Request& req, httplib::Response& res) { return refuse_early(req, res); });
     new_task_queue = [this] { return new ConnectionThreads(limits_.max_connections); };
@@ -207,44 +235,70 @@ class HttpServer::Impl : public httplib::Server {
  private:
   static constexpr size_t kRequestsPerConnection = 100000;
 
-  // Status of what is refused before its body is read, else 0. Compressed bodies could be any size.
-  int early_status(const httplib::Request& req) const {
+  static uint64_t body_length(const httplib::Request& req) { return std::strtoull(req.get_header_value("Content-Length").c_str(), nullptr, 10); }
+  static bool has_body(const httplib::Request& req) { return req.has_header("Transfer-Encoding") || body_length(req) > 0; }
+
+  // What is decided by the headers alone, before a body is read.
+  static constexpr int kReadOn = 0, kDenied = -1;  // or a status. kDenied: the handler refuses it
+  struct Verdict {
+    const Connection* connection;
+    int what;
+    bool operator()(uint64_t, uint64_t) const { return !connection->closed(); }  // as httplib's progress: goes on
+  };
+
+  // Compressed bodies could be any size.
+  int verdict(const httplib::Request& req) const {
     if (req.path.size() > 2048) return 414;
+    if (has_body(req) && !gate_(headers_of(req))) return kDenied;
     if (req.has_header("Content-Encoding")) return 415;
-    const std::string length = req.get_header_value("Content-Length");
-    return std::strtoull(length.c_str(), nullptr, 10) > limits_.max_body_bytes ? 413 : 0;
+    const uint64_t length = body_length(req);
+    if (length > limits_.max_body_bytes) return 413;
+    return length > 0 && bodies_ + length > limits_.max_bodies_bytes ? 503 : kReadOn;
   }
 
   // httplib reads no body of other methods: it would be taken for the next request.
   static bool leaves_body(const httplib::Request& req) {
-    if (req.method == "POST" || req.method == "PUT" || req.method == "PATCH" || req.method == "DELETE") return false;
-    const std::string length = req.get_header_value("Content-Length");
-    return req.has_header("Transfer-Encoding") || (!length.empty() && length != "0");
+    return req.method != "POST" && req.method != "PUT" && req.method != "PATCH" && req.method != "DELETE" && has_body(req);
   }
 
   HandlerResponse refuse_early(const httplib::Request& req, httplib::Response& res) const {
-    const int status = early_status(req);
-    if (status == 0) return HandlerResponse::Unhandled;
-    res.status = status;
-    res.set_content(refusal(status == 414 ? "the path is too long" : status == 415 ? "Content-Encoding is not supported" : "the request body is too large"), "application/json");
+    const int what = req.progress.target<Verdict>()->what;
+    if (what == kReadOn) return HandlerResponse::Unhandled;
+    if (what == kDenied) {
+      answer(req, res);
+      return HandlerResponse::Handled;
+    }
+    res.status = what;
+    if (what == 503) res.set_header("Retry-After", "2");
+    res.set_content(refusal(text_of(what)), "application/json");
     return HandlerResponse::Handled;
   }
 
   // Requests of one connection, one after the other.
   bool process_and_close_socket(socket_t fd) override {
-    Connection connection(fd, limits_, tls_ ? &*tls_ : nullptr);
-    bool closed = !connection.handshake(), refused = false;  // refused: its body has not been read
-    for (size_t n = 1; !closed && !refused && !connection.overrun() && !stopping_ && next_request(connection, fd); ++n) {
+    Connection connection(fd, limits_, tls_ ? &*tls_ : nullptr, bodies_);
+    bool closed = !connection.handshake();
+    bool readable = true;  // what follows is the next request
+    for (size_t n = 1; !closed && readable && !connection.overrun() && !stopping_ && next_request(connection, fd); ++n) {
       connection.begin_request();
+      readable = false;  // httplib answers some damaged requests by itself, without prepare()
       const auto prepare = [&](httplib::Request& req) {
         connection.begin_body();
-        refused = early_status(req) != 0 || leaves_body(req);
-        req.progress = [&connection](uint64_t, uint64_t) { return !connection.closed(); };  // read by answer()
+        const int what = verdict(req);
+        readable = what == kReadOn && !leaves_body(req) && req.version != "HTTP/1.0";
+        if (!readable) {
+          req.headers.erase("Connection");
+          req.headers.emplace("Connection", "close");  // which the reply repeats
+        }
+        if (!has_body(req)) req.headers.emplace("Content-Length", "0");  // httplib would read to the end of the connection
+        req.progress = Verdict{&connection, what};
         req.ranges.clear();
         req.headers.erase("Content-Type");     // forms are JSON to `curl -d`
         req.headers.erase("Accept-Encoding");  // compressing what streams costs more than it saves
       };
-      if (!process_request(connection, n == kRequestsPerConnection, closed, prepare)) break;
+      const bool good = process_request(connection, n == kRequestsPerConnection, closed, prepare);
+      connection.end_request();
+      if (!good) break;
     }
     connection.close();
     return true;
@@ -257,10 +311,16 @@ class HttpServer::Impl : public httplib::Server {
     return connection.has_buffered();
   }
 
-  void answer(const httplib::Request& req, httplib::Response& res) const {
-    HttpRequest request{.method = req.method, .path = req.path, .body = req.body, .remote = req.remote_addr, .headers = {}, .client_gone = {}};
+  static HttpRequest headers_of(const httplib::Request& req) {
+    HttpRequest request{.method = req.method, .path = req.path, .body = {}, .remote = req.remote_addr, .headers = {}, .client_gone = {}};
     request.headers.assign(req.headers.begin(), req.headers.end());
-    request.client_gone = [alive = req.progress] { return alive && !alive(0, 0); };
+    return request;
+  }
+
+  void answer(const httplib::Request& req, httplib::Response& res) const {
+    HttpRequest request = headers_of(req);
+    request.body = req.body;
+    request.client_gone = [alive = req.progress] { return !alive(0, 0); };
     HttpReply reply;
     try {
       reply = handler_(request);
@@ -271,24 +331,28 @@ class HttpServer::Impl : public httplib::Server {
     for (const auto& [key, value] : reply.headers) res.set_header(key, value);
     if (!reply.stream) return res.set_content(reply.body, reply.content_type);
     ReplyStream* stream = reply.stream.release();  // std::function cannot own it
-    res.set_chunked_content_provider(
-        reply.content_type,
-        [stream](size_t, httplib::DataSink& sink) {
-          bool open = true;
-          stream->run([&](std::string_view text) { return open = open && sink.write(text.data(), text.size()); });
-          if (open) sink.done();
-          return open;
-        },
-        [stream](bool) { delete stream; });
+    const auto provide = [stream](size_t, httplib::DataSink& sink) {
+      bool open = true;
+      stream->run([&](std::string_view text) { return open = open && sink.write(text.data(), text.size()); });
+      if (open) sink.done();
+      return open;
+    };
+    const auto release = [stream](bool) { delete stream; };
+    // HTTP/1.0 knows no chunks: the end of the connection ends the text.
+    if (req.version == "HTTP/1.0") res.set_content_provider(reply.content_type, provide, release);
+    else res.set_chunked_content_provider(reply.content_type, provide, release);
   }
 
   HttpLimits limits_;
+  HttpGate gate_;
   HttpHandler handler_;
   std::optional<TlsContext> tls_;
+  std::atomic<size_t> bodies_{0};  // bytes of all that are being read or answered
   std::atomic<bool> stopping_{false};
 };
 
-HttpServer::HttpServer(const HttpLimits& limits, HttpHandler handler, const TlsFiles& tls) : impl_(std::make_unique<Impl>(limits, std::move(handler), tls)) {}
+HttpServer::HttpServer(const HttpLimits& limits, HttpGate gate, HttpHandler handler, const TlsFiles& tls)
+    : impl_(std::make_unique<Impl>(limits, std::move(gate), std::move(handler), tls)) {}
 HttpServer::~HttpServer() = default;
 int HttpServer::bind(const std::string& host, int port) { return impl_->bind_address(host, port); }
 void HttpServer::run() {

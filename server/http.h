@@ -19,6 +19,7 @@ struct HttpLimits {
   size_t max_connections = 512;           // more wait to be accepted
   size_t max_header_bytes = 64 << 10;     // request line and all headers
   size_t max_body_bytes = size_t{32} << 20;
+  size_t max_bodies_bytes = size_t{256} << 20;  // of all requests at once
   std::chrono::seconds header_time{10};   // from the first byte to the end of the headers
   std::chrono::seconds body_time{60};
   std::chrono::seconds idle_time{30};     // between requests of a connection
@@ -61,11 +62,13 @@ struct HttpReply {
 
 // Called by many threads at once. What it throws becomes status 500 with no details.
 using HttpHandler = std::function<HttpReply(const HttpRequest&)>;
+// Whether a request whose headers are these may send its body: else the handler, which refuses it, gets none.
+using HttpGate = std::function<bool(const HttpRequest&)>;
 
 class HttpServer {
  public:
   // Error: io, format where the files of TLS are not what they should be.
-  HttpServer(const HttpLimits& limits, HttpHandler handler, const TlsFiles& tls = {});
+  HttpServer(const HttpLimits& limits, HttpGate gate, HttpHandler handler, const TlsFiles& tls = {});
   ~HttpServer();
 
   // Binds and listens; port 0 picks one. Returns the port. Error(io) when the address cannot be had.

@@ -92,7 +92,7 @@ TextRequest parse_completion(const Json& body, const ServedModel& model) {
   TextRequest r;
   const Json* prompt = f.find("prompt");
   if (prompt == nullptr) bad_request("prompt", "'prompt' is missing");
-  r.prompts = prompt_inputs(*prompt, "prompt", model.tokenizer, 64);
+  r.prompts = prompt_inputs(*prompt, "prompt", model.tokenizer, 64, f.boolean("parse_special", true));
   for (const PromptInput& input : r.prompts) check_length(input.ids.size(), model.n_ctx, "prompt");
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const int64_t n = f.integer("n_predict", f.integer("max_tokens", -1, -2, kMost), -2, kMost);
@@ -109,9 +109,7 @@ TextRequest parse_completion(const Json& body, const ServedModel& model) {
   r.stream = f.boolean("stream", false);
   r.constraint = text_constraint(requested_grammar(f), model);
   for (const char* name : {"image_data", "lora", "input_prefix", "input_suffix"}) f.refuse(name, "");
-  for (const char* name : {"mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range", "n_keep", "min_keep", "t_max_predict_ms"})
-    if (f.number(name, 0, -1e9, 1e9) != 0) f.refuse(name, "");
-  if (f.number("typical_p", 1, -1e9, 1e9) != 1) f.refuse("typical_p", "");
+  refuse_other_samplers(f);
   return r;
 }
 
@@ -129,7 +127,7 @@ Json tokenize(const Json& body, const ServedModel& model) {
     if (f.find(name) == nullptr) bad_request("content", "'content' (or 'prompt') is missing");
     const std::string text = f.string(name);
     const bool special = f.boolean("add_special", f.boolean("add_special_tokens", f.find("prompt") != nullptr && model.tokenizer.add_bos()));
-    const Segment segment{text, f.boolean("parse_special", false)};
+    const Segment segment{text, f.boolean("parse_special", true)};
     ids = model.tokenizer.encode({&segment, 1}, special && model.tokenizer.bos().has_value());
   }
   Json tokens = Json::array();
@@ -142,7 +140,7 @@ Json detokenize(const Json& body, const ServedModel& model) {
   const Json* tokens = f.find("tokens");
   if (tokens == nullptr || !tokens->is_array() || tokens->size() > kMaxTokens) bad_request("tokens", "'tokens' must be an array of token ids");
   if (tokens->empty()) return {{"content", ""}, {"prompt", ""}};
-  const std::string text = prompt_inputs(*tokens, "tokens", model.tokenizer, 0).front().text;
+  const std::string text = id_input(*tokens, "tokens", model.tokenizer).text;
   return {{"content", text}, {"prompt", text}};
 }
 
@@ -151,7 +149,7 @@ Json apply_template(const Json& body, const ServedModel& model) {
   const Tools tools = parse_tools(f);
   const bool must_call = tools.choice == Tools::Choice::required;
   const PromptInput prompt = chat_prompt(f.find("messages"), tools.choice == Tools::Choice::none ? Json() : tools.list, model, must_call);
-  return {{"prompt", model.tokenizer.decode(prompt.ids, true)}, {"tokens", prompt.ids}};
+  return {{"prompt", prompt.text}, {"tokens", prompt.ids}};
 }
 
 Json tokenizer_info(const ServedModel& model) {

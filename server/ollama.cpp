@@ -55,9 +55,7 @@ void parse_options(const Fields& f, const ServedModel& model, TextRequest& r) {
   r.params.stop = stop_strings(options);
   const int64_t n = options.integer("num_predict", -1, -2, std::numeric_limits<int32_t>::max());
   r.params.max_tokens = n < 0 ? SIZE_MAX : static_cast<size_t>(n);
-  if (options.number("mirostat", 0, -1e9, 1e9) != 0) options.refuse("mirostat", "");
-  for (const char* name : {"tfs_z", "typical_p"})
-    if (options.number(name, 1, -1e9, 1e9) != 1) options.refuse(name, "");
+  refuse_other_samplers(options);
   if (const Json* think = f.find("think"); think != nullptr && !(think->is_boolean() && !think->get<bool>()))
     bad_request("think", "'think' is not supported by this model");
   const bool logprobs = f.boolean("logprobs", false);
@@ -200,6 +198,15 @@ class CallIds {
   size_t n_ = 0;
 };
 
+void refuse_media(const Json& messages) {
+  if (!messages.is_array()) return;
+  for (size_t i = 0; i < messages.size(); ++i) {
+    if (!messages[i].is_object()) continue;
+    const Fields message(messages[i], concat("messages[", i, "]."));
+    for (const char* name : {"images", "audio"}) message.refuse(name, "this model reads text only");
+  }
+}
+
 std::string parameter_size(uint64_t n) {
   std::array<char, 32> text{};
   if (n >= 1000000000) std::snprintf(text.data(), text.size(), "%.1fB", static_cast<double>(n) / 1e9);
@@ -237,6 +244,7 @@ Parsed parse_chat(const Json& body, const ServedModel& model) {
   TextRequest r;
   parse_options(f, model, r);
   out.tools = parse_ollama_tools(f);
+  refuse_media(*messages);
   const Json with_ids = CallIds().given_to(*messages);
   out.calls = prepare_chat(&with_ids, out.tools, ollama_format_grammar(f), model, r);
   check_length(r.prompts[0].ids.size(), model.n_ctx, "messages");
@@ -253,13 +261,12 @@ Parsed parse_generate(const Json& body, const ServedModel& model) {
     out.reply = load_reply(f, model, false);
     return out;
   }
-  for (const char* name : {"suffix", "images", "template", "context"})
-    if (const Json* value = f.find(name); value != nullptr && !(value->is_string() && value->get<std::string>().empty())) f.refuse(name, "");
+  for (const char* name : {"suffix", "images", "template", "context"}) f.refuse(name, "");
   TextRequest r;
   parse_options(f, model, r);
   r.constraint = text_constraint(ollama_format_grammar(f), model);
   if (f.boolean("raw", false) || !model.chat) {
-    r.prompts = prompt_inputs(Json(prompt), "prompt", model.tokenizer, 1);
+    r.prompts = prompt_inputs(Json(prompt), "prompt", model.tokenizer, 1, f.boolean("parse_special", true));
     if (const std::string system = f.string("system"); !system.empty() && !f.boolean("raw", false)) bad_request("system", "'system': this model has no chat template");
   } else {
     Json messages = Json::array();

@@ -13,7 +13,7 @@ namespace duet::server::openai {
 namespace {
 
 constexpr int64_t kMaxChoices = 64, kMaxTop = 100;
-constexpr size_t kMaxPrompts = 256;
+constexpr size_t kMaxPrompts = 256, kMaxRecords = 1 << 20;
 
 size_t max_tokens(const Fields& f, const char* first, const char* second, size_t fallback) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
@@ -40,9 +40,7 @@ Parsed parse_common(const Fields& f, const ServedModel& model) {
     out.format.include_usage = Fields(*options, "stream_options.").boolean("include_usage", false);
   }
   out.format.progress = f.boolean("return_progress", false);
-  for (const char* name : {"guided_regex", "typical_p", "mirostat", "dry_multiplier",
-                           "xtc_probability", "min_tokens", "top_a", "tfs_z", "use_beam_search", "length_penalty", "allowed_token_ids", "bad_words"})
-    f.refuse(name, "");
+  refuse_other_samplers(f);
   return out;
 }
 
@@ -308,6 +306,14 @@ class CompletionRenderer : public RendererBase {
   std::vector<bool> started_;
 };
 
+// Records of all tokens of all prompts are kept until the reply is whole.
+void check_records(const TextRequest& r) {
+  size_t n = 0;
+  for (const PromptInput& input : r.prompts) n += input.ids.size() * r.n * (static_cast<size_t>(r.params.n_top) + 1);
+  if (n > kMaxRecords)
+    bad_request("logprobs", "'echo' with 'logprobs' would give ", n, " log probabilities; at most ", kMaxRecords, ": send fewer prompts at once or ask for fewer");
+}
+
 }  // namespace
 
 Parsed parse_chat(const Json& body, const ServedModel& model) {
@@ -334,7 +340,7 @@ Parsed parse_completion(const Json& body, const ServedModel& model) {
   f.refuse("suffix", "");
   const Json* prompt = f.find("prompt");
   if (prompt == nullptr) bad_request("prompt", "'prompt' is missing");
-  r.prompts = prompt_inputs(*prompt, "prompt", model.tokenizer, kMaxPrompts);
+  r.prompts = prompt_inputs(*prompt, "prompt", model.tokenizer, kMaxPrompts, f.boolean("parse_special", true));
   if (r.prompts.size() * r.n > kMaxPrompts) bad_request("n", r.prompts.size() * r.n, " choices in all; at most ", kMaxPrompts, " are made at once");
   for (const PromptInput& input : r.prompts) check_length(input.ids.size(), model.n_ctx, "prompt");
   r.params.max_tokens = max_tokens(f, "max_tokens", nullptr, 16);
@@ -347,6 +353,7 @@ Parsed parse_completion(const Json& body, const ServedModel& model) {
   else r.params.n_top = static_cast<int>(f.integer("logprobs", -1, -1, kMaxTop));
   out.format.logprobs = r.params.n_top >= 0;
   r.params.prompt_logprobs = out.format.echo && out.format.logprobs;
+  if (r.params.prompt_logprobs) check_records(r);
   return out;
 }
 

@@ -37,20 +37,10 @@ Token bias_id(const std::string& key, size_t n_vocab) {
   return checked_token(std::stol(key), "logit_bias", n_vocab);
 }
 
-PromptInput text_input(const Json& text, const Tokenizer& tokenizer) {
+PromptInput text_input(const Json& text, const Tokenizer& tokenizer, bool parse_special) {
   PromptInput input{text.get<std::string>(), {}};
-  const Segment segment{input.text, false};
+  const Segment segment{input.text, parse_special};
   input.ids = tokenizer.encode({&segment, 1}, tokenizer.add_bos());
-  return input;
-}
-
-PromptInput id_input(const Json& ids, const char* field, const Tokenizer& tokenizer) {
-  PromptInput input{};
-  for (const Json& id : ids) {
-    if (!id.is_number_integer()) bad_request(field, "'", field, "': lists of token ids must hold integers only");
-    input.ids.push_back(checked_token(id.get<int64_t>(), field, tokenizer.n_vocab()));
-  }
-  input.text = tokenizer.decode(input.ids);
   return input;
 }
 
@@ -115,7 +105,7 @@ std::vector<std::string> Fields::strings(const char* field, size_t most) const {
 
 void Fields::refuse(const char* field, const char* why) const {
   const Json* value = find(field);
-  if (value == nullptr || (value->is_boolean() && !value->get<bool>()) || (value->is_structured() && value->empty())) return;
+  if (value == nullptr || *value == Json(false) || *value == Json("") || (value->is_structured() && value->empty())) return;
   bad_request(name(field), "'", name(field), "' is not supported", why[0] != '\0' ? ": " : "", why);
 }
 
@@ -156,6 +146,19 @@ void check_sampling(const SamplerParams& params) {
   }
 }
 
+void refuse_other_samplers(const Fields& fields) {
+  const auto is_number = [&](const char* name, const auto& good) {
+    const Json* value = fields.find(name);
+    return value == nullptr || (value->is_number() && good(value->get<double>()));
+  };
+  for (const char* name : {"mirostat", "top_a", "xtc_probability", "dry_multiplier", "dynatemp_range", "epsilon_cutoff", "eta_cutoff", "top_n_sigma",
+                           "smoothing_factor", "min_tokens", "min_keep", "n_keep", "t_max_predict_ms"})
+    if (!is_number(name, [](double x) { return x <= 0; })) fields.refuse(name, "");
+  for (const char* name : {"typical_p", "tfs_z", "length_penalty"})
+    if (!is_number(name, [](double x) { return x == 1; })) fields.refuse(name, "");
+  for (const char* name : {"guided_regex", "use_beam_search", "allowed_token_ids", "bad_words", "stop_token_ids"}) fields.refuse(name, "");
+}
+
 std::vector<std::string> stop_strings(const Fields& fields) {
   std::vector<std::string> stops = fields.strings("stop", kMaxStops);
   std::erase(stops, "");
@@ -183,14 +186,24 @@ std::vector<std::pair<Token, float>> logit_bias(const Fields& fields, const Toke
   return out;
 }
 
-std::vector<PromptInput> prompt_inputs(const Json& prompt, const char* field, const Tokenizer& tokenizer, size_t most) {
-  if (prompt.is_string()) return {text_input(prompt, tokenizer)};
+PromptInput id_input(const Json& ids, const char* field, const Tokenizer& tokenizer) {
+  PromptInput input{};
+  for (const Json& id : ids) {
+    if (!id.is_number_integer()) bad_request(field, "'", field, "': lists of token ids must hold integers only");
+    input.ids.push_back(checked_token(id.get<int64_t>(), field, tokenizer.n_vocab()));
+  }
+  input.text = tokenizer.decode(input.ids);
+  return input;
+}
+
+std::vector<PromptInput> prompt_inputs(const Json& prompt, const char* field, const Tokenizer& tokenizer, size_t most, bool parse_special) {
+  if (prompt.is_string()) return {text_input(prompt, tokenizer, parse_special)};
   if (!prompt.is_array() || prompt.empty()) bad_request(field, "'", field, "' must be a text, a list of texts, token ids, or a list of lists of token ids");
   if (prompt[0].is_number()) return {id_input(prompt, field, tokenizer)};
   if (prompt.size() > most) bad_request(field, "'", field, "' has ", prompt.size(), " entries; at most ", most, " are taken at once");
   std::vector<PromptInput> out;
   for (const Json& one : prompt) {
-    if (one.is_string()) out.push_back(text_input(one, tokenizer));
+    if (one.is_string()) out.push_back(text_input(one, tokenizer, parse_special));
     else if (one.is_array()) out.push_back(id_input(one, field, tokenizer));
     else bad_request(field, "'", field, "' must hold texts or lists of token ids");
   }

@@ -27,7 +27,7 @@ class Fields {
   // A string or an array of strings, no more than `most`.
   std::vector<std::string> strings(const char* name, size_t most) const;
   // Fields that would change the result and that nothing here implements: 400 when present with another
-  // value than null, false, an empty array or object. `why` ends the message; "": nothing to add.
+  // value than null, false, an empty text, array or object. `why` ends the message; "": nothing to add.
   void refuse(const char* name, const char* why) const;
 
  private:
@@ -41,18 +41,24 @@ Json parse_body(std::string_view body);
 // temperature, top_k, top_p, min_p, seed, repeat_penalty, presence_penalty, frequency_penalty, repeat_last_n:
 // the names that all protocols share, defaults of SamplerParams. Without a seed: a random one.
 SamplerParams sampling_params(const Fields& fields);
+// Samplers and limits of other servers that nothing here implements: 400 naming one that is given a value with which it
+// would do something.
+void refuse_other_samplers(const Fields& fields);
 // "stop": at most 16 strings, none empty.
 std::vector<std::string> stop_strings(const Fields& fields);
 // An object {"id": bias} or llama-server's array [[id or text, bias or false], ...].
 std::vector<std::pair<Token, float>> logit_bias(const Fields& fields, const Tokenizer& tokenizer);
 
 // Prompts as /v1/completions, /completion and embeddings take them: a text, ids, or a list of at most `most` texts
-// and lists of ids. ApiError 400 for ids outside the vocabulary.
+// and lists of ids. parse_special: names of control tokens in a text are those tokens, since its writer has put the
+// whole prompt together. ApiError 400 for ids outside the vocabulary.
 struct PromptInput {
-  std::string text;         // as echoed; of ids: their text
+  std::string text;         // as echoed; of ids: their text; of messages: what the template makes of them
   std::vector<Token> ids;   // with BOS where the vocabulary wants it, for texts
 };
-std::vector<PromptInput> prompt_inputs(const Json& prompt, const char* field, const Tokenizer& tokenizer, size_t most);
+std::vector<PromptInput> prompt_inputs(const Json& prompt, const char* field, const Tokenizer& tokenizer, size_t most, bool parse_special);
+// One list of ids.
+PromptInput id_input(const Json& ids, const char* field, const Tokenizer& tokenizer);
 
 // ApiError 400 when it leaves no room for an answer in the context, naming all numbers.
 void check_length(size_t n_prompt, size_t n_ctx, const char* field);

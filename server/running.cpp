@@ -66,7 +66,7 @@ void Running::take(std::span<const float> logits) {
     take_token(logits);
   } catch (const Error& e) {  // of this job alone: a grammar that cannot be followed
     error_ = e.what();
-    finished_ = FinishReason::failed;
+    finished_ = FinishReason::refused;
   }
 }
 

@@ -66,22 +66,34 @@ bool Scheduler::submit(std::span<Job* const> jobs) {
   {
     const std::lock_guard lock(mutex_);
     const size_t room = options_.max_queue + options_.n_parallel - std::min<size_t>(held_.size(), options_.n_parallel);
-    if (stop_ || waiting_.size() + jobs.size() > room) {
+    if (stop_ || n_waiting_requests() >= room) {
       ++metrics_.refused;
       return false;
     }
-    for (Job* job : jobs) waiting_.push_back({job, Clock::now()});
+    ++n_submitted_;
+    for (Job* job : jobs) waiting_.push_back({job, n_submitted_, Clock::now()});
     metrics_.requests += jobs.size();
   }
   work_.notify_all();
   return true;
 }
 
+size_t Scheduler::n_held(uint64_t request) const {
+  return static_cast<size_t>(std::count_if(held_.begin(), held_.end(), [&](const Held& h) { return h.request == request; }));
+}
+
+size_t Scheduler::n_waiting_requests() const {
+  size_t n = 0;
+  uint64_t last = 0;
+  for (const Waiting& w : waiting_) n += std::exchange(last, w.request) != w.request;
+  return n;
+}
+
 void Scheduler::withdraw(Job& job) {
   std::unique_lock lock(mutex_);
   const size_t n_erased = std::erase_if(waiting_, [&](const Waiting& w) { return w.job == &job; });
   if (n_erased > 0) ++metrics_.cancelled;
-  const auto held = [&] { return std::find(held_.begin(), held_.end(), &job) != held_.end(); };
+  const auto held = [&] { return std::any_of(held_.begin(), held_.end(), [&](const Held& h) { return h.job == &job; }); };
   if (!held()) return;
   withdrawn_.push_back(&job);
   work_.notify_all();
@@ -149,15 +161,18 @@ void Scheduler::admit() {
   }
 }
 
-// The first that does not wait for another's prompt.
+// Of the request of which the fewest are being evaluated, so that one of many sequences does not hold up the others:
+// the first that does not wait for another's prompt.
 Job* Scheduler::next_waiting(Clock::time_point& since) {
   const std::lock_guard lock(mutex_);
-  const auto found = std::find_if(waiting_.begin(), waiting_.end(), [&](const Waiting& w) { return !shares_running_prompt(*w.job); });
+  auto found = waiting_.end();
+  for (auto w = waiting_.begin(); w != waiting_.end() && (found == waiting_.end() || n_held(found->request) > 0); ++w)
+    if ((found == waiting_.end() || n_held(w->request) < n_held(found->request)) && !shares_running_prompt(*w->job)) found = w;
   if (found == waiting_.end()) return nullptr;
   Job* job = found->job;
   since = found->since;
+  held_.push_back({job, found->request});
   waiting_.erase(found);
-  held_.push_back(job);
   return job;
 }
 
@@ -177,14 +192,21 @@ void Scheduler::start(Job& job, Clock::time_point since) {
     running->prompt_progress();
     metrics_.cached_tokens += running->n_evaluated();
     running_.push_back(std::move(running));
-  } catch (const std::exception& e) {  // a grammar that is too ambiguous from its start
-    if (entry != nullptr) pool_.release(*entry, !job.params.needs_whole_prompt());
-    ++metrics_.failed;
-    job.publish([&](Update& update) { update.finish = Finish{.reason = FinishReason::failed, .error = e.what()}; });
-    const std::lock_guard lock(mutex_);
-    std::erase(held_, &job);
-    gone_.notify_all();
+  } catch (const Error& e) {  // of this job alone: a grammar that is too ambiguous from its start
+    end_unstarted(job, entry, FinishReason::refused, e.what());
+  } catch (const std::exception& e) {
+    end_unstarted(job, entry, FinishReason::failed, e.what());
   }
+}
+
+// entry: or null.
+void Scheduler::end_unstarted(Job& job, SequencePool::Entry* entry, FinishReason reason, const std::string& error) {
+  if (entry != nullptr) pool_.release(*entry, !job.params.needs_whole_prompt());
+  ++metrics_.failed;
+  job.publish([&](Update& update) { update.finish = Finish{.reason = reason, .error = error}; });
+  const std::lock_guard lock(mutex_);
+  std::erase_if(held_, [&](const Held& h) { return h.job == &job; });
+  gone_.notify_all();
 }
 
 void Scheduler::step() {
@@ -329,11 +351,11 @@ void Scheduler::deliver_rows(std::span<const Wanted> wanted) {
 
 void Scheduler::end(Running& running, FinishReason reason, const std::string& error) {
   if (reason == FinishReason::cancelled) ++metrics_.cancelled;
-  if (reason == FinishReason::failed) ++metrics_.failed;
+  if (reason == FinishReason::failed || reason == FinishReason::refused) ++metrics_.failed;
   running.end(reason, error, metrics_, expert_counts());
   pool_.release(running.entry(), !running.job().params.needs_whole_prompt());
   const std::lock_guard lock(mutex_);
-  std::erase(held_, &running.job());
+  std::erase_if(held_, [&](const Held& h) { return h.job == &running.job(); });
   running.forget();
   gone_.notify_all();
 }

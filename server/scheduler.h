@@ -25,7 +25,7 @@ namespace duet::server {
 
 struct SchedulerOptions {
   uint32_t n_parallel = 8;  // sequences generated at once
-  size_t max_queue = 256;   // more that wait
+  size_t max_queue = 256;   // requests that wait, of any number of sequences
   uint32_t n_ctx = 0, n_batch = 0;  // as BatchOptions
   KvType kv_type = KvType::f16;
   PrefixStoreOptions store = {};
@@ -41,7 +41,7 @@ class Scheduler {
   uint32_t n_ctx() const { return batch_.n_ctx(); }
   const SchedulerOptions& options() const { return options_; }
 
-  // Queues these together, or none: false when there is no room for all. Each must then be withdrawn.
+  // Queues the jobs of one request, or none: false when too many requests wait. Each must then be withdrawn.
   bool submit(std::span<Job* const> jobs);
   // Ends a job, if it has not ended, and returns when it will not be touched again: at the end of the
   // batch at hand.
@@ -66,7 +66,12 @@ class Scheduler {
   };
   struct Waiting {
     Job* job;
+    uint64_t request;  // jobs submitted together
     Clock::time_point since;
+  };
+  struct Held {
+    Job* job;
+    uint64_t request;
   };
 
   void loop();
@@ -74,6 +79,8 @@ class Scheduler {
   void admit();
   Job* next_waiting(Clock::time_point& since);
   bool shares_running_prompt(const Job& job) const;
+  size_t n_held(uint64_t request) const;
+  size_t n_waiting_requests() const;
   void start(Job& job, Clock::time_point since);
   void drop_withdrawn();
   void step();
@@ -85,6 +92,7 @@ class Scheduler {
   void deliver();
   void deliver_rows(std::span<const Wanted> wanted);
   void remove_finished();
+  void end_unstarted(Job& job, SequencePool::Entry* entry, FinishReason reason, const std::string& error);
   void end(Running& running, FinishReason reason, const std::string& error = {});
   void end_all(FinishReason reason, const std::string& error);
   void publish_status();
@@ -111,8 +119,9 @@ class Scheduler {
 
   mutable std::mutex mutex_;
   std::condition_variable work_, gone_;
-  std::deque<Waiting> waiting_;
-  std::vector<Job*> held_;        // running_'s, for those who wait to withdraw
+  uint64_t n_submitted_ = 0;
+  std::deque<Waiting> waiting_;   // by request
+  std::vector<Held> held_;        // running_'s, for those who wait to withdraw
   std::vector<Job*> withdrawn_;   // of held_, to be ended
   Status status_;
   std::thread thread_;

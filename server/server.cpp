@@ -267,7 +267,8 @@ HttpReply Server::handle(const HttpRequest& request) {
 uint32_t Server::n_ctx() const { return state_->scheduler.n_ctx(); }
 
 int Server::bind() {
-  state_->http = std::make_unique<HttpServer>(state_->options.http, [this](const HttpRequest& request) { return handle(request); }, state_->options.tls);
+  const auto admitted = [this](const HttpRequest& request) { return !denial(state_->options.access, request).has_value(); };
+  state_->http = std::make_unique<HttpServer>(state_->options.http, admitted, [this](const HttpRequest& request) { return handle(request); }, state_->options.tls);
   return state_->http->bind(state_->options.access.host, state_->options.port);
 }
 

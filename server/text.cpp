@@ -52,7 +52,9 @@ PromptInput chat_prompt(const Json* messages, const Json& tools, const ServedMod
     std::vector<ChatMessage> turns = parse_messages(*messages);
     const bool in_words = !model.chat->has_tools();
     if (in_words) turns = tools_as_text(turns, tools, must_call);
-    out.ids = model.tokenizer.encode(model.chat->render(turns, in_words ? Json() : tools), model.chat->wants_bos(model.tokenizer));
+    const std::vector<Segment> segments = model.chat->render(turns, in_words ? Json() : tools);
+    for (const Segment& segment : segments) out.text += segment.text;
+    out.ids = model.tokenizer.encode(segments, model.chat->wants_bos(model.tokenizer));
     return out;
   } catch (const Error& e) {
     bad_request("messages", e.what());

@@ -149,6 +149,18 @@ TEST_CASE("serve: half requests, slow ones and damaged ones harm nobody") {
   for (int i = 0; i < 3000; ++i) headers += "X-H" + std::to_string(i) + ": " + std::string(60, 'x') + "\r\n";
   CHECK(status_of(raw(headers + "\r\n")) != 200);
   CHECK(status_of(raw("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n")) == 413);
+  CHECK(status_of(raw("POST /api/show HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")) == 400);  // at once: it has no body
+  // A page's request that is refused unread must not let its body pass as a second request.
+  const std::string second = http_request("POST", "/v1/completions", prompt_body(1, false, 4));
+  const std::string length = "Content-Length: " + std::to_string(second.size()) + "\r\n\r\n";
+  for (const std::string& first : {"POST /" + std::string(9000, 'a') + " HTTP/1.1\r\n", std::string("FOO /health HTTP/1.1\r\n"), std::string("POST /health HTTP/1.1\r\n")}) {
+    const std::string replies = raw(first + "Host: localhost\r\nOrigin: https://evil.example\r\n" + length + second);
+    CHECK(status_of(replies) >= 400);
+    CHECK(replies.find("HTTP/1.1", 1) == std::string::npos);
+  }
+  const std::string old = raw("POST /v1/completions HTTP/1.0\r\nHost: localhost\r\nContent-Length: " + std::to_string(prompt_body(1, true, 4).size()) + "\r\n\r\n" + prompt_body(1, true, 4));
+  CHECK(old.find("[DONE]") != std::string::npos);
+  CHECK(old.find("chunked") == std::string::npos);
   CHECK(status_of(http(port, "GET", "/health")) == 200);
 }
 
@@ -166,6 +178,24 @@ TEST_CASE("serve: keys, and 503 with Retry-After when the queue is full") {
   const std::string refused = http(port, "POST", "/v1/completions", prompt_body(2, false, 4), key);
   CHECK(status_of(refused) == 503);
   CHECK(refused.find("Retry-After: ") != std::string::npos);
+}
+
+TEST_CASE("serve: without a key no body is read") {
+  ServerProcess server(arguments({"--api-key", "secret"}));
+  Socket socket(server.port());
+  socket.send("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30000000\r\n\r\n");  // and nothing of it
+  const std::string reply = socket.receive({}, 20);
+  CHECK(status_of(reply) == 401);
+  CHECK(reply.find("Connection: close") != std::string::npos);
+}
+
+TEST_CASE("serve: one request of many sequences does not hold up another") {
+  ServerProcess server(arguments({"--parallel", "2", "--queue", "2"}));
+  Socket many(server.port());
+  many.send(http_request("POST", "/v1/completions", R"({"prompt":"x","temperature":0,"ignore_eos":true,"max_tokens":200,"n":40,"stream":true})"));
+  many.receive("data: {");
+  CHECK(status_of(http(server.port(), "POST", "/v1/completions", prompt_body(1, false, 4))) == 200);
+  CHECK(running(server.port()) == 2);  // of the many
 }
 
 TEST_CASE("serve: SIGTERM under load ends streams cleanly") {

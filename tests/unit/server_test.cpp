@@ -2,12 +2,15 @@
 #include <doctest/doctest.h>
 #include <unistd.h>
 
+#include <future>
 #include <set>
+#include <thread>
 
 #include "base/error.h"
 #include "base/json.h"
 #include "server/server.h"
 #include "tests/support/gguf_builder.h"
+#include "tests/support/server_process.h"
 #include "tests/support/tiny_model.h"
 
 using namespace duet;
@@ -198,6 +201,10 @@ TEST_CASE("what a request may not ask is named in a 400") {
   CHECK(begins(refused(R"(,"n":0)"), "400 n:"));
   CHECK(begins(refused(R"(,"best_of":3)"), "400 best_of:"));
   CHECK(begins(refused(R"(,"suffix":"x")"), "400 suffix:"));
+  CHECK(begins(refused(R"(,"mirostat":2)"), "400 mirostat:"));
+  CHECK(begins(refused(R"(,"typical_p":0.5)"), "400 typical_p:"));
+  CHECK(begins(refused(R"(,"stop_token_ids":[5])"), "400 stop_token_ids:"));
+  CHECK(begins(refused(R"(,"bad_words":"x")"), "400 bad_words:"));
   CHECK(begins(refused(R"(,"logit_bias":{"x":1})"), "400 logit_bias:"));
   CHECK(begins(refused(R"(,"logit_bias":{"99999":1})"), "400 logit_bias:"));
   CHECK(begins(refused(R"(,"max_tokens":-5)"), "400 max_tokens:"));
@@ -217,6 +224,36 @@ TEST_CASE("what a request may not ask is named in a 400") {
   CHECK(f.refusal("/v1/completions", concat(R"({"prompt":")", std::string(4000, 'x'), "\"}")).find("the context has 256 positions") != std::string::npos);
   CHECK(begins(f.refusal("/nowhere", "{}"), "404 -:"));
   CHECK(f.ask("GET", "/v1/completions").status == 405);
+}
+
+TEST_CASE("values that change nothing are taken") {
+  Fixture f;
+  const std::string neutral = R"("mirostat":0,"typical_p":1.0,"tfs_z":1,"min_tokens":0,"length_penalty":1.0,"xtc_probability":0,"dry_multiplier":0.0,"top_n_sigma":-1,"guided_regex":"","stop_token_ids":[])";
+  CHECK(f.post("/v1/completions", R"({"prompt":"a","max_tokens":1,"suffix":"",)" + neutral + "}").status == 200);
+  CHECK(f.post("/completion", R"({"prompt":"a","n_predict":1,)" + neutral + "}").status == 200);
+  CHECK(f.post("/api/generate", R"({"model":"tiny","prompt":"a","stream":false,"options":{"num_predict":1,)" + neutral + "}}").status == 200);
+}
+
+TEST_CASE("names of control tokens in a whole prompt are those tokens, unless that is not wanted") {
+  Fixture f;
+  const Json rendered = f.ok("/apply-template", R"({"messages":[{"role":"user","content":"the hat"}]})");
+  const auto n_prompt = [&](const std::string& path, const std::string& extra) {
+    const Json reply = f.ok(path, concat(R"({"model":"tiny","prompt":)", rendered["prompt"].dump(), extra, "}"));
+    return reply.contains("usage") ? reply["usage"]["prompt_tokens"] : reply.contains("count") ? reply["count"] : reply.contains("timings") ? reply["tokens_evaluated"] : reply["prompt_eval_count"];
+  };
+  const size_t n = rendered["tokens"].size();
+  CHECK(n_prompt("/v1/completions", R"(,"max_tokens":1)") == n);
+  CHECK(n_prompt("/completion", R"(,"n_predict":1)") == n);
+  CHECK(n_prompt("/tokenize", "") == n);
+  CHECK(n_prompt("/api/generate", R"(,"raw":true,"stream":false,"options":{"num_predict":1})") == n);
+  const auto count = [&](const char* extra) { return f.ok("/tokenize", concat(R"({"prompt":"<s>the</s>")", extra, "}"))["count"].get<size_t>(); };
+  CHECK(count("") == f.ok("/tokenize", R"({"prompt":"the"})")["count"].get<size_t>() + 1);  // one BOS
+  CHECK(count(R"(,"parse_special":false)") > count(""));
+  CHECK(f.ok("/v1/completions", R"({"prompt":"<s>the</s>","max_tokens":1})")["usage"]["prompt_tokens"] == count(""));
+  CHECK(f.ok("/v1/completions", R"({"prompt":"<s>the</s>","max_tokens":1,"parse_special":false})")["usage"]["prompt_tokens"] > count(""));
+  // In a message they are what the user wrote.
+  const Json plain = f.ok("/apply-template", R"({"messages":[{"role":"user","content":"</s>"}]})");
+  CHECK(std::count(plain["tokens"].begin(), plain["tokens"].end(), Json(f.engine.tokenizer().eos().value())) == 0);
 }
 
 TEST_CASE("models, tokenizer routes, health, slots and metrics") {
@@ -276,6 +313,23 @@ TEST_CASE("embeddings have length 1 and are the same in all shapes") {
   const Json base64 = f.ok("/v1/embeddings", R"({"input":"the hat","encoding_format":"base64"})");
   CHECK(base64["data"][0]["embedding"].get<std::string>().size() == (64 * 4 + 2) / 3 * 4);
   CHECK(f.refusal("/v1/embeddings", R"({"input":[5000]})").find("outside this model's vocabulary") != std::string::npos);
+  for (const char* path : {"/v1/embeddings", "/api/embed"}) CHECK(f.refusal(path, R"({"input":"a","model":"tiny","dimensions":8})").find("'dimensions' is fixed") != std::string::npos);
+  const std::string longer(4000, 'x');
+  CHECK(f.refusal("/api/embed", R"({"model":"tiny","input":")" + longer + "\"}").find("the context has 256 positions") != std::string::npos);
+  CHECK(f.ok("/api/embed", R"({"model":"tiny","truncate":true,"input":")" + longer + "\"}")["prompt_eval_count"] == 256);
+  Json many{{"input", Json::array()}};
+  for (int i = 0; i < 2048; ++i) many["input"].push_back(Json::array({i % 250 + 3}));
+  CHECK(f.ok("/v1/embeddings", many.dump())["data"].size() == 2048);  // more than may wait in the queue
+}
+
+TEST_CASE("what does not fit in memory or cannot be seen is refused") {
+  Fixture f(2048);
+  Json prompts = Json::array();
+  for (int i = 0; i < 16; ++i) prompts.push_back(std::vector<int>(1000, 5));
+  const Json body{{"prompt", prompts}, {"echo", true}, {"logprobs", 100}, {"max_tokens", 0}};
+  CHECK(begins(f.refusal("/v1/completions", body.dump()), "400 logprobs:"));
+  CHECK(f.refusal("/api/chat", R"({"model":"tiny","messages":[{"role":"user","content":"what is this?","images":["aGk="]}]})").find("messages[0].images") != std::string::npos);
+  CHECK(f.refusal("/detokenize", R"({"tokens":["a"]})").find("integers only") != std::string::npos);
 }
 
 TEST_CASE("llama-server's completion") {
@@ -302,6 +356,7 @@ TEST_CASE("who may ask: keys, foreign hosts and pages") {
   CHECK(status(local, {{"Host", "localhost:8080"}}) == 200);
   CHECK(status(local, {{"Host", "127.0.0.1:8080"}}) == 200);
   CHECK(status(local, {{"Host", "[::1]:8080"}}) == 200);
+  CHECK(status(local, {{"Host", "LocalHost:8080"}, {"Origin", "http://LOCALHOST:3000"}}) == 200);
   CHECK(status(local, {{"Host", "evil.example:8080"}}) == 403);
   CHECK(status(local, {{"Host", "192.168.1.5"}}) == 403);
   CHECK(status(local, {{"Host", "localhost"}, {"Origin", "https://evil.example"}}) == 403);
@@ -309,7 +364,7 @@ TEST_CASE("who may ask: keys, foreign hosts and pages") {
   CHECK(status(local, {{"Host", "localhost:8080"}, {"Origin", "http://localhost:3000"}}) == 200);
   const AccessOptions open{.host = "0.0.0.0", .keys = {}, .allowed_hosts = {"box.lan"}, .cors_origins = {}};
   CHECK(status(open, {{"Host", "192.168.1.5:8080"}}) == 200);
-  CHECK(status(open, {{"Host", "box.lan"}}) == 200);
+  CHECK(status(open, {{"Host", "Box.LAN"}}) == 200);
   CHECK(status(open, {{"Host", "evil.example"}}) == 403);
   const AccessOptions keyed{.host = "0.0.0.0", .keys = {"secret", "other"}, .allowed_hosts = {}, .cors_origins = {}};
   CHECK(status(keyed, {{"Host", "any.example"}}) == 401);
@@ -318,6 +373,42 @@ TEST_CASE("who may ask: keys, foreign hosts and pages") {
   CHECK(status(keyed, {{"x-api-key", "secret"}}) == 200);
   CHECK(status(keyed, {{"Authorization", "Bearer secre"}}) == 401);
   CHECK(status(keyed, {{"Authorization", "Bearer secretsecret"}}) == 401);
+}
+
+TEST_CASE("bodies of all requests together are bounded, and held until their answers") {
+  HttpLimits limits;
+  limits.max_bodies_bytes = 1000;
+  std::promise<void> entered, release;
+  HttpServer server(limits, [](const HttpRequest&) { return true; }, [&](const HttpRequest& request) -> HttpReply {
+    if (request.path == "/wait") {
+      entered.set_value();
+      release.get_future().wait();
+    }
+    return {.body = request.body};
+  });
+  const int port = server.bind("127.0.0.1", 0);
+  std::thread thread([&] { server.run(); });
+  const std::string body(600, 'x'), chunked = "POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n258\r\n" + body + "\r\n0\r\n\r\n";
+  const auto statuses = [&] {  // one after the other
+    const int plain = test::status_of(test::http(port, "POST", "/", body));
+    test::Socket socket(port);
+    socket.send(chunked);
+    const int of_chunks = test::status_of(socket.receive("\r\n\r\n"));
+    socket.send("GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    socket.receive();  // until it is closed: what it held is free
+    return std::pair(plain, of_chunks);
+  };
+  CHECK(statuses() == std::pair(200, 200));
+  test::Socket waiting(port);
+  waiting.send(test::http_request("POST", "/wait", body));
+  entered.get_future().wait();
+  CHECK(statuses() == std::pair(503, 400));
+  release.set_value();
+  CHECK(test::status_of(waiting.receive(body)) == 200);
+  waiting.receive();  // until it is closed: what it held is free
+  CHECK(statuses() == std::pair(200, 200));
+  server.stop();
+  thread.join();
 }
 
 // ---- texts of a form, tool calls ---------------------------------------------------------------
@@ -384,7 +475,7 @@ TEST_CASE("a grammar that cannot be followed fails alone") {
   for (int i = 0; i < 256; ++i) choices += concat(i == 0 ? "" : ",", "[", i + 3, ",false]");
   // All bytes are forbidden, and no other piece fits.
   const HttpReply reply = f.post("/completion", R"({"prompt":"x","n_predict":5,"grammar":"root ::= [0-9]{5}","logit_bias":)" + choices + "]}");
-  CHECK(reply.status == 500);
+  CHECK(reply.status == 400);
   CHECK(f.ok("/completion", R"({"prompt":"x","n_predict":5})")["stop"] == true);
 }
 
