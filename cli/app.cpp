@@ -67,11 +67,19 @@ void print_version(bool json) {
   print_json({{"version", DUET_VERSION}, {"compiler", __VERSION__}, {"cpu_features", features}});
 }
 
+// What follows the value of a flag that may be repeated is the next argument, not one more value.
+void take_one_value_each(CLI::App& app) {
+  for (CLI::App* command : app.get_subcommands([](CLI::App*) { return true; }))
+    for (CLI::Option* option : command->get_options())
+      if (option->nonpositional()) option->allow_extra_args(false);
+}
+
 int run_command(CLI::App& app, int argc, char** argv) {
   bool version = false, json = false;
   CLI::Option* version_flag = app.add_flag("--version", version, "Print the version");
   app.add_flag("--json", json, "With --version: as JSON")->needs(version_flag);
   add_commands(app);
+  take_one_value_each(app);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {

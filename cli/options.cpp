@@ -131,7 +131,7 @@ uint64_t split_bytes(const std::string& size) {
 }
 
 void add_lora_option(CLI::App& command, std::vector<std::string>& loras, const std::string& description) {
-  command.add_option("--lora", loras, description + ", DIR=0.5: at that strength; may be given several times")->type_name("DIR[=SCALE]")->allow_extra_args(false);
+  command.add_option("--lora", loras, description + ", DIR=0.5: at that strength; may be given several times")->type_name("DIR[=SCALE]");
 }
 
 void add_resume_option(CLI::App& command, bool& resume) {

@@ -179,6 +179,17 @@ TEST_CASE("inspect names architecture, layout, sizes and tensors") {
   CHECK(text.find("bits per weight") != std::string::npos);
 }
 
+TEST_CASE("flags that may be repeated take one value each time, and leave MODEL alone") {
+  CHECK(output({"quantize", "--dry-run", "--tensor", "ffn=Q6_K", kModel, "x.gguf", "Q8_0"}) ==
+        output({"quantize", kModel, "x.gguf", "Q8_0", "--dry-run", "--tensor", "ffn=Q6_K"}));
+  CHECK(output({"quantize", "--dry-run", "--tensor", "ffn=Q6_K", "--tensor", "attn=Q4_0", kModel, "x.gguf", "Q8_0"}).find("Q4_0 ") != std::string::npos);
+  CHECK(document({"bench", "-p", "8", "-n", "2,3", "-t", "1", "-d", "0", "-r", "1", kModel, "--json"})["results"].size() == 3);
+  for (const char* flag : {"--api-key", "--alias", "--allow-host", "--cors", "--lora"}) {
+    CAPTURE(flag);
+    CHECK(refusal(run_duet({"serve", flag, "x", "/nowhere.gguf", "--port", "0"}), 3, "/nowhere.gguf: ") == "");
+  }
+}
+
 TEST_CASE("inspect tells the layouts apart and shows files that duet cannot run") {
   const TempFolder folder;
   const std::string file = (folder / "m.gguf").string();
