@@ -74,14 +74,6 @@ class PipeInput : public Input {
   }
 };
 
-// A terminal acts on control characters, and a model may write any.
-std::string without_controls(const std::string& text) {
-  std::string out;
-  for (const char c : text)
-    if (static_cast<unsigned char>(c) >= 0x20 ? c != 0x7f : c == '\n' || c == '\t') out += c;
-  return out;
-}
-
 ChatTemplate choose_template(const Engine& engine, const std::string& name) {
   if (!name.empty()) return ChatTemplate::named(name);
   if (engine.chat_template()) return *engine.chat_template();
@@ -317,10 +309,7 @@ void Chat::answer() {
   std::vector<ChatMessage> messages = conversation_.all();
   const std::vector<Token> prompt = prompt_ids(messages);
   generate_.sampling.seed = generate_.seed.value_or(first_seed_) + n_answers_;
-  generator_.emplace(generate_, engine_, session_, true, !interactive_ && stdout_is_file(), [this](const std::string& text) {
-    print(interactive_ ? without_controls(text) : text);
-    flush_stdout();
-  });
+  generator_.emplace(generate_, engine_, session_, true, !interactive_ && stdout_is_file(), print_generated);
   const Generation g = generator_->run(prompt);
   print("\n");
   flush_stdout();

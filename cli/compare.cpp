@@ -95,10 +95,10 @@ void print_text(const ModelDifference& difference) {
   const auto put = [&](int n) { print(std::string_view(line.data(), std::min(line.size() - 1, static_cast<size_t>(n)))); };
   put(std::snprintf(line.data(), line.size(), "%-36s %-11s %-11s %11s %11s %11s %10s\n", "tensor", "first", "second", "size", "size", "RMSE", "relative"));
   for (const TensorDifference& t : difference.tensors)
-    put(std::snprintf(line.data(), line.size(), "%-36s %-11s %-11s %11s %11s %11.4e %10.6f\n", t.name.c_str(), t.type_a.c_str(), t.type_b.c_str(),
+    put(std::snprintf(line.data(), line.size(), "%-36s %-11s %-11s %11s %11s %11.4e %10.6f\n", one_line(t.name).c_str(), t.type_a.c_str(), t.type_b.c_str(),
                       format_size(t.bytes_a).c_str(), format_size(t.bytes_b).c_str(), t.rmse, t.relative()));
-  for (const std::string& name : difference.only_a) print(concat(name, ": only in the first\n"));
-  for (const std::string& name : difference.only_b) print(concat(name, ": only in the second\n"));
+  for (const std::string& name : difference.only_a) print(concat(one_line(name), ": only in the first\n"));
+  for (const std::string& name : difference.only_b) print(concat(one_line(name), ": only in the second\n"));
   size_t n_same = 0;
   for (const TensorDifference& t : difference.tensors) n_same += t.rmse == 0;
   print(concat(difference.tensors.size(), " tensors, ", n_same, " with equal values; ", format_size(difference.bytes_a), " and ",

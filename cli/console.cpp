@@ -34,14 +34,7 @@ bool has_value(const char* variable) {
   return value != nullptr && *value != '\0';
 }
 
-// File names and metadata may hold anything; a message stays one line and sends no escapes.
-std::string one_line(std::string_view text) {
-  std::string out(text);
-  std::replace_if(
-      out.begin(), out.end(),
-      [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }, ' ');
-  return out;
-}
+bool is_control(char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }
 
 // What stands in the terminal's current line.
 struct TerminalLine {
@@ -99,6 +92,23 @@ std::string to_line(const Json& json) {
 }
 
 void print_json(const Json& json) { print(to_line(json) + "\n"); }
+
+void print_generated(const std::string& text) {
+  print(::isatty(STDOUT_FILENO) != 0 ? without_controls(text) : text);
+  flush_stdout();
+}
+
+std::string one_line(std::string_view text) {
+  std::string out(text);
+  std::replace_if(out.begin(), out.end(), is_control, ' ');
+  return out;
+}
+
+std::string without_controls(std::string_view text) {
+  std::string out(text);
+  std::erase_if(out, [](char c) { return is_control(c) && c != '\n' && c != '\t'; });
+  return out;
+}
 
 void note(const std::string& text) { print_remark("note:", "\033[33m", text); }
 
@@ -162,7 +172,7 @@ void StatusLine::draw(std::string_view text) {
   if (!enabled_) return;
   last_draw_ = Clock::now();
   drawn_ = terminal_line().is_status = true;
-  std::fprintf(stderr, "\r\033[K%.*s", static_cast<int>(std::min<size_t>(text.size(), static_cast<size_t>(terminal_columns() - 1))), text.data());
+  std::fprintf(stderr, "\r\033[K%s", one_line(text.substr(0, static_cast<size_t>(terminal_columns() - 1))).c_str());
 }
 
 void StatusLine::clear() {

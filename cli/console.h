@@ -30,6 +30,13 @@ std::string fixed(double value, int digits);  // "3.14"
 // One JSON document and a newline. Bytes that are not UTF-8 become U+FFFD.
 void print_json(const Json& json);
 std::string to_line(const Json& json);  // the same without the newline
+// Text that a model has written, at once: on a terminal without_controls, elsewhere as it is.
+void print_generated(const std::string& text);
+
+// File names and metadata may hold anything, and a terminal acts on control characters: here they are spaces.
+std::string one_line(std::string_view text);
+// For text of several lines, such as a model writes: newlines and tabs stay, other control characters are left out.
+std::string without_controls(std::string_view text);
 
 // "note: text" on stderr, one line whatever the text holds.
 void note(const std::string& text);

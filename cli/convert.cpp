@@ -71,7 +71,7 @@ void print_plan(const ConvertPlan& plan) {
   std::array<char, 256> line{};
   for (const PlannedTensor& tensor : plan.tensors) {
     const int n = std::snprintf(line.data(), line.size(), "%-40s %-5s %22s %12s\n",
-                                tensor.name.c_str(), tensor.format->name,
+                                one_line(tensor.name).c_str(), tensor.format->name,
                                 shape_text(tensor).c_str(), format_size(tensor.n_bytes).c_str());
     print(std::string_view(line.data(), std::min(line.size() - 1, static_cast<size_t>(n))));
   }

@@ -126,9 +126,7 @@ void run_generate(RunOptions options) {
          "; shorten it or give --ctx ", ids.size() + 512);
   print_status(engine, session);
   generator.emplace(generate, engine, session, chat.has_value(), options.json || stdout_is_file(), [&](const std::string& text) {
-    if (options.json) return;
-    print(text);
-    flush_stdout();
+    if (!options.json) print_generated(text);
   });
   const size_t max_draft = generator->speculator().max_draft();
   if (max_draft < generate.speculation.max_draft)

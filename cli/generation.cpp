@@ -7,6 +7,7 @@
 #include "base/json.h"
 #include "base/pressure.h"
 #include "base/units.h"
+#include "cli/console.h"
 #include "cli/model_options.h"
 #include "runtime/memory_plan.h"
 
@@ -43,7 +44,7 @@ size_t open_gate(const Speculator& s) { return s.gate().best(kMaxDraft, s.max_dr
 void print_status(const Engine& engine, const Session& session) {
   const ModelInfo& info = engine.info();
   std::fprintf(stderr, "[%s | %s | %s | %s, %d thread%s | ctx %u, %s KV]\n",
-               info.hparams.name.c_str(), info.types.c_str(), format_size(info.file_bytes).c_str(),
+               one_line(info.hparams.name).c_str(), info.types.c_str(), format_size(info.file_bytes).c_str(),
                info.isa.c_str(), info.n_threads, info.n_threads == 1 ? "" : "s", session.n_ctx(),
                format_size(session.kv_bytes()).c_str());
   print_plans(engine);

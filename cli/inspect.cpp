@@ -175,7 +175,7 @@ void print_format(const char* format, Args... args) {
   print(line.data());
 }
 
-void print_field(const char* label, const std::string& text) { print(concat(label, text, "\n")); }
+void print_field(std::string_view label, std::string_view text) { print(one_line(concat(label, text)) + "\n"); }
 
 void print_summary(const GgufFile& file, const Summary& s) {
   print_field(
@@ -200,13 +200,13 @@ void print_metadata(const GgufFile& file) {
   print("\n");
   const Json metadata = metadata_json(file);
   for (const auto& [key, value] : metadata.items())
-    print_field(concat(key, ": ").c_str(), to_line(value));
+    print_field(concat(key, ": "), to_line(value));
 }
 
 void print_tensors(const GgufFile& file) {
   print("\n");
   for (const TensorView& t : file.tensors())
-    print_format("%-40s %-6s %12s  %s\n", t.name.c_str(), t.format->name,
+    print_format("%-40s %-6s %12s  %s\n", one_line(t.name).c_str(), t.format->name,
                  format_size(t.data.size()).c_str(), shape_text(t.shape).c_str());
 }
 

@@ -117,7 +117,7 @@ class AccessLog {
 void print_addresses(const ServeOptions& options, const Engine& engine, int port, uint32_t n_ctx, uint32_t n_parallel) {
   const ModelInfo& info = engine.info();
   const std::string host = options.access.host.find(':') != std::string::npos ? "[" + options.access.host + "]" : options.access.host;
-  std::fprintf(stderr, "[%s | %s | %s | %s, %d thread%s | %u at once, ctx %u each]\n", info.hparams.name.c_str(), info.types.c_str(),
+  std::fprintf(stderr, "[%s | %s | %s | %s, %d thread%s | %u at once, ctx %u each]\n", one_line(info.hparams.name).c_str(), info.types.c_str(),
                format_size(info.file_bytes).c_str(), info.isa.c_str(), info.n_threads, info.n_threads == 1 ? "" : "s", n_parallel, n_ctx);
   print_plans(engine);
   const std::string url = concat(options.tls.certificate.empty() ? "http://" : "https://", host, ":", port);

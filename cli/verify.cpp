@@ -108,7 +108,7 @@ void print_report(const VerifyCommand& command, const Report& report) {
   print(concat(command.file, ": GGUF v", report.version, ", ", report.parts.size(), report.parts.size() == 1 ? " file, " : " files, ", report.n_tensors,
                " tensors, ", format_size(report.file_bytes), "; ", report.layout, "; ", report.types, "\n"));
   print(concat("blocks: ", report.n_blocks, ", all finite\n"));
-  if (report.largest) print(concat("source: the largest relative error is ", fixed(report.largest->relative(), 6), ", of ", report.largest->name, " (", report.largest->type_b, ")\n"));
+  if (report.largest) print(concat("source: the largest relative error is ", fixed(report.largest->relative(), 6), ", of ", one_line(report.largest->name), " (", report.largest->type_b, ")\n"));
   for (const Part& part : report.parts)
     if (!part.sha256.empty()) print(concat(part.sha256, "  ", part.path, "\n"));
 }

@@ -179,6 +179,19 @@ TEST_CASE("inspect names architecture, layout, sizes and tensors") {
   CHECK(text.find("bits per weight") != std::string::npos);
 }
 
+TEST_CASE("inspect shows no control characters of a file, and JSON keeps them") {
+  const TempFolder folder;
+  const std::string file = (folder / "model.gguf").string();
+  GgufBuilder builder = tiny_model({});
+  builder.key("general.name").bytes = raw_string("evil\x1b[2J\nname");
+  builder.text("key\x1b[31m", "del\x7f").zeros("blk\x1b[0m", {32});
+  write_bytes(file, builder.build());
+  const std::string text = output({"inspect", file, "--tensors"});
+  CHECK(std::all_of(text.begin(), text.end(), [](char c) { return c == '\n' || (c >= 0x20 && c != 0x7f); }));
+  for (const char* shown : {"name:       evil [2J name\n", "key [31m: \"del \"\n", "\nblk [0m "}) CHECK_MESSAGE(text.find(shown) != std::string::npos, shown);
+  CHECK(document({"inspect", file, "--json"})["name"] == "evil\x1b[2J\nname");
+}
+
 TEST_CASE("flags that may be repeated take one value each time, and leave MODEL alone") {
   CHECK(output({"quantize", "--dry-run", "--tensor", "ffn=Q6_K", kModel, "x.gguf", "Q8_0"}) ==
         output({"quantize", kModel, "x.gguf", "Q8_0", "--dry-run", "--tensor", "ffn=Q6_K"}));

@@ -5,6 +5,7 @@
 
 #include "base/json.h"
 #include "tests/support/process.h"
+#include "tests/support/terminal.h"
 #include "tests/support/tiny_model.h"
 
 using namespace duet::test;
@@ -179,4 +180,32 @@ TEST_CASE("a chat template wraps the prompt unless --raw") {
   CHECK(n_prompt({}) == 2);  // BOS and the word: the demo is a base model
   CHECK(n_prompt({"--template", "chatml"}) > 10);
   CHECK(n_prompt({"--template", "chatml", "--raw"}) == 2);
+}
+
+TEST_CASE("a terminal gets no control characters from the model, a pipe gets what it wrote") {
+  const TempFolder folder;
+  const std::string grammar = (folder / "escapes.gbnf").string();
+  write_text(grammar, R"(root ::= "a\x1b[2J\x07\tb\x7f\nc")");
+  const std::vector<std::string> arguments{"run", kModel, "-p", "The", "--grammar", grammar};
+  CHECK(run_duet(arguments).out == "a\x1b[2J\x07\tb\x7f\nc\n");
+  std::vector<std::string> command{DUET_BINARY};
+  command.insert(command.end(), arguments.begin(), arguments.end());
+  Terminal terminal(command, {});
+  CHECK(terminal.wait_for("a[2J"));
+  CHECK(terminal.wait_exit() == 0);
+  CHECK(terminal.output().find("\x1b[2J") == std::string::npos);
+  CHECK(terminal.output().find('\x07') == std::string::npos);
+  CHECK(terminal.output().find('\x7f') == std::string::npos);
+}
+
+TEST_CASE("escapes in a model's name stay out of the line about it") {
+  const TempFolder folder;
+  const std::string model = (folder / "model.gguf").string();
+  GgufBuilder builder = tiny_model({});
+  builder.key("general.name").bytes = raw_string("evil\x1b[2J\nname");
+  write_bytes(model, builder.build());
+  const ProcessResult result = run_duet({"run", model, "-p", "the", "-n", "1"});
+  CHECK(result.exit_code == 0);
+  CHECK(result.err.find("[evil [2J name | ") != std::string::npos);
+  CHECK(result.err.find('\x1b') == std::string::npos);
 }
