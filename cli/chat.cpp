@@ -254,7 +254,7 @@ void Chat::load(const std::string& path) {
   if (path.empty()) fail(ErrorKind::usage, "/load: which file?");
   conversation_ = load_conversation(expand_home(path));
   ids_.forget();
-  note(concat(conversation_.messages.size(), " messages loaded; /regen answers the last again"));
+  note(conversation_.messages.empty() ? "loaded; there are no messages in it" : concat(conversation_.messages.size(), " messages loaded; /regen answers the last again"));
 }
 
 void Chat::regenerate() {

@@ -35,6 +35,7 @@ bool is_conversation(const fs::path& path) {
 std::vector<ChatMessage> read_messages(const Json& json, const std::string& source) {
   const auto found = json.find("messages");
   if (found == json.end()) fail(ErrorKind::format, source, ": key 'messages' is missing");
+  if (*found == Json::array()) return {};  // saved before anything was said
   try {
     return parse_messages(*found);
   } catch (const Error& e) {

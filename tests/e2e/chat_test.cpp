@@ -118,6 +118,16 @@ TEST_CASE("chat: a conversation goes on in another process as it would have here
   CHECK(first.out.ends_with(again.out));
 }
 
+TEST_CASE("chat: a conversation without messages is saved and loaded, too") {
+  const TempFolder folder;
+  const std::string file = (folder / "a.json").string();
+  const ProcessResult result = piped("/save " + file + "\n/load " + file + "\n/system Be brief.\n/save " + file + "\n/clear\n/system -\n/load " + file + "\n/system\n");
+  CAPTURE(result.err);
+  CHECK(result.exit_code == 0);
+  CHECK(result.err.find("note: loaded; there are no messages in it\n") != std::string::npos);
+  CHECK(result.err.ends_with("Be brief.\n"));
+}
+
 TEST_CASE("chat: /regen draws another answer, /clear forgets") {
   const ProcessResult result = piped("The package manager\n/regen\n/clear\nThe\n", {"--temp", "2", "--seed", "3", "--top-k", "0", "--min-p", "0", "--top-p", "1"});
   CHECK(result.exit_code == 0);

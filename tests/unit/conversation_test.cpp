@@ -120,6 +120,8 @@ TEST_CASE("a conversation is saved and comes back") {
   out.system.clear();
   save_conversation(out, "model", folder / "a.json");
   CHECK(load_conversation(folder / "a.json").system == "");
+  save_conversation({}, "model", folder / "a.json");
+  CHECK(load_conversation(folder / "a.json").messages.empty());
   CHECK(std::distance(std::filesystem::directory_iterator(folder.path()), {}) == 1);
 }
 
@@ -144,6 +146,7 @@ TEST_CASE("hostile and damaged conversations are refused") {
   refused(R"({"format":"duet-conversation","version":2,"messages":[]})", "version 2");
   refused(R"({"format":"duet-conversation","version":1})", "'messages' is missing");
   refused(head + "3}", "x.json");
+  refused(head + "{}}", "x.json");
   refused(head + R"([{"role":"user"}]})", "x.json");
   refused(head + R"([{"role":"tool","content":"x","tool_call_id":"a"}]})", "message 0");
   refused(head + R"([{"role":"user","content":"x"},{"role":"system","content":"x"}]})", "message 1");
