@@ -333,7 +333,7 @@ void add_bench_options(CLI::App& command, BenchOptions& options) {
   const auto list = [&](const char* name, std::vector<uint32_t>& target, const char* text) {
     command.add_option(name, target, text)
         ->delimiter(',')
-        ->check(CLI::Range(0u, 1u << 24).description(""))
+        ->check(whole_number(0, 1u << 24))
         ->type_name("N,...")
         ->capture_default_str();
   };
@@ -342,13 +342,13 @@ void add_bench_options(CLI::App& command, BenchOptions& options) {
   list("-d,--depth", options.depths, "Tokens already in the context; every test runs at every depth");
   command.add_option("-t,--threads", options.threads, "Compute threads, one or several numbers [default: as for run]")
       ->delimiter(',')
-      ->check(CLI::Range(1, 1024).description(""))
+      ->check(whole_number(1, 1024))
       ->type_name("N,...");
   command.add_option("-r,--repetitions", options.n_repetitions, "Runs of each test")
-      ->check(CLI::Range(1u, 1000u).description(""))
+      ->check(whole_number(1, 1000))
       ->type_name("N")
       ->capture_default_str();
-  command.add_option("--seed", options.seed, "Of the random token ids")->capture_default_str();
+  command.add_option("--seed", options.seed, "Of the random token ids")->check(whole_number(0))->capture_default_str();
   add_trace_option(command, options.trace);
   command.add_flag("--roofline", options.roofline,
                    "Show the limits of every usable instruction set; without MODEL nothing else");

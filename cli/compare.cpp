@@ -134,9 +134,9 @@ void add_compare(CLI::App& app) {
   command.add_option("FIRST", options->a, "GGUF file or Hugging Face folder: what errors are measured from")->required();
   command.add_option("SECOND", options->b, "GGUF file or Hugging Face folder")->required();
   command.add_option("-f,--file", options->file, "Text on which SECOND's predictions are compared with FIRST's; both GGUF files; - is standard input");
-  command.add_option("-c,--ctx", options->model.n_ctx, "Positions of a chunk of the text")->check(CLI::Range(4u, 1u << 24).description(""))->capture_default_str()->type_name("N");
+  command.add_option("-c,--ctx", options->model.n_ctx, "Positions of a chunk of the text")->check(whole_number(4, 1u << 24))->capture_default_str()->type_name("N");
   command.add_option("--chunks", options->max_chunks, "Only the first N chunks [default: all]")
-      ->check(CLI::Range(size_t{1}, size_t{1} << 40).description(""))
+      ->check(whole_number(1, uint64_t{1} << 40))
       ->type_name("N");
   add_memory_option(command, options->model.memory);
   add_threads_option(command, options->model.n_threads);

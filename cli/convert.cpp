@@ -196,6 +196,7 @@ void add_shared_options(CLI::App& command, CLI::Option& type, ConvertArgs& args)
   command
       .add_option("--calibrate-tokens", args.calibrate_tokens,
                   "Tokens of that text to use at most [default: as many as fit in 1 GiB]")
+      ->check(whole_number(0))
       ->type_name("N");
   command
       .add_option("--ram", args.ram,

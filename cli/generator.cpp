@@ -9,6 +9,7 @@
 #include "base/pressure.h"
 #include "base/stopwatch.h"
 #include "cli/console.h"
+#include "cli/options.h"
 
 namespace duet::cli {
 namespace {
@@ -45,7 +46,8 @@ void add_sampling_options(CLI::App& command, GenerateOptions& options) {
                   "Subtracted per occurrence in the last 64")
       ->capture_default_str();
   command.add_option("--seed", options.seed,
-                     "Seed of the draws [default: random; shown with the statistics]");
+                     "Seed of the draws [default: random; shown with the statistics]")
+      ->check(whole_number(0));
 }
 
 }  // namespace

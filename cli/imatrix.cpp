@@ -92,7 +92,7 @@ void add_imatrix(CLI::App& app) {
   command.add_option("-f,--file", options->file, "File of text; - is standard input")->required();
   command.add_option("-o,--output", options->output, "File to write (GGUF, as llama-imatrix writes it)")->capture_default_str();
   command.add_option("--chunks", options->max_chunks, "Only the first N chunks [default: all]")
-      ->check(CLI::Range(size_t{1}, size_t{1} << 40).description(""))
+      ->check(whole_number(1, uint64_t{1} << 40))
       ->type_name("N");
   command.add_flag("--output-head", options->output_head, "Measure the inputs of the output head (output.weight) too");
   command.add_flag("--force", options->force, "Replace an existing output file");

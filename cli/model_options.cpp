@@ -56,7 +56,7 @@ void add_stream_options(CLI::App& command, ModelOptions& options) {
   command
       .add_option("--slots", options.memory.slots,
                   "Stream experts with so many of each layer kept in memory, whatever --ram allows (for experiments)")
-      ->check(CLI::Range(0u, 1024u).description(""))
+      ->check(whole_number(0, 1024))
       ->type_name("N");
   const auto set = [&options](const std::string& name) {
     for (const auto& [backend, backend_name] : kBackends)
@@ -113,13 +113,13 @@ void add_model_options(CLI::App& command, ModelOptions& options, const char* ctx
   command
       .add_option("-c,--ctx", options.n_ctx,
                   std::string("Context size in tokens [default: ") + ctx_default + "]")
-      ->check(CLI::Range(1u, 1u << 24).description(""))
+      ->check(whole_number(1, 1u << 24))
       ->type_name("N");
   add_threads_option(command, options.n_threads);
   add_placement_options(command, options.pin, options.numa);
   command.add_option("-b,--batch", options.n_batch,
                      "Tokens evaluated at once in prefill [default: 512, more where experts are streamed]")
-      ->check(CLI::Range(1u, 1u << 16).description(""))
+      ->check(whole_number(1, 1u << 16))
       ->type_name("N");
   const auto set_kv_type = [&options](const std::string& name) {
     for (const auto& [type, type_name] : kKvTypes)

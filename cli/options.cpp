@@ -117,6 +117,16 @@ std::string read_all(int fd, const std::string& name) {
 
 }  // namespace
 
+std::function<std::string(const std::string&)> whole_number(uint64_t min, uint64_t max) {
+  return [=](const std::string& text) -> std::string {
+    char* end = nullptr;
+    errno = 0;
+    const uint64_t n = std::strtoull(text.c_str(), &end, 0);  // as CLI11, which does not look at errno and takes -1 for 2^64 - 1
+    const bool is_number = !text.empty() && std::isdigit(static_cast<unsigned char>(text[0])) != 0 && *end == '\0' && errno == 0;
+    return is_number && n >= min && n <= max ? "" : concat(quote(text), " is not a whole number from ", min, " to ", max);
+  };
+}
+
 void add_split_option(CLI::App& command, std::string& size) {
   command.add_option("--split-max-size", size,
                      "Write files of at most about so many bytes (4G, 900MB), OUT-00001-of-0000N.gguf, if more are needed")
@@ -155,7 +165,7 @@ void add_threads_option(CLI::App& command, int& n_threads) {
   command
       .add_option("-t,--threads", n_threads,
                   "Compute threads [default: performance cores allowed by cpuset and cgroup]")
-      ->check(CLI::Range(1, 1024).description(""))
+      ->check(whole_number(1, 1024))
       ->type_name("N");
 }
 

@@ -14,6 +14,9 @@ class App;
 
 namespace duet::cli {
 
+// The check of an option that takes a number without a sign. CLI11's own makes other numbers fit.
+std::function<std::string(const std::string&)> whole_number(uint64_t min, uint64_t max = UINT64_MAX);
+
 // --threads. 0, when it is not given, means HostCores::usable().
 void add_threads_option(CLI::App& command, int& n_threads);
 

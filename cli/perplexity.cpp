@@ -105,7 +105,7 @@ void add_perplexity(CLI::App& app) {
   command.add_option("-f,--file", options->file, "File of text; - is standard input");
   command
       .add_option("--chunks", options->max_chunks, "Score only the first N chunks [default: all]")
-      ->check(CLI::Range(size_t{1}, size_t{1} << 40).description(""))
+      ->check(whole_number(1, uint64_t{1} << 40))
       ->type_name("N");
   command.add_option("--save-logits", options->save_logits, "Write the predictions to this file, a reference for --kld")->type_name("REF");
   command.add_flag("--force", options->force, "Replace an existing file of --save-logits");

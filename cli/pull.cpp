@@ -196,7 +196,7 @@ void add_pull(CLI::App& app) {
   auto options = std::make_shared<PullOptions>();
   command.add_option("MODEL", options->model, "USER/REPO, USER/REPO:QUANT [default: Q4_K_M] or the URL of a .gguf file")->required();
   command.add_option("--connections", options->connections, "Ranges fetched at the same time")
-      ->check(CLI::Range(size_t{1}, size_t{16}).description(""))
+      ->check(whole_number(1, 16))
       ->type_name("N")
       ->capture_default_str();
   command.add_flag("--offline", options->offline, "Only look for it on this machine");

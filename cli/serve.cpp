@@ -185,7 +185,7 @@ void run_serve(ServeOptions options) {
 
 void add_network_options(CLI::App& command, ServeOptions& o) {
   command.add_option("--host", o.access.host, "Address to listen on; other than loopback needs --api-key or --no-api-key")->capture_default_str()->type_name("ADDRESS");
-  command.add_option("-p,--port", o.port, "Port; 0: any free one")->check(CLI::Range(0, 65535).description(""))->capture_default_str()->type_name("N");
+  command.add_option("-p,--port", o.port, "Port; 0: any free one")->check(whole_number(0, 65535))->capture_default_str()->type_name("N");
   command.add_option("--api-key", o.access.keys, "Key that requests must bring; may be repeated")->type_name("KEY");
   command.add_option("--tls-cert", o.tls.certificate, "Speak HTTPS with this certificate and those that lead to its root (PEM)")->type_name("FILE");
   command.add_option("--tls-key", o.tls.key, "The certificate's private key, without a passphrase (PEM)")->type_name("FILE");
@@ -203,9 +203,9 @@ void add_serve(CLI::App& app) {
   add_model_options(command, o.model, "model's, at most 4096");
   add_network_options(command, o);
   command.add_option("--parallel", o.n_parallel, "Sequences generated at once, each with its own context [default: what memory allows, at most 32]")
-      ->check(CLI::Range(1u, 256u).description(""))->type_name("N");
-  command.add_option("--queue", o.max_queue, "Requests that may wait; more get status 503")->check(CLI::Range(0u, 100000u).description(""))->capture_default_str()->type_name("N");
-  command.add_option("--max-connections", o.max_connections, "Connections open at once")->check(CLI::Range(1u, 4096u).description(""))->capture_default_str()->type_name("N");
+      ->check(whole_number(1, 256))->type_name("N");
+  command.add_option("--queue", o.max_queue, "Requests that may wait; more get status 503")->check(whole_number(0, 100000))->capture_default_str()->type_name("N");
+  command.add_option("--max-connections", o.max_connections, "Connections open at once")->check(whole_number(1, 4096))->capture_default_str()->type_name("N");
   command.add_option("--timeout", o.timeout_s, "Seconds that a request may take; 0: any time")->check(CLI::Range(0.0, 1e6).description(""))->capture_default_str()->type_name("S");
   command.add_option("--grace", o.grace_s, "Seconds that streams may go on after SIGTERM")->check(CLI::Range(0.0, 3600.0).description(""))->capture_default_str()->type_name("S");
   command.add_option("--template", o.chat_template, "Chat template by name; none: no chat [default: the model's]")->type_name("NAME");

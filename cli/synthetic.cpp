@@ -27,7 +27,8 @@ void add_make_synthetic(CLI::App& app) {
       ->required()
       ->check(CLI::IsMember({"8x7b", "8x22b", "tiny"}));
   command.add_option("--layers", options.n_layer, "Number of layers [default: the shape's own]")
-      ->check(CLI::Range(1, 1024));
+      ->check(whole_number(1, 1024))
+      ->type_name("N");
   command.add_option("--type", options.type, "Type of every matrix, for instance Q4_K")
       ->capture_default_str();
   command.add_option("-o,--output", args->output, "GGUF file to write")->required();
@@ -41,7 +42,7 @@ void add_make_synthetic(CLI::App& app) {
       ->check(CLI::IsMember({"uniform", "mixtral"}))
       ->type_name("KIND")
       ->default_str("uniform");
-  command.add_option("--seed", options.seed, "Same seed, same file")->capture_default_str();
+  command.add_option("--seed", options.seed, "Same seed, same file")->check(whole_number(0))->capture_default_str();
   command.add_flag("--force", options.overwrite, "Replace an existing output file");
   add_threads_option(command, options.n_threads);
   add_environment(command);

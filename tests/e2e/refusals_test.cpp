@@ -215,11 +215,20 @@ TEST_CASE("wrong options are usage errors that name the option") {
   wrong({"run", model, "-p", "a", "--numa", "yes"}, "--numa");
   wrong({"run", model, "-p", "a", "--threads", "two"}, "--threads");
   wrong({"run", model, "-p", "a", "--ctx", "-1"}, "--ctx");
+  wrong({"run", model, "-p", "a", "--ctx", "-18446744073709551615"}, "--ctx");
   wrong({"run", model, "-p", "a", "--kv-type", "q4"}, "--kv-type");
   wrong({"run", model, "-p", "a", "-n", "-2"}, "--n-predict");
   wrong({"run", model, "-p", "a", "--temp", "warm"}, "--temp");
   wrong({"run", model, "-p", "a", "--temp", "nan"}, "temperature");
   wrong({"run", model, "-p", "a", "--template", "frob"}, "chatml");
+  for (const char* seed : {"99999999999999999999", "18446744073709551616", "-1", " 1", "1.5", "0x", ""})
+    wrong({"run", model, "-p", "a", "--seed", seed}, "--seed: '" + std::string(seed) + "' is not a whole number from 0 to 18446744073709551615");
+  wrong({"chat", model, "--seed", "-1"}, "--seed");
+  wrong({"bench", model, "--seed", "-1"}, "--seed");
+  wrong({"make-synthetic", "tiny", "--seed", "-1", "-o", "x.gguf"}, "--seed");
+  wrong({"quantize", model, "x.gguf", "Q8_0", "--calibrate-tokens", "-1"}, "--calibrate-tokens");
+  wrong({"perplexity", model, "-f", "x", "--chunks", "99999999999999999999"}, "--chunks");
+  wrong({"serve", model, "--queue", "-1"}, "--queue");
   wrong({"tokenize", model}, "--text");
   wrong({"tokenize", model, "--text", "a", "--file", "b"}, "exactly one");
   wrong({"detokenize", model, "--ids", "1,x"}, "'x'");
