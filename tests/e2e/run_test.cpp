@@ -179,7 +179,13 @@ TEST_CASE("a chat template wraps the prompt unless --raw") {
   };
   CHECK(n_prompt({}) == 2);  // BOS and the word: the demo is a base model
   CHECK(n_prompt({"--template", "chatml"}) > 10);
-  CHECK(n_prompt({"--template", "chatml", "--raw"}) == 2);
+  CHECK(refusal(run({"-p", "The", "--template", "chatml", "--raw"}), 2, "--raw excludes --template") == "");
+  const auto n_with_settings = [](std::vector<std::string> extra, const Environment& settings) {
+    extra.insert(extra.end(), {"-p", "The", "-n", "1"});
+    return run_json(extra, {.environment = settings})["prompt_tokens"].get<int>();
+  };
+  CHECK(n_with_settings({"--raw"}, {{"DUET_TEMPLATE", "chatml"}}) == 2);
+  CHECK(n_with_settings({"--template", "chatml"}, {{"DUET_RAW", "1"}}) > 10);
 }
 
 TEST_CASE("a terminal gets no control characters from the model, a pipe gets what it wrote") {
