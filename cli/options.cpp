@@ -100,14 +100,24 @@ void take_from_config(CLI::App& command, const std::string& given) {
     }
 }
 
+// A named pipe is waited for.
+int open_to_read(const std::string& path) {
+  for (;;) {
+    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd >= 0) return fd;
+    if (errno != EINTR) fail(ErrorKind::io, path, ": cannot open: ", std::strerror(errno));
+    if (interrupted()) fail(ErrorKind::cancelled, "interrupted while waiting for ", path);
+  }
+}
+
 // To the end, from anything that can be read: files, pipes, terminals.
 std::string read_all(int fd, const std::string& name) {
   std::string text;
   std::vector<char> buffer(1 << 16);
   for (;;) {
+    if (interrupted()) fail(ErrorKind::cancelled, "interrupted while reading ", name);
     const ssize_t n = ::read(fd, buffer.data(), buffer.size());
-    if (n < 0 && errno == EINTR && !interrupted()) continue;
-    if (n < 0 && errno == EINTR) fail(ErrorKind::cancelled, "interrupted while reading ", name);
+    if (n < 0 && errno == EINTR) continue;
     if (n < 0) fail(ErrorKind::io, name, ": cannot read: ", std::strerror(errno));
     if (n == 0) return text;
     text.append(buffer.data(), static_cast<size_t>(n));
@@ -227,8 +237,7 @@ std::vector<int32_t> parse_ids(const std::string& text) {
 
 std::string read_text(const std::string& path) {
   if (path == "-") return read_all(STDIN_FILENO, "standard input");
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) fail(ErrorKind::io, path, ": cannot open: ", std::strerror(errno));
+  const int fd = open_to_read(path);
   try {
     std::string text = read_all(fd, path);
     ::close(fd);

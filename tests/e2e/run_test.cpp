@@ -1,6 +1,8 @@
 // duet run on the demo model: what reaches stdout and stderr, and how it ends.
 #include <doctest/doctest.h>
 
+#include <sys/stat.h>
+
 #include <csignal>
 
 #include "base/json.h"
@@ -186,6 +188,13 @@ TEST_CASE("a chat template wraps the prompt unless --raw") {
   };
   CHECK(n_with_settings({"--raw"}, {{"DUET_TEMPLATE", "chatml"}}) == 2);
   CHECK(n_with_settings({"--template", "chatml"}, {{"DUET_RAW", "1"}}) > 10);
+}
+
+TEST_CASE("Ctrl-C ends the wait for a prompt that nobody writes to a named pipe") {
+  const TempFolder folder;
+  const std::string pipe = (folder / "pipe").string();
+  REQUIRE(::mkfifo(pipe.c_str(), 0600) == 0);
+  CHECK(refusal(run({"-f", pipe}, {.signal_after_s = 1}), 130, "interrupted while waiting for " + pipe) == "");
 }
 
 TEST_CASE("a terminal gets no control characters from the model, a pipe gets what it wrote") {
