@@ -70,14 +70,14 @@ std::string assemble_prompt(const RunOptions& options) {
   return prompt;
 }
 
-std::vector<Token> prompt_ids(const Tokenizer& tokenizer, const std::optional<ChatTemplate>& chat,
-                              const std::string& prompt) {
+// raw: its writer has put the whole prompt together, so names of control tokens are those tokens.
+std::vector<Token> prompt_ids(const Tokenizer& tokenizer, const std::optional<ChatTemplate>& chat, const std::string& prompt, bool raw) {
   if (chat) {
     const std::vector<ChatMessage> messages =
         parse_messages(Json::array({{{"role", "user"}, {"content", prompt}}}));
     return tokenizer.encode(chat->render(messages, Json()), chat->wants_bos(tokenizer));
   }
-  const Segment segment{prompt, false};
+  const Segment segment{prompt, raw};
   return tokenizer.encode({&segment, 1}, tokenizer.add_bos());
 }
 
@@ -107,7 +107,7 @@ void run_generate(RunOptions options) {
   std::optional<grammar::Grammar> grammar = wanted_grammar(options);
   const Engine engine = open_engine(options.model);
   if (!chat && !options.raw) chat = engine.chat_template();
-  const std::vector<Token> ids = prompt_ids(engine.tokenizer(), chat, prompt);
+  const std::vector<Token> ids = prompt_ids(engine.tokenizer(), chat, prompt, options.raw);
   std::optional<Form> form;
   if (grammar) generate.constraint = &form.emplace(std::move(grammar), engine.tokenizer()).constraint;
   std::optional<ExpertTraceWriter> trace;
@@ -159,7 +159,7 @@ void add_run(CLI::App& app) {
   command.add_option("-f,--file", options->file,
                      "File of text that follows -p; - is standard input. Piped text follows both");
   add_generate_options(command, options->generate);
-  auto* raw = command.add_flag("--raw", options->raw, "Continue the prompt as it stands: no chat template");
+  auto* raw = command.add_flag("--raw", options->raw, "Continue the prompt as it stands, control tokens by their names: no chat template");
   auto* name = command.add_option("--template", options->template_name, "Chat template by name [default: the model's own, none for a base model]")->excludes(raw);
   auto* grammar = command.add_option("--grammar", options->grammar, "File of a grammar (GBNF) that the text keeps to")->type_name("FILE");
   command.add_option("--json-schema", options->schema, "File of a JSON schema that the text, JSON, keeps to")->type_name("FILE")->excludes(grammar);

@@ -74,9 +74,14 @@ TEST_CASE("serve: sixteen streams at once are those of each alone") {
 
 TEST_CASE("serve: the text is that of duet run") {
   ServerProcess server(arguments());
-  const ProcessResult run = run_duet({"run", kModel, "-p", "The package manager", "-n", "16", "--temp", "0", "--raw", "--json"});
-  const Json reply = duet::parse_json(body_of(http(server.port(), "POST", "/v1/completions", R"({"prompt":"The package manager","max_tokens":16,"temperature":0})")), "reply");
-  CHECK(reply["choices"][0]["text"] == duet::parse_json(run.out, "run")["text"]);
+  for (const char* text : {"The package manager", "<s>The</s>package manager"}) {  // the second: 2 control tokens
+    const std::string prompt = text;
+    const Json run = duet::parse_json(run_duet({"run", kModel, "-p", prompt, "-n", "16", "--temp", "0", "--raw", "--json"}).out, "run");
+    const Json reply = duet::parse_json(body_of(http(server.port(), "POST", "/v1/completions", R"({"max_tokens":16,"temperature":0,"prompt":")" + prompt + "\"}")), "reply");
+    CHECK(reply["choices"][0]["text"] == run["text"]);
+    CHECK(reply["usage"]["prompt_tokens"] == run["prompt_tokens"]);
+    CHECK(run["prompt_tokens"].get<int>() < 8);
+  }
 }
 
 TEST_CASE("serve: texts of a form are those of duet run, and tools are called") {
