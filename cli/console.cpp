@@ -34,7 +34,23 @@ bool has_value(const char* variable) {
   return value != nullptr && *value != '\0';
 }
 
-bool is_control(char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }
+// Bytes of the control character at i: C0, DEL, or C1 in UTF-8 (U+009B begins sequences, too); 0: there is none.
+size_t control_size(std::string_view text, size_t i) {
+  const auto byte = [&](size_t at) { return at < text.size() ? static_cast<unsigned char>(text[at]) : 0xff; };
+  if (byte(i) < 0x20 || byte(i) == 0x7f) return 1;
+  return byte(i) == 0xc2 && byte(i + 1) >= 0x80 && byte(i + 1) < 0xa0 ? 2 : 0;
+}
+
+std::string replace_controls(std::string_view text, std::string_view kept, std::string_view by) {
+  std::string out;
+  for (size_t i = 0; i < text.size();) {
+    const size_t n = kept.find(text[i]) == std::string_view::npos ? control_size(text, i) : 0;
+    if (n > 0) out += by;
+    else out += text[i];
+    i += std::max<size_t>(n, 1);
+  }
+  return out;
+}
 
 // What stands in the terminal's current line.
 struct TerminalLine {
@@ -98,17 +114,8 @@ void print_generated(const std::string& text) {
   flush_stdout();
 }
 
-std::string one_line(std::string_view text) {
-  std::string out(text);
-  std::replace_if(out.begin(), out.end(), is_control, ' ');
-  return out;
-}
-
-std::string without_controls(std::string_view text) {
-  std::string out(text);
-  std::erase_if(out, [](char c) { return is_control(c) && c != '\n' && c != '\t'; });
-  return out;
-}
+std::string one_line(std::string_view text) { return replace_controls(text, "", " "); }
+std::string without_controls(std::string_view text) { return replace_controls(text, "\n\t", ""); }
 
 void note(const std::string& text) { print_remark("note:", "\033[33m", text); }
 

@@ -171,8 +171,9 @@ void run_list(bool json) {
     std::string state = hub::owner_name(model.owner);
     if (model.n_done) state = model.n_bytes > 0 ? concat("partial ", 100 * *model.n_done / model.n_bytes, " %") : "partial";
     const std::string size = format_size(model.n_bytes);
-    print(model.name + std::string(width - model.name.size() + 2, ' ') + std::string(10 - std::min<size_t>(10, size.size()), ' ') + size + "  " + state +
-          std::string(12 - std::min<size_t>(12, state.size()), ' ') + " " + model.path.string() + "\n");
+    print(one_line(model.name + std::string(width - model.name.size() + 2, ' ') + std::string(10 - std::min<size_t>(10, size.size()), ' ') + size + "  " + state +
+                   std::string(12 - std::min<size_t>(12, state.size()), ' ') + " " + model.path.string()) +
+          "\n");
   }
 }
 

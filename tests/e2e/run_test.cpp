@@ -217,10 +217,10 @@ TEST_CASE("escapes in a model's name stay out of the line about it") {
   const TempFolder folder;
   const std::string model = (folder / "model.gguf").string();
   GgufBuilder builder = tiny_model({});
-  builder.key("general.name").bytes = raw_string("evil\x1b[2J\nname");
+  builder.key("general.name").bytes = raw_string("evil\x1b[2J\xc2\x9b" "2J\nna\xc3\xafve");
   write_bytes(model, builder.build());
   const ProcessResult result = run_duet({"run", model, "-p", "the", "-n", "1"});
   CHECK(result.exit_code == 0);
-  CHECK(result.err.find("[evil [2J name | ") != std::string::npos);
+  CHECK(result.err.find("[evil [2J 2J na\xc3\xafve | ") != std::string::npos);
   CHECK(result.err.find('\x1b') == std::string::npos);
 }
