@@ -206,12 +206,14 @@ void CalibratedEncoder::encode_attention(LayerState& s) {
   s.source.attn_k = k.weight;
   s.source.attn_v = v.weight;
   s.source.attn_output = s.encoded.attn_output = output.weight;  // the latter until it is known
-  const Moments inputs = attention_inputs(s);
   Weight* encoded[] = {&s.encoded.attn_q, &s.encoded.attn_k, &s.encoded.attn_v};
-  for (const LayerPlace place : {kQ, kK, kV}) {
-    const TensorJob& job = model_.job(kind_of(hparams_, place), s.index);
-    encode(job, 0, inputs, s.bytes[place]);
-    *encoded[place] = weight_of(job, 0, s.bytes[place]);
+  {
+    Moments inputs = attention_inputs(s);
+    for (const LayerPlace place : {kQ, kK, kV}) {
+      const TensorJob& job = model_.job(kind_of(hparams_, place), s.index);
+      encode(job, 0, inputs, s.bytes[place]);
+      *encoded[place] = weight_of(job, 0, s.bytes[place]);
+    }
   }
   encode_output_projection(s);
 }
@@ -284,12 +286,14 @@ void CalibratedEncoder::encode_expert(LayerState& s, size_t e) {
   const SourceMatrix source_gate = model_.matrix(gate, e), source_up = model_.matrix(up, e);
   const bool unseen = s.routed[e].tokens.empty();
   if (unseen) s.routed[e] = stand_in();
-  const Moments inputs = expert_inputs(s, e);
-  encode(gate, e, inputs, s.bytes[kGate]);
-  encode(up, e, inputs, s.bytes[kUp]);
+  {
+    Moments inputs = expert_inputs(s, e);
+    encode(gate, e, inputs, s.bytes[kGate]);
+    encode(up, e, inputs, s.bytes[kUp]);
+  }
   Expert encoded{weight_of(gate, e, s.bytes[kGate]), weight_of(up, e, s.bytes[kUp]), {}};
-  encode(down, e, hidden_inputs(s, e, {source_gate.weight, source_up.weight, {}}, encoded),
-         s.bytes[kDown]);
+  Moments hidden = hidden_inputs(s, e, {source_gate.weight, source_up.weight, {}}, encoded);
+  encode(down, e, hidden, s.bytes[kDown]);
   encoded.down = weight_of(down, e, s.bytes[kDown]);
   if (unseen)
     s.routed[e] = {};
@@ -424,7 +428,7 @@ std::vector<std::byte> CalibratedEncoder::encoded_plainly(const TensorJob& job) 
 }
 
 // One matrix of a tensor, whose bytes are made room for when it is the first.
-void CalibratedEncoder::encode(const TensorJob& job, size_t expert, const Moments& moments,
+void CalibratedEncoder::encode(const TensorJob& job, size_t expert, Moments& moments,
                                std::vector<std::byte>& out) const {
   check_cancel();
   const size_t rows = matrix_rows(job), bytes = row_bytes(*job.format, job.shape.back());
@@ -433,7 +437,7 @@ void CalibratedEncoder::encode(const TensorJob& job, size_t expert, const Moment
   if (!has_second_order(*job.format) || moments.n_tokens() == 0)
     return encode_plain(job, expert * rows, rows, to);
   std::vector<float> w = SourceModel::floats(job, expert * rows, rows);
-  const InputMetric metric = moments.metric(eval_.n_threads());
+  const InputMetric& metric = moments.metric(eval_);
   moments.correct(metric, w, eval_.n_threads());
   encode_second_order(*job.format, metric, w.data(), rows, to, eval_.n_threads());
 }

@@ -74,7 +74,7 @@ class CalibratedEncoder {
 
   void encode_plain(const TensorJob& job, size_t first_row, size_t n_rows, std::byte* out) const;
   std::vector<std::byte> encoded_plainly(const TensorJob& job) const;
-  void encode(const TensorJob& job, size_t expert, const Moments& moments,
+  void encode(const TensorJob& job, size_t expert, Moments& moments,
               std::vector<std::byte>& out) const;
   void finish_tensor(size_t job, std::span<const std::byte> bytes);
   void count_tokens(const LayerState& s);

@@ -11,6 +11,9 @@ namespace {
 // tokens, whose moments say little about others.
 constexpr double kDamping = 0.05;
 
+// Rows that go through the moments together, so that these are read once for all of them.
+constexpr size_t kRowBatch = 16;
+
 // Columns [first, first + width) of rows [n, cols].
 std::vector<float> columns(const float* x, size_t n, size_t cols, size_t first, size_t width) {
   std::vector<float> out(n * width);
@@ -18,9 +21,9 @@ std::vector<float> columns(const float* x, size_t n, size_t cols, size_t first, 
   return out;
 }
 
-double product(const std::vector<float>& a, const std::vector<float>& b) {
+double product(const float* a, const float* b, size_t n) {
   double sum = 0;
-  for (size_t i = 0; i < a.size(); ++i) sum += double{a[i]} * double{b[i]};
+  for (size_t i = 0; i < n; ++i) sum += double{a[i]} * double{b[i]};
   return sum;
 }
 
@@ -73,10 +76,11 @@ void Moments::add_half(const LayerEval& eval, Half& half, const float* x, const 
   if (r != nullptr) eval.add_moments(r, n_out_, x, n_cols_, n, half.m.data());
 }
 
-InputMetric Moments::metric(int n_threads) const {
+const InputMetric& Moments::metric(const LayerEval& eval) {
+  if (metric_) return *metric_;
   const double few =
       static_cast<double>(n_cols_) / static_cast<double>(std::max<size_t>(n_tokens_, 1));
-  return InputMetric(n_cols_, block_cols_, h_, kDamping * (1 + few), n_threads);
+  return metric_.emplace(n_cols_, block_cols_, h_, kDamping * (1 + few), eval.n_threads(), eval.fit_ops());
 }
 
 double Moments::mean_diagonal() const {
@@ -97,15 +101,19 @@ void Moments::correct(const InputMetric& metric, std::vector<float>& w, int n_th
   const std::vector<float> d[] = {scaled(halves_[0].d, scale), scaled(halves_[1].d, scale)};
   std::vector<float> change(w.size());
   std::vector<double> common(n_rows), own(n_rows);
-  parallel_for(n_threads, n_rows, 4, [&](size_t begin, size_t end) {
+  parallel_for(n_threads, n_rows, kRowBatch, [&](size_t begin, size_t end) {
+    const float* rows = w.data() + begin * n_cols_;
+    const Wish a = wish(metric, d[0], halves_[0].m, scale, begin, end - begin, rows);
+    const Wish b = wish(metric, d[1], halves_[1].m, scale, begin, end - begin, rows);
     for (size_t row = begin; row < end; ++row) {
-      const float* values = w.data() + row * n_cols_;
-      const Wish a = wish(metric, d[0], halves_[0].m, scale, row, values);
-      const Wish b = wish(metric, d[1], halves_[1].m, scale, row, values);
-      common[row] = 2 * product(a.side, b.change);
-      own[row] = product(a.side, a.change) + product(b.side, b.change);
-      for (size_t c = 0; c < n_cols_; ++c) change[row * n_cols_ + c] = a.change[c] + b.change[c];
+      const size_t at = (row - begin) * n_cols_;
+      const auto with = [&](const std::vector<float>& side, const std::vector<float>& moved) {
+        return product(side.data() + at, moved.data() + at, n_cols_);
+      };
+      common[row] = 2 * with(a.side, b.change);
+      own[row] = with(a.side, a.change) + with(b.side, b.change);
     }
+    for (size_t i = 0; i < a.change.size(); ++i) change[begin * n_cols_ + i] = a.change[i] + b.change[i];
   });
   double all_common = 0, all_own = 0;
   for (size_t row = 0; row < n_rows; ++row) {
@@ -119,20 +127,20 @@ void Moments::correct(const InputMetric& metric, std::vector<float>& w, int n_th
 }
 
 Moments::Wish Moments::wish(const InputMetric& metric, const std::vector<float>& d,
-                            const std::vector<double>& m, double scale, size_t row,
+                            const std::vector<double>& m, double scale, size_t row, size_t n_rows,
                             const float* w) const {
   Wish out;
-  out.side.resize(n_cols_);
-  for (size_t c = 0; n_out_ > 0 && c < n_cols_; ++c)
-    out.side[c] = static_cast<float>(m[row * n_cols_ + c] * scale);
+  out.side.resize(n_rows * n_cols_);
+  for (size_t i = 0; n_out_ > 0 && i < out.side.size(); ++i)
+    out.side[i] = static_cast<float>(m[row * n_cols_ + i] * scale);
   size_t at = 0;
   for (size_t first = 0; first < n_cols_; first += block_cols_) {
     const size_t width = std::min(block_cols_, n_cols_ - first);
-    for (size_t i = 0; i < width; ++i, at += width)
-      for (size_t k = 0; k < width; ++k) out.side[first + k] += w[first + i] * d[at + k];
+    metric.ops().add_products({w + first, n_cols_, n_rows, d.data() + at, width, width, out.side.data() + first, n_cols_, width});
+    at += width * width;
   }
   out.change = out.side;
-  metric.solve(out.change);
+  metric.solve(out.change.data(), n_rows);
   return out;
 }
 

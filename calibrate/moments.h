@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <optional>
 #include <vector>
 
 #include "quant/input_metric.h"
@@ -24,7 +25,7 @@ class Moments {
 
   // x, x0 [n, n_cols], r [n, n_out] or null
   void add(const LayerEval& eval, const float* x, const float* x0, const float* r, size_t n);
-  InputMetric metric(int n_threads) const;
+  const InputMetric& metric(const LayerEval& eval);  // made when first asked for: nothing is added after that
   // Moves w [n_rows, n_cols] to what serves best; metric: that of these moments.
   void correct(const InputMetric& metric, std::vector<float>& w, int n_threads) const;
   size_t n_tokens() const { return n_tokens_; }
@@ -34,20 +35,21 @@ class Moments {
     std::vector<double> d;  // in blocks of columns, as InputMetric takes them
     std::vector<double> m;  // [n_out, n_cols]
   };
-  // What one half asks of a row: its side w D + M, and the change, that times H^-1.
+  // What one half asks of rows: their side w D + M, and the change, that times H^-1.
   struct Wish {
-    std::vector<float> side, change;
+    std::vector<float> side, change;  // [n_rows, n_cols]
   };
   void add_half(const LayerEval& eval, Half& half, const float* x, const float* x0, const float* r,
                 size_t n) const;
-  // d: D in the metric's units; scale: of sums to them.
+  // Of rows from `row` on, w [n_rows, n_cols]; d: D in the metric's units; scale: of sums to them.
   Wish wish(const InputMetric& metric, const std::vector<float>& d, const std::vector<double>& m,
-            double scale, size_t row, const float* w) const;
+            double scale, size_t row, size_t n_rows, const float* w) const;
   double mean_diagonal() const;
 
   size_t n_cols_, block_cols_, n_out_, n_tokens_ = 0;
   std::vector<double> h_;
   Half halves_[2];
+  std::optional<InputMetric> metric_;
 };
 
 }  // namespace duet

@@ -1,4 +1,5 @@
-// Scale, offset and integers of one group of a block, chosen together. Internal to quant/.
+// Scale, offset and integers of one group of a block, chosen together: what there is to choose from.
+// The choice itself: quant/fit_ops.h.
 #pragma once
 
 #include <cfloat>
@@ -45,10 +46,5 @@ struct GroupChoice {
 };
 // The q whose level is nearest to v, which is finite.
 int nearest_level(const BlockGrid& grid, float v);
-
-// Rounds the columns in order for every scale, each making up for those before it, and keeps the
-// cheapest; the first among equals.
-GroupChoice search_group(const BlockGrid& grid, const GroupProblem& problem,
-                         const std::vector<GroupScale>& scales);
 
 }  // namespace duet

@@ -24,19 +24,28 @@ T dot(const T* a, const T* b, size_t n) {
 }
 
 // h [n, n] -> V in place, upper triangular with h = V V^T; what is below the diagonal is left as it
-// was. From the last column to the first. False when h is not positive definite.
+// was. From the last column to the first, some at a time, so that rows above are read once for all of
+// them. False when h is not positive definite.
 bool factorize_block(double* h, size_t n, int n_threads) {
-  for (size_t j = n; j-- > 0;) {
-    double* row_j = h + j * n;
-    const double rest = row_j[j] - dot(row_j + j + 1, row_j + j + 1, n - j - 1);
-    if (!(rest > 0)) return false;
-    const double pivot = row_j[j] = std::sqrt(rest);
-    parallel_for(j * (n - j) > 65536 ? n_threads : 1, j, 64, [&](size_t begin, size_t end) {
-      for (size_t i = begin; i < end; ++i) {
-        double* row_i = h + i * n;
-        row_i[j] = (row_i[j] - dot(row_i + j + 1, row_j + j + 1, n - j - 1)) / pivot;
-      }
+  constexpr size_t kColumns = 16;
+  const auto element = [&](size_t i, size_t j) {
+    double *row_i = h + i * n, *row_j = h + j * n;
+    row_i[j] = (row_i[j] - dot(row_i + j + 1, row_j + j + 1, n - j - 1)) / row_j[j];
+  };
+  for (size_t end = n; end > 0;) {
+    const size_t begin = (end - 1) / kColumns * kColumns;
+    for (size_t j = end; j-- > begin;) {
+      double* row = h + j * n;
+      const double rest = row[j] - dot(row + j + 1, row + j + 1, n - j - 1);
+      if (!(rest > 0)) return false;
+      row[j] = std::sqrt(rest);
+      for (size_t i = begin; i < j; ++i) element(i, j);
+    }
+    parallel_for(begin * (n - begin) > 4096 ? n_threads : 1, begin, 16, [&](size_t first, size_t last) {
+      for (size_t i = first; i < last; ++i)
+        for (size_t j = end; j-- > begin;) element(i, j);
     });
+    end = begin;
   }
   return true;
 }
@@ -53,8 +62,8 @@ size_t InputMetric::block_end(size_t c) const {
 }
 
 InputMetric::InputMetric(size_t n_cols, size_t block_cols, std::span<const double> moments,
-                         double damping, int n_threads)
-    : n_cols_(n_cols), block_cols_(std::min(n_cols, block_cols)) {
+                         double damping, int n_threads, const FitOps& ops)
+    : n_cols_(n_cols), block_cols_(std::min(n_cols, block_cols)), ops_(ops) {
   DUET_ASSERT(n_cols > 0 && block_cols > 0 && moments.size() == n_floats(n_cols, block_cols_));
   moments_.resize(moments.size());
   factor_.resize(moments.size());
@@ -114,27 +123,54 @@ bool InputMetric::factorize(int n_threads) {
     }
     for (size_t i = 0; i < n; ++i) {
       moments_[at + i * n + i] += static_cast<float>(extra);
-      for (size_t k = i; k < n; ++k) factor_[at + i * n + k] = static_cast<float>(h[i * n + k]);
+      for (size_t k = i; k < n; ++k)
+        factor_[at + i * n + k] = factor_[at + k * n + i] = static_cast<float>(h[i * n + k]);
     }
   }
   return true;
 }
 
-// z V = y is solved from the first column, then y V^T = x, which comes first, from the last.
-void InputMetric::solve(std::span<float> x) const {
-  DUET_ASSERT(x.size() == n_cols_);
-  for (size_t first = 0; first < n_cols_; first = block_end(first)) {
-    const size_t n = block_end(first) - first;
-    float* v = x.data() + first;
-    for (size_t j = n; j-- > 0;) {  // x_j = sum over k >= j of y_k V_jk
+void InputMetric::solve(float* x, size_t n_rows) const {
+  for (size_t first = 0; first < n_cols_; first = block_end(first)) solve_block(x + first, n_rows, first);
+}
+
+// x = y V^T is solved from the last column, y = z V from the first: some columns at a time, then what they
+// leave to all that come after.
+void InputMetric::solve_block(float* x, size_t n_rows, size_t first) const {
+  constexpr size_t kTile = 32;
+  const size_t n = block_end(first) - first;
+  std::vector<float> minus(n_rows * kTile);
+  // Columns [from, to) less what the finished columns [begin, end) account for.
+  const auto push = [&](size_t begin, size_t end, size_t from, size_t to) {
+    if (from >= to) return;
+    for (size_t r = 0; r < n_rows; ++r)
+      for (size_t j = begin; j < end; ++j) minus[r * kTile + j - begin] = -x[r * n_cols_ + j];
+    ops_.add_products({minus.data(), kTile, n_rows, factor_row(first + begin) + from, n, end - begin, x + from, n_cols_, to - from});
+  };
+  for (size_t end = n; end > 0;) {
+    const size_t begin = (end - 1) / kTile * kTile;
+    for (size_t j = end; j-- > begin;) {
       const float* row = factor_row(first + j);
-      v[j] = (v[j] - dot(v + j + 1, row + j + 1, n - j - 1)) / row[j];
+      for (size_t r = 0; r < n_rows; ++r) {
+        float* v = x + r * n_cols_;
+        v[j] /= row[j];
+        for (size_t k = begin; k < j; ++k) v[k] -= v[j] * row[k];
+      }
     }
-    for (size_t j = 0; j < n; ++j) {  // y_k = sum over j <= k of z_j V_jk
+    push(begin, end, 0, begin);
+    end = begin;
+  }
+  for (size_t begin = 0; begin < n; begin += kTile) {
+    const size_t end = std::min(begin + kTile, n);
+    for (size_t j = begin; j < end; ++j) {
       const float* row = factor_row(first + j);
-      const float z = v[j] /= row[j];
-      for (size_t k = j + 1; k < n; ++k) v[k] -= z * row[k];
+      for (size_t r = 0; r < n_rows; ++r) {
+        float* v = x + r * n_cols_;
+        v[j] /= row[j];
+        for (size_t k = j + 1; k < end; ++k) v[k] -= v[j] * row[k];
+      }
     }
+    push(begin, end, end, n);
   }
 }
 

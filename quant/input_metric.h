@@ -11,6 +11,8 @@
 #include <span>
 #include <vector>
 
+#include "quant/fit_ops.h"
+
 namespace duet {
 
 // Moments and factor, damped and scaled so that the mean of the diagonal is 1. Block-diagonal where
@@ -20,9 +22,9 @@ class InputMetric {
   // moments: for every block of `block_cols` columns (the last may be narrower) its square, one
   // after the other, symmetric; n_cols when block_cols >= n_cols. Of those that are no moments (not
   // finite, all zero, a diagonal below zero) nothing is used: the identity, usable() false.
-  // damping: added to the diagonal, in parts of its mean; > 0.
+  // damping: added to the diagonal, in parts of its mean; > 0. ops: this processor's.
   InputMetric(size_t n_cols, size_t block_cols, std::span<const double> moments, double damping,
-              int n_threads);
+              int n_threads, const FitOps& ops = kPlainFitOps);
 
   size_t n_cols() const { return n_cols_; }
   size_t block_cols() const { return block_cols_; }
@@ -32,12 +34,14 @@ class InputMetric {
   size_t block_end(size_t c) const;
   // Row c within its block: element [k - block_begin(c)] for column k.
   const float* moments_row(size_t c) const { return rows_[c].moments; }
-  const float* factor_row(size_t c) const { return rows_[c].factor; }  // zero before column c
+  const float* factor_row(size_t c) const { return rows_[c].factor; }  // before column c: of V^T
   // Floats of all blocks.
   static size_t n_floats(size_t n_cols, size_t block_cols);
 
-  // Solves z H = x for one row, in place: z = x H^-1. Within blocks.
-  void solve(std::span<float> x) const;
+  const FitOps& ops() const { return ops_; }
+
+  // Solves z H = x for rows [n_rows, n_cols], in place: z = x H^-1. Within blocks.
+  void solve(float* x, size_t n_rows) const;
 
  private:
   struct Row {
@@ -45,8 +49,10 @@ class InputMetric {
   };
   bool load(std::span<const double> moments, double damping);
   bool factorize(int n_threads);
+  void solve_block(float* x, size_t n_rows, size_t first) const;
 
   size_t n_cols_, block_cols_;
+  const FitOps& ops_;
   bool usable_ = true;
   std::vector<float> moments_, factor_;
   std::vector<Row> rows_;

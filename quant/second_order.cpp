@@ -65,21 +65,6 @@ Plan make_plan(const Format& format, const InputMetric& metric) {
   return plan;
 }
 
-// to [n_rows][n] += a [n_rows][k] * rows k of b; row_of(k) gives [n].
-template <class RowOf>
-void add_products(const float* a, size_t a_stride, size_t n_rows, size_t k_begin, size_t k_end,
-                  const RowOf& row_of, float* to, size_t to_stride, size_t n) {
-  for (size_t k = k_begin; k < k_end; ++k) {
-    const float* b = row_of(k);
-    for (size_t r = 0; r < n_rows; ++r) {
-      const float s = a[r * a_stride + k];
-      if (s == 0) continue;
-      float* out = to + r * to_stride;
-      for (size_t i = 0; i < n; ++i) out[i] += s * b[i];
-    }
-  }
-}
-
 // Up to kRowBatch rows. e = w - value; gradient = e H, within blocks of the metric.
 class BatchEncoder {
  public:
@@ -96,6 +81,10 @@ class BatchEncoder {
         gradient_(kRowBatch * n_cols_),
         sums_(kRowBatch * block_),
         moved_(kRowBatch * block_),
+        v_(kRowBatch * block_),
+        u_(kRowBatch * block_),
+        hv_(kRowBatch * block_),
+        hu_(kRowBatch * block_),
         parts_(kRowBatch * n_blocks_),
         bytes_(plan.format.block_bytes) {}
 
@@ -119,10 +108,8 @@ class BatchEncoder {
   void enter_block(size_t b) {
     const size_t c = b * block_, begin = metric_.block_begin(c);
     std::fill(sums_.begin(), sums_.end(), 0.0f);
-    add_products(
-        error_.data(), n_cols_, n_rows_, begin, c,
-        [&](size_t k) { return metric_.factor_row(k) + (c - begin); }, sums_.data(), block_,
-        block_);
+    metric_.ops().add_products({error_.data() + begin, n_cols_, n_rows_, metric_.factor_row(begin) + (c - begin),
+                        metric_.block_end(c) - begin, c - begin, sums_.data(), block_, block_});
     for (size_t r = 0; r < n_rows_; ++r) enter_row(r, b, sums_.data() + r * block_);
   }
 
@@ -135,8 +122,7 @@ class BatchEncoder {
       const size_t at = g * group_;
       const float* factor = metric_.factor_row(c + at) + offset + at;
       list_scales(grid_, parts(r, b), g, kFirstReach, scales_);
-      const GroupChoice choice =
-          search_group(grid_, {value(r, c + at), factor, stride, before + at}, scales_);
+      const GroupChoice choice = search_group({value(r, c + at), factor, stride, before + at});
       take(choice, r, b, g);
       for (size_t i = 0; i < group_; ++i) {
         const float* row = metric_.factor_row(c + at + i) + offset;
@@ -163,6 +149,12 @@ class BatchEncoder {
     }
     plan_.format.encode_row(target, bytes_.data(), block_, importance);
     grid_.unpack(bytes_.data(), p);
+  }
+
+  GroupChoice search_group(const GroupProblem& problem) const {
+    GroupChoice best;
+    metric_.ops().search_group(grid_, problem, scales_.data(), scales_.size(), best);
+    return best;
   }
 
   // Where nothing could be compared (sums overflow), what the plain fit has given stays.
@@ -194,10 +186,8 @@ class BatchEncoder {
     std::fill(gradient_.begin(), gradient_.end(), 0.0f);
     for (size_t first = 0; first < n_cols_; first = metric_.block_end(first)) {
       const size_t end = metric_.block_end(first);
-      add_products(
-          error_.data(), n_cols_, n_rows_, first, end,
-          [&](size_t k) { return metric_.moments_row(k); }, gradient_.data() + first, n_cols_,
-          end - first);
+      metric_.ops().add_products({error_.data() + first, n_cols_, n_rows_, metric_.moments_row(first), end - first, end - first,
+                          gradient_.data() + first, n_cols_, end - first});
     }
   }
 
@@ -212,7 +202,10 @@ class BatchEncoder {
         rescale_group(r, b, g);
         step_integers(r, b, g);
       }
-      if (n_groups_ > 1) solve_units(r, b);
+    }
+    if (n_groups_ > 1) solve_units(b);
+    for (size_t r = 0; r < n_rows_; ++r) {
+      float* moved = moved_.data() + r * block_;
       for (size_t i = 0; i < block_; ++i) {
         moved[i] = error(r, c)[i] - moved[i];
         any |= moved[i] != 0;
@@ -227,11 +220,9 @@ class BatchEncoder {
   // Adds what the errors moved in the block of column c change at columns [from, to).
   void push_gradient(size_t c, size_t from, size_t to) {
     if (from >= to) return;
-    const size_t offset = from - metric_.block_begin(c);
-    add_products(
-        moved_.data(), block_, n_rows_, 0, block_,
-        [&](size_t k) { return metric_.moments_row(c + k) + offset; }, gradient_.data() + from,
-        n_cols_, to - from);
+    const size_t begin = metric_.block_begin(c);
+    metric_.ops().add_products({moved_.data(), block_, n_rows_, metric_.moments_row(c) + (from - begin),
+                        metric_.block_end(c) - begin, block_, gradient_.data() + from, n_cols_, to - from});
   }
 
   // A better scale and offset with integers of their own, all else as it is: as a group that starts
@@ -255,7 +246,7 @@ class BatchEncoder {
       for (size_t j = 0; j <= k; ++j) before[k] -= e[j] * factor[j * n + k];
     }
     list_scales(grid_, parts(r, b), g, kLaterReach, scales_);
-    const GroupChoice choice = search_group(grid_, {value(r, c), factor, n, before}, scales_);
+    const GroupChoice choice = search_group({value(r, c), factor, n, before});
     if (!(choice.cost < now * kGain)) return;
     std::copy_n(e, n, old);
     take(choice, r, b, g);
@@ -292,16 +283,34 @@ class BatchEncoder {
     for (size_t k = 0; k < block_; ++k) to[k] += by * row[k];
   }
 
-  // Least-squares units of a block for its integers: value = unit v + offset_unit u.
-  struct Units {
-    float v[kMaxBlock], u[kMaxBlock], hv[kMaxBlock], hu[kMaxBlock];  // hv = v H, hu = u H
-    double vv = 0, uu = 0, uv = 0, gv = 0, gu = 0;                   // products, g: gradient
-  };
+  // Least-squares units of the rows' blocks for their integers: value = unit v + offset_unit u.
+  void solve_units(size_t b) {
+    const bool offsets = grid_.offset_max > 0;
+    for (size_t r = 0; r < n_rows_; ++r) {
+      const BlockParts& p = parts(r, b);
+      float *v = v_.data() + r * block_, *u = u_.data() + r * block_;
+      for (size_t i = 0; i < block_; ++i) {
+        v[i] = static_cast<float>(p.scale[i / group_]) * grid_.level(p.q[i]);
+        u[i] = grid_.offset_sign * static_cast<float>(p.offset[i / group_]);
+      }
+    }
+    times_moments(b, v_, hv_);
+    if (offsets) times_moments(b, u_, hu_);
+    for (size_t r = 0; r < n_rows_; ++r) solve_units(r, b);
+  }
+
+  // to = x H within the block
+  void times_moments(size_t b, const std::vector<float>& x, std::vector<float>& to) {
+    const size_t c = b * block_, begin = metric_.block_begin(c);
+    std::fill(to.begin(), to.end(), 0.0f);
+    metric_.ops().add_products({x.data(), block_, n_rows_, metric_.moments_row(c) + (c - begin), metric_.block_end(c) - begin,
+                        block_, to.data(), block_, block_});
+  }
+
   void solve_units(size_t r, size_t b) {
     const size_t c = b * block_;
     BlockParts& p = parts(r, b);
-    Units s;
-    unit_products(r, b, s);
+    const UnitProducts s = unit_products(r, b);
     const double det = s.vv * s.uu - s.uv * s.uv;
     double by_v = s.vv > 0 ? s.gv / s.vv : 0, by_u = 0;
     if (det > 1e-6 * s.vv * s.uu) {
@@ -320,30 +329,25 @@ class BatchEncoder {
     p.offset_unit = offset_unit;
     for (size_t g = 0; g < n_groups_; ++g) set_errors(r, b, g);
     for (size_t k = 0; k < block_; ++k)
-      gradient(r, c)[k] -= static_cast<float>(dv) * s.hv[k] + static_cast<float>(du) * s.hu[k];
+      gradient(r, c)[k] -= static_cast<float>(dv) * hv_[r * block_ + k] + static_cast<float>(du) * hu_[r * block_ + k];
   }
 
-  void unit_products(size_t r, size_t b, Units& s) {
-    const size_t c = b * block_, offset = c - metric_.block_begin(c);
-    const BlockParts& p = parts(r, b);
-    std::fill_n(s.hv, block_, 0.0f);
-    std::fill_n(s.hu, block_, 0.0f);
+  // Of v and u in the metric, and with the gradient.
+  struct UnitProducts {
+    double vv = 0, uu = 0, uv = 0, gv = 0, gu = 0;
+  };
+  UnitProducts unit_products(size_t r, size_t b) {
+    UnitProducts s;
     for (size_t i = 0; i < block_; ++i) {
-      const size_t g = i / group_;
-      s.v[i] = static_cast<float>(p.scale[g]) * grid_.level(p.q[i]);
-      s.u[i] = grid_.offset_sign * static_cast<float>(p.offset[g]);
-      const float* row = metric_.moments_row(c + i) + offset;
-      for (size_t k = 0; k < block_; ++k) s.hv[k] += s.v[i] * row[k];
-      for (size_t k = 0; s.u[i] != 0 && k < block_; ++k) s.hu[k] += s.u[i] * row[k];
-    }
-    for (size_t i = 0; i < block_; ++i) {
-      const double v = double{s.v[i]}, u = double{s.u[i]}, slope = double{gradient(r, c)[i]};
-      s.vv += v * double{s.hv[i]};
-      s.uu += u * double{s.hu[i]};
-      s.uv += v * double{s.hu[i]};
+      const size_t at = r * block_ + i;
+      const double v = double{v_[at]}, u = double{u_[at]}, slope = double{gradient(r, b * block_)[i]};
+      s.vv += v * double{hv_[at]};
+      s.uu += u * double{hu_[at]};
+      s.uv += v * double{hu_[at]};
       s.gv += v * slope;
       s.gu += u * slope;
     }
+    return s;
   }
 
   uint16_t moved_unit(uint16_t bits, double by) const {
@@ -365,6 +369,7 @@ class BatchEncoder {
   size_t n_rows_ = 0;
   std::vector<float> error_, gradient_;  // [kRowBatch, n_cols]
   std::vector<float> sums_, moved_;      // [kRowBatch, block]
+  std::vector<float> v_, u_, hv_, hu_;   // [kRowBatch, block] of solve_units(): hv = v H, hu = u H
   std::vector<BlockParts> parts_;        // [kRowBatch, n_blocks]
   std::vector<std::byte> bytes_;         // of one block
   std::vector<GroupScale> scales_;

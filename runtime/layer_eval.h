@@ -37,6 +37,7 @@ class LayerEval {
 
   size_t n_used() const { return hparams_->n_expert > 0 ? hparams_->n_expert_used : 1; }
   int n_threads() const { return compute_.n_threads; }
+  const FitOps& fit_ops() const { return compute_.kernels->fit; }
 
  private:
   static HParams one_layer(HParams hparams);

@@ -11,6 +11,7 @@
 
 #include <xsimd/xsimd.hpp>
 
+#include "quant/group_lanes.h"
 #include "runtime/kernels/matmul_tiles.h"
 
 namespace duet {
@@ -171,6 +172,63 @@ struct FloatOps {
     });
   }
 
+  // ---- sums of rows: tiles of rows and columns stay in registers while k runs -------------------
+  struct Products {
+    static constexpr size_t kRows = 4, kBatches = Isa::kRegisters == 32 ? 4 : 2;
+    static constexpr size_t kTerms = 128;  // of k at a time: a tile's part of b stays in the first-level cache
+
+    // R rows and C batches of columns; n: columns of the last batch.
+    template <size_t R, size_t C>
+    static void tile(const float* a, size_t a_stride, const float* b, size_t b_stride, size_t n_k, float* to,
+                     size_t to_stride, size_t n) noexcept {
+      const auto width = [n](size_t c) { return c + 1 < C ? kWidth : n; };
+      Batch acc[R][C];
+#pragma GCC unroll 4
+      for (size_t r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (size_t c = 0; c < C; ++c) acc[r][c] = load_n(to + r * to_stride + c * kWidth, width(c));
+      for (size_t k = 0; k < n_k; ++k, b += b_stride) {
+        bool zero = true;
+#pragma GCC unroll 4
+        for (size_t r = 0; r < R; ++r) zero &= a[r * a_stride + k] == 0;
+        if (zero) continue;  // as most errors are that were moved
+        Batch row[C];
+#pragma GCC unroll 4
+        for (size_t c = 0; c < C; ++c) row[c] = load_n(b + c * kWidth, width(c));
+#pragma GCC unroll 4
+        for (size_t r = 0; r < R; ++r) {
+          const Batch s(a[r * a_stride + k]);
+#pragma GCC unroll 4
+          for (size_t c = 0; c < C; ++c) acc[r][c] = Isa::fma(s, row[c], acc[r][c]);
+        }
+      }
+#pragma GCC unroll 4
+      for (size_t r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (size_t c = 0; c < C; ++c) store_n(to + r * to_stride + c * kWidth, acc[r][c], width(c));
+    }
+
+    template <size_t C>
+    static void columns(const ProductArgs& p, size_t k, size_t i, size_t n) noexcept {
+      const size_t n_k = p.n_k - k < kTerms ? p.n_k - k : kTerms;
+      const float* b = p.b + k * p.b_stride + i;
+      size_t r = 0;
+      for (; r + kRows <= p.n_rows; r += kRows)
+        tile<kRows, C>(p.a + r * p.a_stride + k, p.a_stride, b, p.b_stride, n_k, p.to + r * p.to_stride + i, p.to_stride, n);
+      for (; r < p.n_rows; ++r)
+        tile<1, C>(p.a + r * p.a_stride + k, p.a_stride, b, p.b_stride, n_k, p.to + r * p.to_stride + i, p.to_stride, n);
+    }
+
+    static void add(const ProductArgs& p) noexcept {
+      constexpr size_t kCols = kBatches * kWidth;
+      for (size_t k = 0; k < p.n_k; k += kTerms) {
+        size_t i = 0;
+        for (; i + kCols <= p.n; i += kCols) columns<kBatches>(p, k, i, kWidth);
+        for (; i < p.n; i += kWidth) columns<1>(p, k, i, p.n - i < kWidth ? p.n - i : kWidth);
+      }
+    }
+  };
+
   static void f32_to_f16(const float* x, uint16_t* y, size_t n) noexcept {
     for_batches(n, [&](size_t i, size_t m) {
       uint16_t half[kWidth];
@@ -203,6 +261,7 @@ struct FloatOps {
     table.silu_mul = silu_mul;
     table.add = add;
     table.add_scaled = add_scaled;
+    table.fit = {Products::add, GroupLanes<kWidth>::search};
     table.f32_to_f16 = f32_to_f16;
     table.f16_to_f32 = f16_to_f32;
   }

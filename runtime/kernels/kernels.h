@@ -30,6 +30,7 @@
 
 #include "base/cpu_features.h"
 #include "quant/format.h"
+#include "quant/fit_ops.h"
 
 namespace duet {
 
@@ -128,6 +129,7 @@ struct KernelTable {
                    size_t n) noexcept;                                       // silu(gate) * up; y may be gate
   void (*add)(float* y, const float* x, size_t n) noexcept;                  // y += x
   void (*add_scaled)(float* y, const float* x, float s, size_t n) noexcept;  // y += s * x
+  FitOps fit;  // for calibration
   void (*f32_to_f16)(const float* x, uint16_t* y, size_t n) noexcept;
   void (*f16_to_f32)(const uint16_t* x, float* y, size_t n) noexcept;
 

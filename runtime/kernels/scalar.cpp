@@ -433,6 +433,7 @@ void fill_scalar(KernelTable& table) {
   table.silu_mul = silu_mul;
   table.add = add;
   table.add_scaled = add_scaled;
+  table.fit = kPlainFitOps;
   table.f32_to_f16 = f32_to_f16_row;
   table.f16_to_f32 = f16_to_f32_row;
   add_scalar_attention(table);

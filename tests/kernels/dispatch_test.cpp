@@ -56,7 +56,7 @@ TEST_CASE("a compiled but unusable instruction set is refused by name") {
 
 bool complete(const KernelTable& t) {
   return t.quantize_act32 && t.quantize_act256 && t.rms_norm && t.rope && t.softmax && t.silu_mul &&
-         t.peak.int8_macs && t.peak.f32_macs && t.peak.read_sum && t.add && t.add_scaled && t.f32_to_f16 && t.f16_to_f32 && t.attention;
+         t.peak.int8_macs && t.peak.f32_macs && t.peak.read_sum && t.add && t.add_scaled && t.fit.add_products && t.fit.search_group && t.f32_to_f16 && t.f16_to_f32 && t.attention;
 }
 
 TEST_CASE("every table is complete, for every format") {

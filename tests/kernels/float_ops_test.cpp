@@ -158,6 +158,73 @@ void check_add(const KernelTable& table) {
     }
   }
 }
+
+void check_add_products(const KernelTable& table) {
+  Rng rng(11);
+  for (const size_t n : {size_t{1}, size_t{7}, size_t{16}, size_t{40}, size_t{64}, size_t{150}})
+    for (const size_t n_rows : {size_t{1}, size_t{3}, size_t{4}, size_t{9}})
+      for (const size_t n_k : {size_t{0}, size_t{1}, size_t{130}}) {
+        const size_t a_stride = n_k + 2, b_stride = n + 1, to_stride = n + 3;
+        const Floats a(n_rows * a_stride, rng, 1.0f), b(std::max<size_t>(n_k, 1) * b_stride - 1, rng, 1.0f),
+            to(n_rows * to_stride - 3, rng, 1.0f);
+        for (size_t i = 0; i < a.count; i += 3) a.data()[i] = 0;
+        const std::vector<float> before = to.copy();
+        table.fit.add_products({a.data(), a_stride, n_rows, b.data(), b_stride, n_k, to.data(), to_stride, n});
+        for (size_t i = 0; i < to.count; ++i) {
+          const size_t r = i / to_stride, c = i % to_stride;
+          double sum = double{before[i]}, size = std::abs(sum);
+          for (size_t k = 0; c < n && k < n_k; ++k) {
+            const double term = double{a[r * a_stride + k]} * double{b[k * b_stride + c]};
+            sum += term;
+            size += std::abs(term);
+          }
+          INFO("n ", n, " rows ", n_rows, " k ", n_k, " i ", i);
+          CHECK(std::abs(double{to[i]} - sum) <= 8 * kEps * size);
+        }
+        // A row has the same bits alone.
+        std::vector<float> alone(before.end() - static_cast<ptrdiff_t>(n), before.end());
+        table.fit.add_products({a.data() + (n_rows - 1) * a_stride, a_stride, 1, b.data(), b_stride, n_k, alone.data(), n, n});
+        for (size_t c = 0; c < n; ++c) CHECK(alone[c] == to[(n_rows - 1) * to_stride + c]);
+      }
+}
+TEST_CASE("add_products: scalar") { with_isa("scalar", check_add_products); }
+TEST_CASE("add_products: avx2") { with_isa("avx2", check_add_products); }
+TEST_CASE("add_products: avx512") { with_isa("avx512", check_add_products); }
+
+// Every table chooses what the plain search does, to the bit.
+void check_search_group(const KernelTable& table) {
+  Rng rng(12);
+  for (const DType dtype : {DType::Q2_K, DType::Q3_K, DType::Q4_K, DType::IQ4_XS, DType::Q4_1}) {
+    const BlockGrid& grid = *block_grid(dtype);
+    for (int turn = 0; turn < 8; ++turn) {
+      float x[kMaxGroup], before[kMaxGroup], factor[kMaxGroup * kMaxGroup];
+      for (size_t i = 0; i < kMaxGroup; ++i) {
+        x[i] = rng.symmetric();
+        before[i] = 0.1f * rng.symmetric();
+        for (size_t k = 0; k < kMaxGroup; ++k) factor[i * kMaxGroup + k] = k == i ? 1.0f : 0.2f * rng.symmetric();
+      }
+      BlockParts parts;
+      parts.unit = parts.offset_unit = f32_to_f16(0.03f);
+      parts.scale[0] = static_cast<int16_t>(std::min(5, grid.scale_hi));
+      parts.offset[0] = static_cast<int16_t>(std::min(3, grid.offset_max));
+      std::vector<GroupScale> scales;
+      list_scales(grid, parts, 0, {3, 2}, scales);
+      GroupChoice want, got;
+      kPlainFitOps.search_group(grid, {x, factor, kMaxGroup, before}, scales.data(), scales.size(), want);
+      table.fit.search_group(grid, {x, factor, kMaxGroup, before}, scales.data(), scales.size(), got);
+      INFO("format ", static_cast<int>(dtype));
+      REQUIRE(want.cost < FLT_MAX);
+      CHECK(got.cost == want.cost);
+      CHECK(got.scale.scale == want.scale.scale);
+      CHECK(got.scale.offset == want.scale.offset);
+      CHECK(got.scale.unit == want.scale.unit);
+      CHECK(std::equal(got.q, got.q + grid.group_elems, want.q));
+    }
+  }
+}
+TEST_CASE("search_group: avx2") { with_isa("avx2", check_search_group); }
+TEST_CASE("search_group: avx512") { with_isa("avx512", check_search_group); }
+
 TEST_CASE("add and add_scaled: scalar") { with_isa("scalar", check_add); }
 TEST_CASE("add and add_scaled: avx2") { with_isa("avx2", check_add); }
 TEST_CASE("add and add_scaled: avx512") { with_isa("avx512", check_add); }
@@ -207,6 +274,8 @@ TEST_CASE("softmax: neon") { with_isa("neon", check_softmax); }
 TEST_CASE("softmax of masked positions: neon") { with_isa("neon", check_softmax_masked); }
 TEST_CASE("silu_mul: neon") { with_isa("neon", check_silu_mul); }
 TEST_CASE("add and add_scaled: neon") { with_isa("neon", check_add); }
+TEST_CASE("search_group: neon") { with_isa("neon", check_search_group); }
+TEST_CASE("add_products: neon") { with_isa("neon", check_add_products); }
 TEST_CASE("half precision both ways: neon") { with_isa("neon", check_f16); }
 #endif
 

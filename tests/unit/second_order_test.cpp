@@ -74,7 +74,7 @@ std::vector<std::byte> plain(const Format& format, const InputMetric& metric,
 
 }  // namespace
 
-TEST_CASE("second order: the metric's factor gives back its moments, solve is their inverse") {
+TEST_CASE("second order: the metric's factor gives back its moments") {
   Rng rng(1);
   constexpr size_t n = 96;
   const std::vector<double> h = correlated_moments(n, rng);
@@ -88,13 +88,32 @@ TEST_CASE("second order: the metric's factor gives back its moments, solve is th
       CHECK(sum == doctest::Approx(double{metric.moments_row(i)[j]}).epsilon(1e-4).scale(0.1));
     }
   }
-  const std::vector<float> z = random_floats(n, rng, 1);
-  std::vector<float> x(n);
-  for (size_t i = 0; i < n; ++i)
-    for (size_t j = 0; j < n; ++j) x[j] += z[i] * metric.moments_row(i)[j];
-  metric.solve(x);
-  for (size_t i = 0; i < n; ++i)
-    CHECK(double{x[i]} == doctest::Approx(double{z[i]}).epsilon(1e-3).scale(1));
+}
+
+TEST_CASE("second order: solve is the inverse of the moments, of rows alone and together") {
+  Rng rng(7);
+  constexpr size_t n = 96, narrow = 72, n_rows = 5;
+  const std::vector<double> h = correlated_moments(n, rng);
+  std::vector<double> blocks;  // 72 and 24 columns
+  for (const size_t first : {size_t{0}, narrow})
+    for (size_t i = first; i < std::min(first + narrow, n); ++i)
+      for (size_t k = first; k < std::min(first + narrow, n); ++k) blocks.push_back(h[i * n + k]);
+  const InputMetric full(n, n, h, 0.01, 1), in_blocks(n, narrow, blocks, 0.01, 1);
+  for (const InputMetric* metric : {&full, &in_blocks}) {
+    REQUIRE(metric->usable());
+    const std::vector<float> z = random_floats(n * n_rows, rng, 1);
+    std::vector<float> x(z.size());
+    for (size_t r = 0; r < n_rows; ++r)
+      for (size_t i = 0; i < n; ++i)
+        for (size_t j = metric->block_begin(i); j < metric->block_end(i); ++j)
+          x[r * n + j] += z[r * n + i] * metric->moments_row(i)[j - metric->block_begin(i)];
+    std::vector<float> alone(x.end() - n, x.end());
+    metric->solve(x.data(), n_rows);
+    for (size_t i = 0; i < x.size(); ++i)
+      CHECK(double{x[i]} == doctest::Approx(double{z[i]}).epsilon(1e-3).scale(1));
+    metric->solve(alone.data(), 1);
+    CHECK(std::equal(alone.begin(), alone.end(), x.end() - n));
+  }
 }
 
 TEST_CASE("second order: half the error of plain encoding or less, in every format") {
