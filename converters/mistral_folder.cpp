@@ -98,6 +98,11 @@ Json config_of_params(const fs::path& folder, const Safetensors& weights, const 
   const auto vocab = config.find("vocab_size");
   if (embedding != nullptr && (vocab == config.end() || !vocab->is_number_unsigned())) config["vocab_size"] = embedding->shape[0];
   if (!config.contains("rms_norm_eps")) config["rms_norm_eps"] = 1e-5;
+  // As Mistral's own program: the models with a window were trained with the older base.
+  if (!config.contains("rope_theta") && !config.contains("sliding_window")) {
+    config["rope_theta"] = 1e6;
+    notice(concat(source, ": says nothing about rope_theta: using 1000000"));
+  }
   if (!config.contains("max_position_embeddings")) {
     config["max_position_embeddings"] = published_context(config);
     notice(concat(source, ": says nothing about the context length: using ", config["max_position_embeddings"].get<uint64_t>()));

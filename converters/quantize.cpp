@@ -85,6 +85,11 @@ void drop_source(const Chunk& chunk) {
        ": a value is not finite (NaN or infinity); the source is damaged");
 }
 
+[[noreturn]] void too_large(const Chunk& chunk, uint64_t row) {
+  fail(ErrorKind::format, "tensor '", chunk.run->source.name, "', row ", row, ": a value is too large for ", chunk.job->format->name,
+       "; give the tensor another type (--tensor NAME=BF16 or F32)");
+}
+
 bool all_finite(std::span<const float> values) {
   uint32_t largest = 0;  // magnitude bits order like magnitudes, infinity and NaN above all
   for (const float v : values)
@@ -118,6 +123,7 @@ void encode_tile(const Chunk& chunk, std::byte* out, uint64_t begin, uint64_t en
       std::memcpy(out + i * out_bytes, run.source.data.data() + from * out_bytes, out_bytes);  // bit for bit
     } else {
       to.encode_row(row.data(), out + i * out_bytes, cols, importance_of(chunk, i));
+      if (chunk.job->must_be_finite && !to.scales_finite(out + i * out_bytes, cols)) too_large(chunk, from);
     }
   }
 }

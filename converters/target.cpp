@@ -140,6 +140,7 @@ Choices list_choices(const ConversionSource& source, const ConvertOptions& optio
       const double error = relative_error(job, *format, thread_count(options.n_threads));
       if (std::isfinite(error)) add(*format, weight * error);
     }
+    if (sized.empty()) fail(ErrorKind::format, "tensor '", job.name, "': its values are too large for every type that could be chosen");
   }
   return out;
 }
@@ -223,6 +224,7 @@ double relative_error(const TensorJob& job, const Format& format, int n_threads)
     sum.error += e.error;
     sum.square += e.square;
   }
+  if (!std::isfinite(sum.square)) fail(ErrorKind::format, "tensor '", job.name, "': a value is not finite (NaN or infinity) or far too large; the source is damaged");
   return sum.square > 0 ? sum.error / sum.square : 0;
 }
 

@@ -39,6 +39,13 @@ Config Config::read(const fs::path& path) {
     if (json_get_or<bool>(json, key, false, source)) fail(ErrorKind::unsupported, source, ": '", key, "' is not supported");
   if (const auto bias = json_get_or<std::string>(json, "bias", "none", source); bias != "none")
     fail(ErrorKind::unsupported, source, ": 'bias' ", quote(bias), " is not supported (none)");
+  // Those change the base model's own weights, this one its layers.
+  if (const auto init = json.find("init_lora_weights"); init != json.end() && init->is_string())
+    for (const char* method : {"pissa", "olora", "corda", "loftq"})
+      if (init->get<std::string>().starts_with(method))
+        fail(ErrorKind::unsupported, source, ": 'init_lora_weights' ", quote(init->get<std::string>()), " is not supported; save the adapter converted to a plain one (PEFT: path_initial_model_for_weight_conversion)");
+  if (const auto layers = json.find("layer_replication"); layers != json.end() && !layers->is_null())
+    fail(ErrorKind::unsupported, source, ": 'layer_replication' is not supported");
   Config out;
   out.alpha = json_get<double>(json, "lora_alpha", source);
   out.square_root = json_get_or<bool>(json, "use_rslora", false, source);

@@ -89,6 +89,8 @@ PerplexityResult perplexity(const Engine& engine, std::span<const Token> ids, st
     score_chunk(session, std::span(chunks).subspan(i * options.n_ctx, options.n_ctx), engine.info().n_threads, options, result.token_nll);
     result.n_chunks = i + 1;
     summarize(result);
+    if (!std::isfinite(result.nll))
+      fail(ErrorKind::format, "perplexity: chunk ", i + 1, " has a token without a finite probability: a weight of the model is NaN or infinite (duet verify finds it)");
     if (options.progress) options.progress(result, n_chunks);
   }
   return result;

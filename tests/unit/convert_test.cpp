@@ -304,6 +304,27 @@ const BrokenFolder kBrokenFolders[] = {
      "tokenizer.model"},
 };
 
+TEST_CASE("convert: values too large for a type, or not finite where types are chosen for a size, are refused") {
+  const auto thrown = [](float value, const ConvertOptions& options) {
+    TempFolder folder;
+    test::HfFolder source = test::tiny_hf_folder();
+    source.f32 = true;
+    for (float& v : source.tensor("model.layers.0.self_attn.o_proj.weight").values) v = value;
+    source.write(folder / "hf");
+    const auto error = test::thrown_by([&] { convert(folder / "hf", folder / "out.gguf", options); });
+    CHECK(fs::exists(folder / "out.gguf") == error.message.empty());
+    return error;
+  };
+  ConvertOptions options;
+  options.recipe = "F16";
+  test::check_thrown(thrown(1e5f, options), ErrorKind::format, "row 0: a value is too large for F16");
+  options.recipe = "BF16";
+  CHECK(thrown(1e5f, options).message.empty());
+  ConvertOptions of_size;
+  of_size.target_bpw = 12;
+  test::check_thrown(thrown(std::numeric_limits<float>::infinity(), of_size), ErrorKind::format, "not finite");
+}
+
 TEST_CASE("convert: broken folders are refused by name, nothing is left behind") {
   for (const BrokenFolder& broken : kBrokenFolders) {
     CAPTURE(std::string(broken.name));

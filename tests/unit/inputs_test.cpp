@@ -137,6 +137,18 @@ TEST_CASE("inputs: Mistral's layout A") {
   check_same(test::tiny_hf_folder(HfForm::dense), layout_a(HfForm::dense));
 }
 
+TEST_CASE("inputs: a native folder that says nothing about its rope base has the one of Mistral's program") {
+  const TempFolder folder;
+  const auto base = [&](const char* name, const auto& change) {
+    HfFolder native = layout_a(HfForm::dense);
+    native.config.erase("rope_theta");
+    change(native.config);
+    return GgufFile::open(converted(folder, name, native, "BF16")).get_float("llama.rope.freq_base");
+  };
+  CHECK(base("plain", [](Json&) {}) == 1e6f);
+  CHECK(base("window", [](Json& config) { config["sliding_window"] = 4096; }) == 1e4f);
+}
+
 TEST_CASE("inputs: Mistral's layout B, stacked experts with a transposed w2") {
   check_same(test::tiny_hf_folder(), layout_b(""));
   check_same(test::tiny_hf_folder(), layout_b(".weight"));

@@ -265,6 +265,8 @@ TEST_CASE("lora: what cannot be applied is refused by name") {
   refused(option("use_dora", true), ErrorKind::unsupported, "'use_dora'");
   refused(option("bias", "all"), ErrorKind::unsupported, "'bias'");
   refused(option("peft_type", "IA3"), ErrorKind::unsupported, "IA3");
+  for (const char* init : {"pissa", "pissa_niter_16", "olora", "corda"}) refused(option("init_lora_weights", init), ErrorKind::unsupported, "'init_lora_weights'");
+  refused(option("layer_replication", Json::array({Json::array({0, 4}), Json::array({2, 6})})), ErrorKind::unsupported, "'layer_replication'");
   refused(option("lora_alpha", nullptr), ErrorKind::format, "lora_alpha");
   refused([&](Adapter& a) { add(a, "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", {1, 32}); }, ErrorKind::unsupported, "q_proj.lora_magnitude_vector");
   refused([&](Adapter& a) { add(a, "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight", {3, 32}); }, ErrorKind::format, "only one of lora_A and lora_B");

@@ -3,8 +3,11 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <filesystem>
+#include <fstream>
 
 #include "base/error.h"
+#include "tests/support/errors.h"
 #include "tests/support/random_model.h"
 
 using namespace duet;
@@ -81,4 +84,14 @@ TEST_CASE("perplexity: a text shorter than a chunk is refused with the numbers")
     CHECK(std::string(e.what()).find("15 tokens") != std::string::npos);
   }
   CHECK_THROWS_AS(perplexity(engine, some_ids(64), std::nullopt, {.n_ctx = 3}), Error);
+}
+
+TEST_CASE("perplexity: a model whose weights are not finite is refused") {
+  const std::filesystem::path path = test::write_model({.hparams = test::tiny_hparams()}, "perplexity_nan.gguf");
+  std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+  file.seekp(-4096, std::ios::end);  // weights
+  file << std::string(4096, '\xff');
+  file.close();
+  const Engine engine = Engine::open(path, {.n_threads = 1, .isa = {}, .notice = {}});
+  test::check_thrown(test::thrown_by([&] { perplexity(engine, some_ids(64), std::nullopt, {.n_ctx = 16}); }), ErrorKind::format, "without a finite probability");
 }
