@@ -16,7 +16,7 @@ the size of Q3_K_M and Q4_K_M whose types --target-size has chosen: below those 
 --also-calibration: rows calibrated with another kind of text, at every entry of the chosen sets. --only: entries of the sets whose names match;
 --methods: those rows only (llama.cpp imatrix and duet calibrated are needed for the verdict); --calibrate-tokens:
 fewer for the calibrated rows than for the matrix.
---keep: files and scores stay there, a run that was broken off goes on. Environment: DUET = the duet binary; LLAMA_BIN =
+--keep: files and scores stay there, a run that was broken off goes on; with other texts or counts it is refused. Environment: DUET = the duet binary; LLAMA_BIN =
 folder of llama-quantize, llama-imatrix and llama-perplexity. Prints Markdown. Exit 0 pass, 1 fail, 77 cannot run here.
 """
 import argparse
@@ -245,7 +245,19 @@ def arguments():
     return parser.parse_args()
 
 
+def check_settings(args, folder):
+    """What is kept there must have been made with the same settings."""
+    settings = {key: str(getattr(args, key)) for key in
+                ("model", "text", "calibration", "tokens", "calibrate_tokens", "chunks", "greedy", "greedy_tokens")}
+    path = folder / "settings.json"
+    if path.exists() and (kept := json.loads(path.read_text())) != settings:
+        differing = ", ".join(f"{key} {kept.get(key)}, not {value}" for key, value in settings.items() if kept.get(key) != value)
+        sys.exit(f"FAIL: {folder} holds scores made with other settings ({differing}); give another folder")
+    path.write_text(json.dumps(settings))
+
+
 def measure(args, tools, folder):
+    check_settings(args, folder)
     f32, imatrix = folder / "f32.gguf", folder / "imatrix.gguf"
     if args.model.suffix == ".gguf":
         f32 = args.model
@@ -258,18 +270,22 @@ def measure(args, tools, folder):
         partial.rename(imatrix)
     judge = Judge(args, tools, f32, folder)
     judge.continuations = Continuations(args, tools, f32, folder) if args.greedy > 1 else None
-    print(f"{args.tokens} calibration tokens, {255 * args.chunks} scored tokens, scored by {args.judge}\n")
+    fewer = f" ({args.calibrate_tokens} for the calibrated rows)" if args.calibrate_tokens else ""
+    print(f"{args.tokens} calibration tokens{fewer}, {255 * args.chunks} scored tokens, scored by {args.judge}\n")
     greedy = " greedy tokens as the original |" if args.greedy > 1 else ""
     print("| types | method | bytes | perplexity ratio | mean KLD | against llama.cpp imatrix | 99 % KLD | same top |" + greedy)
     print("|---" * (9 if greedy else 8) + "|", flush=True)
-    passed = True
+    passed, n = True, 0
     for name in args.sets.split(","):
         wanted, entries = SETS[name]
         for entry in entries:
             if not re.search(args.only, entry[0]):
                 continue
+            n += 1
             passed &= (measure_sized(args, tools, judge, folder, f32, imatrix, entry) if name == "sized" else
                        measure_entry(args, tools, judge, folder, f32, imatrix, wanted, entry))
+    if n == 0:
+        sys.exit(f"FAIL: no entry of {args.sets} matches --only {args.only}")
     return passed
 
 
