@@ -260,8 +260,6 @@ class Runner {
 // ---- the command -------------------------------------------------------------------------------
 
 BenchFormat format_of_output(const BenchOptions& options) {
-  if (int{options.json} + int{options.markdown} + int{options.csv} > 1)
-    fail(ErrorKind::usage, "bench: give at most one of --json, --md, --csv");
   if (options.json) return BenchFormat::json;
   if (options.markdown) return BenchFormat::markdown;
   return options.csv ? BenchFormat::csv : BenchFormat::table;
@@ -353,8 +351,8 @@ void add_bench_options(CLI::App& command, BenchOptions& options) {
   command.add_flag("--roofline", options.roofline,
                    "Show the limits of every usable instruction set; without MODEL nothing else");
   command.add_flag("--json", options.json, "One JSON document: {machine, limits, results, ...}");
-  command.add_flag("--md", options.markdown, "Markdown");
-  command.add_flag("--csv", options.csv, "Results as comma-separated values");
+  command.add_flag("--md", options.markdown, "Markdown")->excludes("--json");
+  command.add_flag("--csv", options.csv, "Results as comma-separated values")->excludes("--json", "--md");
 }
 
 constexpr const char* kNotes =

@@ -123,22 +123,10 @@ CalibrationOptions calibration_options(const ConvertArgs& args) {
           .ram_bytes = args.ram.empty() ? 0 : std::max<uint64_t>(parse_size(args.ram), 1)};
 }
 
-void check_target(const ConvertArgs& args) {
-  const bool target = !args.target_size.empty() || args.target_bpw > 0;
-  if (args.type.empty() && !target)
-    fail(ErrorKind::usage, "no type given: add one of ", joined(recipe_names(), " "), ", or --target-size or --target-bpw");
-  if (target && args.vocab_only) fail(ErrorKind::usage, "--vocab-only writes no tensors: there is no size to choose");
-  if (target && !args.split_max_size.empty())
-    fail(ErrorKind::usage, "--target-size and --target-bpw are for one file: cut it by duet repack --split-max-size afterwards");
-}
-
 void run_conversion(const ConvertArgs& args, const Conversion& conversion) {
-  check_target(args);
+  if (args.type.empty() && args.target_size.empty() && args.target_bpw == 0)
+    fail(ErrorKind::usage, "no type given: add one of ", joined(recipe_names(), " "), ", or --target-size or --target-bpw");
   ConvertOptions options = library_options(args);
-  if (args.calibrate.empty() && args.calibrate_tokens > 0)
-    fail(ErrorKind::usage, "--calibrate-tokens limits the text of --calibrate: add --calibrate FILE");
-  if (args.calibrate.empty() && !args.ram.empty())
-    fail(ErrorKind::usage, "--ram limits the memory of --calibrate: add --calibrate FILE");
   if (args.dry_run) {
     // Only a choice of types depends on the text.
     const bool measured = has_target(options) && !args.calibrate.empty();
@@ -146,13 +134,10 @@ void run_conversion(const ConvertArgs& args, const Conversion& conversion) {
                                         : conversion.plan(args.source, options);
     return args.json ? print_plan_json(result) : print_plan(result);
   }
-  if (args.json) fail(ErrorKind::usage, "--json belongs to --dry-run");
   if (args.output.empty())
     fail(ErrorKind::usage, "no output file given: add -o OUT.gguf, or --dry-run to see the plan");
   ProgressBar bar(conversion.label, ProgressBar::Unit::bytes);
   options.progress = progress_on(bar);
-  if (!args.calibrate.empty() && options.split_max_bytes > 0)
-    fail(ErrorKind::usage, "--calibrate writes one file: cut it by duet repack --split-max-size afterwards");
   with_resumption(args.output, args.resume, [&] {
     if (args.calibrate.empty()) return conversion.write(args.source, args.output, options);
     conversion.write_calibrated(args.source, args.output, options, calibration_options(args));
@@ -197,21 +182,25 @@ void add_shared_options(CLI::App& command, CLI::Option& type, ConvertArgs& args)
       .add_option("--calibrate-tokens", args.calibrate_tokens,
                   "Tokens of that text to use at most [default: as many as fit in 1 GiB]")
       ->check(whole_number(0))
-      ->type_name("N");
+      ->type_name("N")
+      ->needs("--calibrate");
   command
       .add_option("--ram", args.ram,
                   "Most memory that --calibrate may take: it then uses less of the text and of what inputs have "
                   "in common; without --calibrate a conversion takes some hundred MiB anyway")
-      ->type_name("SIZE");
+      ->type_name("SIZE")
+      ->needs("--calibrate");
   command.add_option("--imatrix", args.imatrix,
                      "Importance matrix that weights errors: made by duet imatrix or llama-imatrix")
       ->type_name("FILE");
   add_lora_option(command, args.loras, "Merge this PEFT adapter into the weights");
   add_split_option(command, args.split_max_size);
+  // These write one file, which duet repack can cut.
+  command.get_option("--split-max-size")->excludes("--target-size", "--target-bpw", "--calibrate");
   add_threads_option(command, args.n_threads);
   command.add_flag("--dry-run", args.dry_run,
                    "Only print what would be written: each tensor's type and size");
-  command.add_flag("--json", args.json, "With --dry-run: as JSON");
+  command.add_flag("--json", args.json, "With --dry-run: as JSON")->needs("--dry-run");
   command.add_flag("--force", args.force, "Replace an existing output file, and begin an unfinished one anew");
   add_resume_option(command, args.resume);
 }
@@ -230,9 +219,10 @@ void add_convert(CLI::App& app) {
   command.add_option("-o,--output", args->output, "GGUF file to write");
   command.add_option("--name", args->name,
                      "general.name in the file [default: name of the folder]");
-  command.add_flag("--vocab-only", args->vocab_only,
-                   "Only the vocabulary: needs config.json and the tokenizer, writes no tensors");
+  CLI::Option* vocab_only = command.add_flag("--vocab-only", args->vocab_only,
+                                             "Only the vocabulary: needs config.json and the tokenizer, writes no tensors");
   add_shared_options(command, *type, *args);
+  vocab_only->excludes("--target-size", "--target-bpw");
   add_environment(command);
   command.callback([args] {
     run_conversion(*args, {"convert", plan_convert, convert, plan_convert_calibrated, convert_calibrated});

@@ -160,7 +160,7 @@ void add_run(CLI::App& app) {
                      "File of text that follows -p; - is standard input. Piped text follows both");
   add_generate_options(command, options->generate);
   auto* raw = command.add_flag("--raw", options->raw, "Continue the prompt as it stands, control tokens by their names: no chat template");
-  auto* name = command.add_option("--template", options->template_name, "Chat template by name [default: the model's own, none for a base model]")->excludes(raw);
+  command.add_option("--template", options->template_name, "Chat template by name [default: the model's own, none for a base model]")->excludes(raw);
   auto* grammar = command.add_option("--grammar", options->grammar, "File of a grammar (GBNF) that the text keeps to")->type_name("FILE");
   command.add_option("--json-schema", options->schema, "File of a JSON schema that the text, JSON, keeps to")->type_name("FILE")->excludes(grammar);
   add_trace_option(command, options->trace);
@@ -168,10 +168,7 @@ void add_run(CLI::App& app) {
       "--json", options->json,
       "One JSON document: {text, ids, prompt_tokens, prefill_s, decode_tok_s, stop, ...}");
   add_environment(command);
-  command.callback([options, name] {
-    if (name->count() > 0) options->raw = false;  // a setting's, which the flag overrides
-    run_generate(*options);
-  });
+  command.callback([options] { run_generate(*options); });
 }
 
 }  // namespace duet::cli

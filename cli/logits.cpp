@@ -47,9 +47,7 @@ std::vector<Token> input_ids(const LogitsOptions& options) {
 }
 
 void run_logits(const LogitsOptions& options) {
-  if (int{options.ids.has_value()} + int{options.text.has_value()} +
-          int{options.file.has_value()} !=
-      1)
+  if (!options.ids && !options.text && !options.file)
     fail(ErrorKind::usage, "logits: give exactly one of --ids, --text, --file");
   const std::vector<Token> ids = input_ids(options);
   ModelOptions model = options.model;
@@ -82,8 +80,8 @@ void add_logits(CLI::App& app) {
   options->model.kv_type = KvType::f32;
   add_model_options(command, options->model, "as long as the input");
   command.add_option("--ids", options->ids, "Token ids, taken as they are: 1,2,3");
-  command.add_option("--text", options->text, "Text; BOS is put first where the model asks for it");
-  command.add_option("--file", options->file, "File of text, likewise; - is standard input");
+  command.add_option("--text", options->text, "Text; BOS is put first where the model asks for it")->excludes("--ids");
+  command.add_option("--file", options->file, "File of text, likewise; - is standard input")->excludes("--ids", "--text");
   command.add_option("-o,--output", options->output, "The .npy file to write")->required();
   command.add_flag("--last", options->last, "Only the last position's row");
   add_environment(command);

@@ -10,6 +10,8 @@
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
+#include <set>
+#include <utility>
 
 #include "base/error.h"
 #include "base/resumable_file.h"
@@ -40,22 +42,32 @@ const char* environment_of(const CLI::Option& option, std::string& variable) {
   return value == nullptr || *value == '\0' ? nullptr : value;
 }
 
-// As a flag of the command line would, so that one that follows overrides it.
-void set_option(CLI::Option& option, const std::vector<std::string>& values) {
+// What has been set so far, beginning with the command line: of less weight comes neither again nor what excludes it.
+using Settled = std::set<const CLI::Option*>;
+
+bool is_open(const CLI::Option& option, const Settled& settled) {
+  const auto excluded = option.get_excludes();
+  return !settled.contains(&option) && std::none_of(excluded.begin(), excluded.end(), [&](const CLI::Option* other) { return settled.contains(other); });
+}
+
+// As a flag of the command line would, but not counted as one.
+void set_option(CLI::Option& option, const std::vector<std::string>& values, Settled& settled) {
   for (const std::string& value : values) option.add_result(value);
   option.run_callback();
   option.clear();
-  option.required(false);
+  settled.insert(&option);
 }
 
-void take_from_environment(CLI::Option& option) {
-  std::string variable;
-  const char* value = environment_of(option, variable);
-  if (value == nullptr) return;
-  try {
-    set_option(option, {value});
-  } catch (const CLI::Error& e) {
-    fail(ErrorKind::usage, "environment variable ", variable, "=", value, ": ", e.what());
+void take_from_environment(CLI::App& command, Settled& settled) {
+  for (CLI::Option* option : command.get_options()) {
+    std::string variable;
+    const char* value = environment_of(*option, variable);
+    if (value == nullptr || !is_open(*option, settled)) continue;
+    try {
+      set_option(*option, {value}, settled);
+    } catch (const CLI::Error& e) {
+      fail(ErrorKind::usage, "environment variable ", variable, "=", value, ": ", e.what());
+    }
   }
 }
 
@@ -80,24 +92,43 @@ void check_config(CLI::App& app, const std::vector<ConfigEntry>& entries, const 
   }
 }
 
-void take_from_config(CLI::App& command, const std::string& given) {
+void take_from_config(CLI::App& command, const std::string& given, Settled& settled) {
   const std::filesystem::path path = given.empty() ? default_config_path() : std::filesystem::path(given);
   std::error_code ec;
   if (path.empty() || (given.empty() && !std::filesystem::exists(path, ec))) return;
   const std::vector<ConfigEntry> entries = read_config(path);
   check_config(*command.get_parent(), entries, path.string());
-  // Those of the command's own section last: they override the general ones.
-  for (const bool own : {false, true})
+  // Those of the command's own section first: they beat the general ones.
+  for (const bool own : {true, false})
     for (const ConfigEntry& entry : entries) {
       CLI::Option* option = entry.section == (own ? command.get_name() : "") ? flag_of(command, entry.key) : nullptr;
-      std::string variable;
-      if (option == nullptr || option->count() > 0 || environment_of(*option, variable) != nullptr) continue;
+      if (option == nullptr || !is_open(*option, settled)) continue;
       try {
-        set_option(*option, entry.values);
+        set_option(*option, entry.values, settled);
       } catch (const CLI::Error& e) {
         fail(ErrorKind::usage, path.string(), ":", entry.line, ": ", e.what());
       }
     }
+}
+
+// An option and one that it needs.
+using Needs = std::vector<std::pair<CLI::Option*, CLI::Option*>>;
+
+// Taken from CLI11, which knows only what is on the command line.
+Needs take_needs(CLI::App& command) {
+  Needs needs;
+  for (CLI::Option* option : command.get_options())
+    for (CLI::Option* other : option->get_needs()) {
+      needs.emplace_back(option, other);
+      option->remove_needs(other);
+    }
+  return needs;
+}
+
+// Of the command line only: a setting that does not apply changes nothing.
+void check_needs(const Needs& needs, const Settled& settled) {
+  for (const auto& [option, other] : needs)
+    if (option->count() > 0 && !settled.contains(other)) fail(ErrorKind::usage, option->get_name(), " belongs to ", other->get_name(), ", which is not given");
 }
 
 // A named pipe is waited for.
@@ -204,9 +235,18 @@ void add_environment(CLI::App& command) {
   command.add_option("--config", *config, "File of settings [default: ~/.config/duet/config.toml, if there is one]")->type_name("FILE");
   command.footer("Every --flag-name can also be set by the environment variable DUET_FLAG_NAME,\nor by flag-name = value in the configuration file.");
   command.preparse_callback([&command](size_t) {
-    for (CLI::Option* option : command.get_options()) take_from_environment(*option);
+    std::string variable;
+    for (CLI::Option* option : command.get_options())
+      if (environment_of(*option, variable) != nullptr) option->required(false);
   });
-  command.parse_complete_callback([&command, config] { take_from_config(command, *config); });
+  command.parse_complete_callback([&command, config, needs = take_needs(command)] {
+    Settled settled;
+    for (const CLI::Option* option : command.get_options())
+      if (option->count() > 0) settled.insert(option);
+    take_from_environment(command, settled);
+    take_from_config(command, *config, settled);
+    check_needs(needs, settled);
+  });
 }
 
 std::string joined(const std::vector<std::string>& words, const std::string& between) {

@@ -39,7 +39,8 @@ void add_placement_options(CLI::App& command, PinMode& pin, NumaMode& numa);
 // Lets the variable DUET_<FLAG> (DUET_KV_TYPE for --kv-type), or a line of the configuration file
 // (cli/config_file.h, --config) stand for every flag of the command that has a long name, help excepted:
 // flag > environment > file > default. A value that does not fit is Error(usage) naming the variable or
-// the line. Call after the last option has been added.
+// the line. What was set where more counts drops what it excludes; an option of the command line that needs
+// another is Error(usage) where no source has set that. Call after the last option has been added.
 void add_environment(CLI::App& command);
 
 std::string joined(const std::vector<std::string>& words, const std::string& between);

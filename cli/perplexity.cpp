@@ -83,11 +83,7 @@ void compare_with_reference(PerplexityCommand command) {
 }
 
 void run_perplexity(const PerplexityCommand& command) {
-  if (!command.kld.empty()) {
-    if (!command.save_logits.empty() || command.max_chunks != 0)
-      fail(ErrorKind::usage, "--kld measures all of the reference's chunks: --save-logits and --chunks belong to making one");
-    return compare_with_reference(command);
-  }
+  if (!command.kld.empty()) return compare_with_reference(command);
   if (command.file.empty()) fail(ErrorKind::usage, "no text given: add --file FILE, or --kld REF to use a reference's");
   measure(command);
 }
@@ -109,8 +105,9 @@ void add_perplexity(CLI::App& app) {
       ->type_name("N");
   command.add_option("--save-logits", options->save_logits, "Write the predictions to this file, a reference for --kld")->type_name("REF");
   command.add_flag("--force", options->force, "Replace an existing file of --save-logits");
-  command.add_option("--kld", options->kld, "Kullback-Leibler divergence from the predictions of this reference, on its text and chunks")
-      ->type_name("REF");
+  command.add_option("--kld", options->kld, "Kullback-Leibler divergence from the predictions of this reference, on its text and all of its chunks")
+      ->type_name("REF")
+      ->excludes("--save-logits", "--chunks");
   command.add_flag("--json", options->json,
                    "One JSON document: {perplexity, nll, nll_stderr, tokens, chunks, ctx}, with --kld those of the comparison");
   add_environment(command);

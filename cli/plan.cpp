@@ -26,7 +26,7 @@ namespace fs = std::filesystem;
 struct PlanOptions {
   ModelOptions model;
   std::string recipe, path;
-  bool json = false;
+  bool json = false, recipe_given = false, loras_given = false;  // given: on the command line
 };
 
 // One model file, or one that could be made.
@@ -79,7 +79,7 @@ std::optional<HParams> known_model(const PlanOptions& options) {
 std::vector<Candidate> find_candidates(const PlanOptions& options) {
   const fs::path path = options.model.path;
   const auto known = known_model(options);
-  if ((known || fs::is_directory(path)) && !options.model.loras.empty())
+  if ((known || fs::is_directory(path)) && options.loras_given)
     fail(ErrorKind::usage, "--lora: adapters are applied to a GGUF file, and ", options.model.path, " is none; merged into one by duet convert, they take nothing");
   if (known) return of_recipes(*known, options.recipe);
   if (fs::is_directory(path)) {
@@ -87,7 +87,7 @@ std::vector<Candidate> find_candidates(const PlanOptions& options) {
     constexpr uint64_t kMaxConfig = 1 << 20;
     return of_recipes(read_hf_config(parse_json(read_file(config, kMaxConfig), config.string()), config.string(), notices()), options.recipe);
   }
-  if (!options.recipe.empty()) fail(ErrorKind::usage, "--type: a GGUF file has its types already; leave it out");
+  if (options.recipe_given) fail(ErrorKind::usage, "--type: a GGUF file has its types already; leave it out");
   return {{"", sizes_of(options.model, notices())}};
 }
 
@@ -350,11 +350,15 @@ void add_plan(CLI::App& app) {
   // Of no influence on a plan.
   for (const char* name : {"--pin", "--numa", "--io"}) command.remove_option(command.get_option(name));
   command.get_option("MODEL")->description("GGUF file, Hugging Face folder, mixtral-8x7b or mixtral-8x22b");
-  command.add_option("--type", options->recipe, "Plan for this type only, for instance Q4_K_M [default: all]")->type_name("TYPE");
+  const CLI::Option* type = command.add_option("--type", options->recipe, "Plan for this type only, for instance Q4_K_M [default: all]")->type_name("TYPE");
   command.add_option("--path", options->path, "Folder or file whose disk is measured [default: the model's; of a name, where you are]")->type_name("PATH");
   command.add_flag("--json", options->json, "One JSON document");
   add_environment(command);
-  command.callback([options] { run_plan(*options); });
+  command.callback([options, type, lora = command.get_option("--lora")] {
+    options->recipe_given = type->count() > 0;
+    options->loras_given = lora->count() > 0;
+    run_plan(*options);
+  });
 }
 
 }  // namespace duet::cli

@@ -211,13 +211,10 @@ void add_serve(CLI::App& app) {
   command.add_option("--template", o.chat_template, "Chat template by name; none: no chat [default: the model's]")->type_name("NAME");
   command.add_option("--alias", o.aliases, "Another name that requests may give the model; may be repeated; *: any")->type_name("NAME");
   command.add_option("--cache-dir", o.cache_dir, "Folder where what has been evaluated of prompts is kept for later and for the next start; it holds users' text")->type_name("DIR");
-  const CLI::Option* cache_size = command.add_option("--cache-size", o.cache_size, "Size that it may grow to")->capture_default_str()->type_name("SIZE");
+  command.add_option("--cache-size", o.cache_size, "Size that it may grow to")->capture_default_str()->type_name("SIZE")->needs("--cache-dir");
   command.add_option("--access-log", o.access_log, "Append a JSON line for each request to a file; -: to standard output")->type_name("FILE");
   add_environment(command);
-  command.callback([options, cache_size] {
-    if (cache_size->count() > 0 && options->cache_dir.empty()) fail(ErrorKind::usage, "--cache-size is the size of --cache-dir, which is not given");
-    run_serve(*options);
-  });
+  command.callback([options] { run_serve(*options); });
 }
 
 }  // namespace duet::cli

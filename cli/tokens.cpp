@@ -50,9 +50,7 @@ void for_each_json_line(const std::string& path,
 }
 
 void run_tokenize(const TokenizeOptions& options) {
-  if (int{options.text.has_value()} + int{options.file.has_value()} +
-          int{options.jsonl.has_value()} !=
-      1)
+  if (!options.text && !options.file && !options.jsonl)
     fail(ErrorKind::usage, "tokenize: give exactly one of --text, --file, --jsonl");
   const Tokenizer tokenizer = load_tokenizer(options.model);
   if (options.jsonl) {
@@ -85,7 +83,7 @@ std::vector<Token> ids_of(const Json& value, const std::string& where) {
 }
 
 void run_detokenize(const DetokenizeOptions& options) {
-  if (options.ids.has_value() == options.jsonl.has_value())
+  if (!options.ids && !options.jsonl)
     fail(ErrorKind::usage, "detokenize: give exactly one of --ids, --jsonl");
   const Tokenizer tokenizer = load_tokenizer(options.model);
   if (options.jsonl) {
@@ -113,9 +111,10 @@ void add_tokenize(CLI::App& app) {
   auto options = std::make_shared<TokenizeOptions>();
   command.add_option("MODEL", options->model, "GGUF file; its vocabulary is enough")->required();
   command.add_option("--text", options->text, "The text");
-  command.add_option("--file", options->file, "File of text, taken whole; - is standard input");
+  command.add_option("--file", options->file, "File of text, taken whole; - is standard input")->excludes("--text");
   command.add_option("--jsonl", options->jsonl,
-                     "File with one JSON string per line: prints one JSON array of ids per line");
+                     "File with one JSON string per line: prints one JSON array of ids per line")
+      ->excludes("--text", "--file");
   command.add_flag("--bos", options->bos, "Put the beginning-of-sequence token first");
   command.add_flag("--json", options->json,
                    "One JSON document: {ids, n_tokens}, or an array of arrays with --jsonl");
@@ -130,7 +129,8 @@ void add_detokenize(CLI::App& app) {
   command.add_option("MODEL", options->model, "GGUF file; its vocabulary is enough")->required();
   command.add_option("--ids", options->ids, "Token ids: 1,2,3");
   command.add_option("--jsonl", options->jsonl,
-                     "File with one JSON array of ids per line: prints one JSON string per line");
+                     "File with one JSON array of ids per line: prints one JSON string per line")
+      ->excludes("--ids");
   command.add_flag("--json", options->json,
                    "One JSON document: {text}, or an array of strings with --jsonl");
   add_environment(command);

@@ -196,6 +196,6 @@ TEST_CASE("target: what does not go together is refused") {
   CHECK(refused({"convert", kDemo, "--dry-run", "--target-bpw", "4", "-q", "Q4_K_M"}, "--type") == "");
   CHECK(refused({"convert", kDemo, "--dry-run", "--target-bpw", "4", "--target-size", "10M"}, "--target") == "");
   CHECK(refused({"convert", kDemo, "--dry-run", "--target-size", "1M"}, "smallest is") == "");
-  CHECK(refused({"convert", kDemo, "--dry-run", "--target-bpw", "4", "--split-max-size", "5M"}, "one file") == "");
+  CHECK(refused({"convert", kDemo, "--dry-run", "--target-bpw", "4", "--split-max-size", "5M"}, "--split-max-size") == "");
   CHECK(refused({"quantize", kF32, kFolder + "x.gguf"}, "no type given") == "");
 }

@@ -11,7 +11,7 @@ using duet::Json;
 
 namespace {
 
-const std::string kModel = DUET_TEST_DIR "/demo-q4_k_m.gguf";
+const std::string kModel = DUET_TEST_DIR "/demo-q4_k_m.gguf", kFolder = DUET_SOURCE_DIR "/models/demo";
 
 struct Config {
   explicit Config(const std::string& text) { write_text(folder / "config.toml", text); }
@@ -80,4 +80,47 @@ TEST_CASE("config: flags that are repeated and flags without values, for a serve
   CHECK(status("two words") == 200);
   CHECK(status("three") == 401);
   CHECK(duet::parse_json(body_of(http(server.port(), "GET", "/slots", "", "x-api-key: one\r\n")), "slots").size() == 3);
+}
+
+TEST_CASE("config: settings that a command does not need are ignored, flags that lack another are refused") {
+  const Config config("ram = \"4GiB\"\njson = true\n[convert]\ncalibrate-tokens = 9\n");
+  const auto ok = [](std::vector<std::string> arguments, const Environment& settings) {
+    const ProcessResult result = run_duet(std::move(arguments), {.environment = settings});
+    CAPTURE(result.err);
+    CHECK(result.exit_code == 0);
+    return result.out;
+  };
+  const std::string out = (config.folder / "x.gguf").string();
+  const Environment settings{{"DUET_RAM", "4GiB"}, {"DUET_CALIBRATE_TOKENS", "9"}, {"DUET_JSON", "1"}};
+  CHECK(ok({"convert", kFolder, "--vocab-only", "-o", out}, settings) == "");
+  CHECK(ok({"convert", kFolder, "--vocab-only", "--force", "-o", out, "--config", config.path()}, {}) == "");
+  for (const std::string& model : {kModel, kFolder}) {
+    const Environment other{{"DUET_TYPE", "Q8_0"}, {model == kFolder ? "DUET_LORA" : "DUET_FILE", "nowhere"}};
+    CHECK(ok({"plan", model, "--path", kModel}, other).find("expected: decode ") != std::string::npos);
+  }
+  const auto refused = [](std::vector<std::string> arguments, const std::string& words) { return refusal(run_duet(std::move(arguments)), 2, words); };
+  CHECK(refused({"convert", kFolder, "-o", "x.gguf", "--ram", "4GiB"}, "--ram belongs to --calibrate") == "");
+  CHECK(refused({"quantize", kModel, "x.gguf", "Q8_0", "--calibrate-tokens", "9"}, "--calibrate-tokens belongs to --calibrate") == "");
+  CHECK(refused({"convert", kFolder, "-o", "x.gguf", "--json"}, "--json belongs to --dry-run") == "");
+  CHECK(refused({"plan", kFolder, "--lora", "x"}, "--lora") == "");
+  // What is needed may be a setting.
+  CHECK(ok({"convert", kFolder, "--json"}, {{"DUET_DRY_RUN", "1"}}).starts_with("{"));
+}
+
+TEST_CASE("config: what excludes a setting and counts more drops it") {
+  const auto types = [](std::vector<std::string> extra, const Environment& settings) {
+    extra.insert(extra.begin(), {"convert", kFolder, "--dry-run", "--json"});
+    const ProcessResult result = run_duet(extra, {.environment = settings});
+    CAPTURE(result.err);
+    REQUIRE(result.exit_code == 0);
+    return duet::parse_json(result.out, "stdout")["recipe"].get<std::string>();
+  };
+  const Config config("[convert]\ntype = \"Q8_0\"\n");
+  CHECK(types({"-q", "Q8_0"}, {{"DUET_TARGET_SIZE", "12MB"}}) == "Q8_0");
+  CHECK(types({"--config", config.path()}, {}) == "Q8_0");
+  CHECK(types({"--config", config.path()}, {{"DUET_TARGET_SIZE", "12MB"}}) != "Q8_0");
+  CHECK(types({"--config", config.path(), "--target-bpw", "4"}, {{"DUET_TARGET_SIZE", "12MB"}}) == types({"--target-bpw", "4"}, {}));
+  CHECK(types({"--target-bpw", "4"}, {{"DUET_SPLIT_MAX_SIZE", "5M"}, {"DUET_VOCAB_ONLY", "1"}}) == types({"--target-bpw", "4"}, {}));
+  const ProcessResult ids = run_duet({"tokenize", kModel, "--text", "The"}, {.environment = {{"DUET_FILE", "nowhere.txt"}}});
+  CHECK(ids.exit_code == 0);
 }

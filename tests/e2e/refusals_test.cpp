@@ -230,7 +230,7 @@ TEST_CASE("wrong options are usage errors that name the option") {
   wrong({"perplexity", model, "-f", "x", "--chunks", "99999999999999999999"}, "--chunks");
   wrong({"serve", model, "--queue", "-1"}, "--queue");
   wrong({"tokenize", model}, "--text");
-  wrong({"tokenize", model, "--text", "a", "--file", "b"}, "exactly one");
+  wrong({"tokenize", model, "--text", "a", "--file", "b"}, "--text");
   wrong({"detokenize", model, "--ids", "1,x"}, "'x'");
   wrong({"detokenize", model, "--ids", "1,999999"}, "999999");
   wrong({"logits", model, "--ids", "1"}, "--output");
