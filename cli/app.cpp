@@ -1,6 +1,7 @@
 // The program around the commands: version, help, the one catch, exit codes.
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <filesystem>
 #include <new>
 
 #include "base/cpu_features.h"
@@ -107,6 +108,8 @@ int run_main(int argc, char** argv) {
     return quit.code;
   } catch (const Error& e) {
     return report(e.kind(), e.what());
+  } catch (const std::filesystem::filesystem_error& e) {
+    return report(ErrorKind::io, concat(e.path1().string(), ": ", e.code().message()));
   } catch (const std::bad_alloc&) {
     return report(ErrorKind::memory,
                   "out of memory; try a smaller --ctx or --batch, or a smaller model");

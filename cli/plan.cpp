@@ -102,9 +102,11 @@ fs::path disk_path(const PlanOptions& options) {
   if (!fs::is_directory(model)) return model;
   fs::path largest = model;
   uintmax_t most = 0;
-  for (const auto& entry : fs::directory_iterator(model)) {
-    if (!entry.is_regular_file() || entry.path().extension() != ".safetensors" || entry.file_size() <= most) continue;
-    most = entry.file_size();
+  std::error_code ec;  // what cannot be read is not the file to measure
+  for (const auto& entry : fs::directory_iterator(model, ec)) {
+    const uintmax_t size = entry.is_regular_file(ec) && entry.path().extension() == ".safetensors" ? entry.file_size(ec) : 0;
+    if (ec || size <= most) continue;
+    most = size;
     largest = entry.path();
   }
   return largest;

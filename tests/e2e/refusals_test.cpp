@@ -254,3 +254,18 @@ TEST_CASE("a prompt longer than the context is refused with both counts") {
             run_duet({"run", model, "-p", "one two three four five six seven eight", "--ctx", "4"}),
             kUsage, "--ctx") == "");
 }
+
+TEST_CASE("a path that cannot be looked at is an I/O error with its reason") {
+  const TempFolder folder;
+  const std::string loop = (folder / "loop").string(), name = std::string(300, 'x'), model = DUET_TEST_DIR "/demo-q4_k_m.gguf";
+  fs::create_symlink("loop", loop);
+  for (const auto& [path, reason] : {std::pair(loop, "symbolic links"), std::pair(name, "too long")}) {
+    CHECK(refusal(run_duet({"convert", path, "-o", "x.gguf"}), kIo, reason) == "");
+    CHECK(refusal(run_duet({"convert", DUET_SOURCE_DIR "/models/demo", "-o", path}), kIo, path + ": ") == "");
+    CHECK(refusal(run_duet({"quantize", model, path, "Q8_0"}), kIo, reason) == "");
+    CHECK(refusal(run_duet({"plan", path}), kIo, path + ": ") == "");
+    CHECK(refusal(run_duet({"doctor", "--path", path}), kIo, reason) == "");
+    CHECK(refusal(run_duet({"compare", path, model}), kIo, reason) == "");
+    CHECK(refusal(run_duet({"run", model, "-p", "a", "--lora", path}), kIo, path + ": ") == "");
+  }
+}
