@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -26,6 +27,13 @@ inline constexpr int kExitBrokenPipe = 141;  // as a shell shows death by SIGPIP
 // destructors remove temporary files; any other failure, a full disk for instance, Error(io).
 void print(std::string_view text);
 void flush_stdout();
+// As printf writes it, however long.
+template <class... Args>
+std::string formatted(const char* format, Args... args) {
+  std::string text(static_cast<size_t>(std::snprintf(nullptr, 0, format, args...)), '\0');
+  std::snprintf(text.data(), text.size() + 1, format, args...);
+  return text;
+}
 std::string fixed(double value, int digits);  // "3.14"
 // One JSON document and a newline. Bytes that are not UTF-8 become U+FFFD.
 void print_json(const Json& json);

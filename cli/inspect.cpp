@@ -1,7 +1,6 @@
 // inspect: what a GGUF file holds, also one that duet cannot run.
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <array>
 #include <cstdio>
 #include <map>
 #include <optional>
@@ -168,13 +167,6 @@ Json to_json(const GgufFile& file, const Summary& s) {
           {"tensors", tensors}};
 }
 
-template <class... Args>
-void print_format(const char* format, Args... args) {
-  std::array<char, 512> line{};
-  std::snprintf(line.data(), line.size(), format, args...);
-  print(line.data());
-}
-
 void print_field(std::string_view label, std::string_view text) { print(one_line(concat(label, text)) + "\n"); }
 
 void print_summary(const GgufFile& file, const Summary& s) {
@@ -185,15 +177,15 @@ void print_summary(const GgufFile& file, const Summary& s) {
   print_field("name:       ", s.name.empty() ? "-" : s.name);
   print_field("arch:       ", s.arch.empty() ? "-" : s.arch);
   print_field("layout:     ", s.layout);
-  print_format("params:     %.3f G, %.2f bits per weight\n", static_cast<double>(s.n_params) / 1e9,
-               s.bits_per_weight());
+  print(formatted("params:     %.3f G, %.2f bits per weight\n", static_cast<double>(s.n_params) / 1e9,
+               s.bits_per_weight()));
   print_field("tokenizer:  ", s.tokenizer);
   print_field("template:   ", s.chat_template);
   if (s.problem) print_field("not run by duet: ", *s.problem);
   for (const auto& [name, share] : s.types)
-    print_format("  %-6s %5zu tensors  %12s  %5.1f %% of the parameters\n", name.c_str(),
+    print(formatted("  %-6s %5zu tensors  %12s  %5.1f %% of the parameters\n", name.c_str(),
                  share.n_tensors, format_size(share.n_bytes).c_str(),
-                 100 * static_cast<double>(share.n_elems) / static_cast<double>(s.n_params));
+                 100 * static_cast<double>(share.n_elems) / static_cast<double>(s.n_params)));
 }
 
 void print_metadata(const GgufFile& file) {
@@ -206,8 +198,8 @@ void print_metadata(const GgufFile& file) {
 void print_tensors(const GgufFile& file) {
   print("\n");
   for (const TensorView& t : file.tensors())
-    print_format("%-40s %-6s %12s  %s\n", one_line(t.name).c_str(), t.format->name,
-                 format_size(t.data.size()).c_str(), shape_text(t.shape).c_str());
+    print(formatted("%-40s %-6s %12s  %s\n", one_line(t.name).c_str(), t.format->name,
+                 format_size(t.data.size()).c_str(), shape_text(t.shape).c_str()));
 }
 
 void run_inspect(const InspectOptions& options) {
