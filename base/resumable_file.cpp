@@ -121,9 +121,9 @@ ResumableFile::ResumableFile(fs::path path, uint64_t expected_bytes, PartOptions
   if (resume && journal && !fs::exists(beside(".part"), ec) && fs::is_regular_file(fs::symlink_status(path_, ec))) {
     // Killed between the last byte and the end of the work: the file has its name already.
     file_ = open_file(path_, O_RDWR);
-    complete_ = size_of(file_) == expected_bytes && verified(*journal) == expected_bytes;
+    named_ = size_of(file_) == expected_bytes && verified(*journal) == expected_bytes;
   }
-  if (!complete_) open_part();
+  if (!named_) open_part();
   if (options_.mode == PartOptions::Mode::fresh && size_of(file_) > 0) {
     const std::string of = journal ? concat(" of ", format_size(journal->n_bytes)) : "";
     fail(ErrorKind::io, beside(".part").string(), ": an unfinished file is there (", format_size(size_of(file_)), of,
@@ -135,7 +135,7 @@ ResumableFile::ResumableFile(fs::path path, uint64_t expected_bytes, PartOptions
     check_identity(*journal);
     take_up(*journal);
   }
-  if (!complete_) begin_anew(expected_bytes);
+  if (!named_) begin_anew(expected_bytes);
 }
 
 ResumableFile::~ResumableFile() {
@@ -167,8 +167,8 @@ void ResumableFile::check_identity(const Journal& journal) const {
 
 // Keeps what is intact of an earlier run.
 void ResumableFile::take_up(const Journal& journal) {
-  intact_ = complete_ ? journal.stretches.back().number : verified(journal);
-  if (options_.needs_state && !complete_) find_state(intact_);
+  intact_ = named_ ? journal.stretches.back().number : verified(journal);
+  if (options_.needs_state && !named_) find_state(intact_);
   if (options_.notice && intact_ > 0)
     options_.notice(concat("resumed: ", format_size(intact_), " of ", format_size(journal.n_bytes), " are there and intact"));
 }
@@ -260,14 +260,14 @@ void ResumableFile::append(std::span<const std::byte> bytes) {
 
 // What has been written since the last time counts from now on.
 void ResumableFile::record() {
-  if (complete_ || position_ <= recorded_) return;
+  if (named_ || position_ <= recorded_) return;
   write_all(journal_.get(), bytes_of(concat(position_, " ", hex(hash_.finish()), "\n")), beside(".part.journal"), 0);
   recorded_ = position_;
   last_record_ = Clock::now();
 }
 
 void ResumableFile::save_state(const std::vector<std::span<const std::byte>>& pieces) {
-  if (position_ < intact_ || complete_) return;
+  if (position_ < intact_ || named_) return;
   record();
   Sha256 hash;
   for (const auto& piece : pieces) hash.add(piece);
@@ -279,27 +279,35 @@ void ResumableFile::save_state(const std::vector<std::span<const std::byte>>& pi
 }
 
 void ResumableFile::complete() {
-  if (complete_) return;
+  if (named_) return;
   record();
   if (::fsync(file_.get()) != 0) fail(ErrorKind::io, path_.string(), ": cannot complete the file: ", errno_text());
+}
+
+void ResumableFile::publish(std::span<ResumableFile* const> files) {
+  for (ResumableFile* file : files) file->ours_ = false;
+  for (ResumableFile* file : files) file->take_name();
+  for (auto file = files.rbegin(); file != files.rend(); ++file) (*file)->forget();
+}
+
+void ResumableFile::take_name() {
+  if (named_) return;
   if (::rename(beside(".part").c_str(), path_.c_str()) != 0)
     fail(ErrorKind::io, path_.string(), ": cannot rename into place: ", errno_text());
-  complete_ = true;
+  named_ = true;
 }
 
 void ResumableFile::forget() {
   std::error_code ec;
   for (const char* ending : kStateEndings) fs::remove(beside(ending), ec);
   fs::remove(beside(".part.journal"), ec);
-  ours_ = false;
 }
 
 void ResumableFile::remove_all() noexcept {
   std::error_code ec;
   for (const char* ending : kStateEndings) fs::remove(beside(ending), ec);
+  fs::remove(beside(".part.journal"), ec);  // before its file: without that it would vouch for what has the name
   fs::remove(beside(".part"), ec);
-  fs::remove(beside(".part.journal"), ec);
-  if (complete_) fs::remove(path_, ec);
 }
 
 }  // namespace duet

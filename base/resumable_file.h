@@ -4,7 +4,7 @@
 // what the bytes depend on, then a line "END SHA256" for each stretch that was written, the hash being that
 // of the bytes since the stretch before. Nothing is synchronized while writing: after a power failure the
 // hashes tell how far the file is good. PATH.part.state-0 and -1 hold, in turns, what else the work needs to
-// go on: a line "POSITION SHA256", then the bytes.
+// go on: a line "POSITION SHA256", then the bytes. What had the name PATH before stays until all is complete.
 #pragma once
 
 #include <atomic>
@@ -62,10 +62,11 @@ class ResumableFile {
   // That of an earlier run, at intact(); empty without needs_state or without one.
   std::vector<std::byte> take_state() { return std::move(state_); }
 
-  // The file under its name, with its journal still beside it, until forget(): of several files that belong
-  // together none is forgotten before all are complete.
-  void complete();
-  void forget();
+  void complete();  // all bytes are on disk, still as PATH.part
+  // Gives complete files that belong together their names, the first one first, and then forgets how to go on,
+  // the first one last: as long as it is not forgotten, the others are of the same unfinished run. From here on
+  // nothing is removed, whatever the mode: what fails is gone on with by `resume`.
+  static void publish(std::span<ResumableFile* const> files);
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -79,13 +80,15 @@ class ResumableFile {
   void find_state(uint64_t end);
   void append(std::span<const std::byte> bytes);
   void record();
+  void take_name();
+  void forget();
   void remove_all() noexcept;
 
   std::filesystem::path path_;
   PartOptions options_;
   FileDescriptor file_, journal_;
-  bool complete_ = false;  // under its own name
-  bool ours_ = false;      // what is on disk may be removed
+  bool named_ = false;  // no longer PATH.part
+  bool ours_ = false;   // what is on disk may be removed
   uint64_t intact_ = 0, position_ = 0, recorded_ = 0;
   std::vector<std::string> kept_;  // lines of the journal that hold
   std::vector<std::byte> state_;

@@ -76,7 +76,7 @@ ConvertPlan plan_of(const std::vector<TensorJob>& jobs, const std::string& recip
 PartOptions part_options(const ConvertOptions& options, const std::vector<TensorJob>& jobs, const std::string& source, const std::string& settings);
 
 // Writes the whole file: metadata, then every job. Throws Error: format (a source value that is
-// not finite, naming tensor and row), io, cancelled. It is complete; the caller calls forget(), when all else
+// not finite, naming tensor and row), io, cancelled. It is complete; the caller publishes it, when all else
 // that belongs to it is.
 std::unique_ptr<GgufWriter> write_gguf(const std::filesystem::path& output, const std::vector<GgufKeyValue>& metadata,
                                        const std::vector<TensorJob>& jobs, const std::string& source, const ConvertOptions& options);

@@ -125,7 +125,7 @@ void write_parts(const fs::path& output, const std::vector<GgufKeyValue>& metada
   const size_t n = parts.size();
   if (n > UINT16_MAX) fail(ErrorKind::usage, "parts of ", options.split_max_bytes, " bytes make ", n, " files; at most ", UINT16_MAX);
   const auto path_of = [&](size_t i) { return n == 1 ? output : part_path(output, i, n); };
-  // The first part is forgotten last: as long as it is not, the others are of the same unfinished run.
+  // Cut off while the parts got their names: those that have them are of this run (ResumableFile::publish).
   ConvertOptions own = options;
   own.overwrite = options.overwrite || (options.resume && is_unfinished(path_of(0)));
   for (size_t i = 0; i < n; ++i) check_overwrite(path_of(i), own);
@@ -139,7 +139,9 @@ void write_parts(const fs::path& output, const std::vector<GgufKeyValue>& metada
     done_bytes += source_bytes(parts[i]);
     first_tensor += parts[i].size();
   }
-  for (auto file = written.rbegin(); file != written.rend(); ++file) (*file)->forget();
+  std::vector<GgufWriter*> files;
+  for (const auto& file : written) files.push_back(file.get());
+  GgufWriter::publish(files);
 }
 
 void repack(const fs::path& input, const fs::path& output, const ConvertOptions& options) {

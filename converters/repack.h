@@ -22,8 +22,8 @@ void merge_parts(const std::filesystem::path& input, const std::filesystem::path
 std::filesystem::path part_path(const std::filesystem::path& output, size_t index, size_t n);
 
 // The jobs as one file, or, when max_bytes > 0 and they are larger, as parts of about at most so many
-// bytes (a tensor is never cut): metadata in the first, split.* keys in all. Nothing is left behind after
-// an error, unless options.resume. Error(io) when a file exists and may not be replaced. source: as of part_options().
+// bytes (a tensor is never cut): metadata in the first, split.* keys in all. After an error nothing is left
+// behind, unless options.resume, and files that were there are as before. Error(io) when a file exists and may not be replaced. source: as of part_options().
 void write_parts(const std::filesystem::path& output, const std::vector<GgufKeyValue>& metadata, std::vector<TensorJob> jobs,
                  const std::string& source, const ConvertOptions& options);
 

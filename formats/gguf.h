@@ -129,9 +129,9 @@ class GgufWriter {
   void save_state(const std::vector<std::span<const std::byte>>& pieces);
   std::vector<std::byte> take_state();
   void finish();  // checks completeness, fsync, rename; forgets how to go on
-  // The same in two steps, for files that belong together; without forget() the destructor removes the file.
+  // The same in two steps, for files that belong together: none gets its name before all are complete.
   void complete();
-  void forget();
+  static void publish(std::span<GgufWriter* const> files);
 
  private:
   struct State;

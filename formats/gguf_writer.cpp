@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <unordered_set>
 
 #include "base/bytes.h"
@@ -297,7 +298,7 @@ std::vector<std::byte> GgufWriter::take_state() {
 
 void GgufWriter::finish() {
   complete();
-  forget();
+  publish(std::array{this});
 }
 
 void GgufWriter::complete() {
@@ -307,12 +308,16 @@ void GgufWriter::complete() {
          "' is incomplete: ", state_->delivered, " of ", state_->tensors[state_->current].n_bytes,
          " bytes");
   state_->flush();
-  if (state_->part != nullptr) return state_->part->complete();
-  state_->file->commit();
+  if (state_->part != nullptr) state_->part->complete();
 }
 
-void GgufWriter::forget() {
-  if (state_->part != nullptr) state_->part->forget();
+void GgufWriter::publish(std::span<GgufWriter* const> files) {
+  std::vector<ResumableFile*> parts;
+  for (const GgufWriter* writer : files) {
+    if (writer->state_->part != nullptr) parts.push_back(writer->state_->part.get());
+    else writer->state_->file->commit();
+  }
+  ResumableFile::publish(parts);
 }
 
 }  // namespace duet

@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <fstream>
 #include <functional>
 
@@ -70,7 +71,7 @@ std::string text_of(const std::vector<std::byte>& bytes) { return {reinterpret_c
 void finish(ResumableFile& file) {
   file.write(bytes_of(whole()).subspan(file.position()));
   file.complete();
-  file.forget();
+  ResumableFile::publish(std::array{&file});
 }
 
 std::vector<std::string> names_in(const TempFolder& folder) {
@@ -166,12 +167,63 @@ TEST_CASE("resumable file: failing work leaves nothing, or with resume what is d
   CHECK(ResumableFile(folder / "out", kBytes, options(Mode::resume)).intact() == 30);
 }
 
+TEST_CASE("resumable file: what has the name stays until all that belong together are complete") {
+  const TempFolder folder;
+  test::write_text(folder / "a", "old a");
+  test::write_text(folder / "b", "old b");
+  {
+    ResumableFile a(folder / "a", kBytes, options(Mode::replace)), b(folder / "b", kBytes, options(Mode::replace));
+    a.write(bytes_of(whole()));
+    a.complete();
+    b.write(bytes_of(whole()).first(30));
+  }
+  CHECK(names_in(folder).size() == 2);
+  CHECK(read_file(folder / "a", 1000) == "old a");
+  CHECK(read_file(folder / "b", 1000) == "old b");
+  {
+    ResumableFile a(folder / "a", kBytes, options(Mode::resume)), b(folder / "b", kBytes, options(Mode::resume));
+    a.write(bytes_of(whole()));
+    a.complete();
+    b.write(bytes_of(whole()).first(30));
+  }
+  CHECK(read_file(folder / "a", 1000) == "old a");
+  ResumableFile a(folder / "a", kBytes, options(Mode::resume)), b(folder / "b", kBytes, options(Mode::resume));
+  CHECK(a.intact() == kBytes);
+  CHECK(b.intact() == 30);
+  for (ResumableFile* file : {&a, &b}) {
+    file->write(bytes_of(whole()));
+    file->complete();
+  }
+  ResumableFile::publish(std::array{&a, &b});
+  CHECK(names_in(folder).size() == 2);
+  CHECK(read_file(folder / "a", 1000) == whole());
+  CHECK(read_file(folder / "b", 1000) == whole());
+}
+
+TEST_CASE("resumable file: files that cannot all get their names are kept and gone on with") {
+  const TempFolder folder;
+  {
+    ResumableFile a(folder / "a", kBytes, options(Mode::replace)), b(folder / "b", kBytes, options(Mode::replace));
+    for (ResumableFile* file : {&a, &b}) {
+      file->write(bytes_of(whole()));
+      file->complete();
+    }
+    fs::create_directory(folder / "b");
+    test::check_thrown(test::thrown_by([&] { ResumableFile::publish(std::array{&a, &b}); }), ErrorKind::io, "cannot rename");
+    fs::remove(folder / "b");
+  }
+  CHECK(is_unfinished(folder / "a"));
+  CHECK(ResumableFile(folder / "a", kBytes, options(Mode::resume)).intact() == kBytes);
+  CHECK(ResumableFile(folder / "b", kBytes, options(Mode::resume)).intact() == kBytes);
+}
+
 TEST_CASE("resumable file: named already, and then killed") {
   const TempFolder folder;
   killed([&] {
     auto* file = new ResumableFile(folder / "out", kBytes, options(Mode::resume));
     file->write(bytes_of(whole()));
     file->complete();
+    fs::rename(folder / "out.part", folder / "out");
   });
   CHECK(is_unfinished(folder / "out"));
   ResumableFile file(folder / "out", kBytes, options(Mode::resume));
