@@ -118,6 +118,7 @@ ResumableFile::ResumableFile(fs::path path, uint64_t expected_bytes, PartOptions
   check_destination(path_, expected_bytes - std::min(expected_bytes, there) + 2 * options_.state_bytes);
   const auto journal = Journal::read(beside(".part.journal"));
   const bool resume = options_.mode == PartOptions::Mode::resume;
+  if (resume && journal) check_identity(*journal);
   if (resume && journal && !fs::exists(beside(".part"), ec) && fs::is_regular_file(fs::symlink_status(path_, ec))) {
     // Killed between the last byte and the end of the work: the file has its name already.
     file_ = open_file(path_, O_RDWR);
@@ -131,10 +132,7 @@ ResumableFile::ResumableFile(fs::path path, uint64_t expected_bytes, PartOptions
   }
   if (resume && !journal && size_of(file_) > 0)
     fail(ErrorKind::io, beside(".part").string(), ": is not of an unfinished run of ours (no journal beside it); remove it or choose another name");
-  if (resume && journal && size_of(file_) > 0) {
-    check_identity(*journal);
-    take_up(*journal);
-  }
+  if (resume && journal && size_of(file_) > 0) take_up(*journal);
   if (!named_) begin_anew(expected_bytes);
 }
 

@@ -125,6 +125,7 @@ void measure_and_choose(ConversionSource& source, std::span<const Token> ids, co
 void convert_calibrated(const fs::path& folder, const fs::path& output,
                         const ConvertOptions& options, const CalibrationOptions& calibration) {
   check_overwrite(output, options);
+  settle_unfinished(output, 1, options);
   ConversionSource source = open_folder(folder, options);
   check_worthwhile(source);
   const std::vector<Token> ids = ids_of_folder(folder, output, source, options, calibration);
@@ -135,6 +136,7 @@ void convert_calibrated(const fs::path& folder, const fs::path& output,
 void quantize_calibrated(const fs::path& input, const fs::path& output,
                          const ConvertOptions& options, const CalibrationOptions& calibration) {
   check_overwrite(output, options);
+  settle_unfinished(output, 1, options);
   ConversionSource source = open_gguf(input, options);
   check_worthwhile(source);
   const std::vector<Token> ids = ids_of(*source.file, source, options, calibration);

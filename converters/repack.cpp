@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <cstdio>
 #include <memory>
+#include <string_view>
 #include <system_error>
+#include <utility>
 
 #include "base/error.h"
 #include "converters/source.h"
+#include "formats/gguf_parts.h"
 
 namespace duet {
 namespace {
@@ -73,6 +76,30 @@ void check_room(const std::vector<std::vector<TensorJob>>& parts, const PathOf& 
   check_destination(path_of(0), needed - std::min(needed, there));
 }
 
+// Of the names of its parts.
+fs::path stem_of(fs::path output) {
+  if (output.extension() == ".gguf") output.replace_extension();
+  return output;
+}
+
+// Files of this output, in whatever number, that a run which was cut off has left unfinished; of how many each is.
+std::vector<std::pair<fs::path, size_t>> unfinished_files(const fs::path& output) {
+  constexpr std::string_view kEnding = ".part.journal";
+  const fs::path folder = output.has_parent_path() ? output.parent_path() : fs::path(".");
+  const std::string stem = stem_of(output).filename().string();
+  std::vector<std::pair<fs::path, size_t>> out;
+  std::error_code ec;
+  for (const auto& entry : fs::directory_iterator(folder, ec)) {
+    std::string name = entry.path().filename().string();
+    if (!name.ends_with(kEnding)) continue;
+    name.resize(name.size() - kEnding.size());
+    const GgufPartName part = parse_part_name(name);
+    if (name == output.filename()) out.emplace_back(output.parent_path() / name, 1);
+    else if (part.count > 1 && part.prefix == stem) out.emplace_back(output.parent_path() / name, part.count);
+  }
+  return out;
+}
+
 // Progress over all parts, from that of one.
 ConvertOptions options_of_part(const ConvertOptions& options, uint64_t done_bytes, uint64_t total_bytes, size_t first_tensor, size_t n_tensors) {
   ConvertOptions out = options;
@@ -99,9 +126,17 @@ uint64_t source_bytes(const std::vector<TensorJob>& jobs) {
 fs::path part_path(const fs::path& output, size_t index, size_t n) {
   char suffix[64];
   std::snprintf(suffix, sizeof suffix, "-%05zu-of-%05zu.gguf", index + 1, n);
-  fs::path stem = output;
-  if (stem.extension() == ".gguf") stem.replace_extension();
-  return stem.string() + suffix;
+  return stem_of(output).string() + suffix;
+}
+
+void settle_unfinished(const fs::path& output, size_t n, const ConvertOptions& options) {
+  const bool anew = options.overwrite && !options.resume;
+  for (const auto& [path, count] : unfinished_files(output)) {
+    if (anew)
+      ResumableFile(path, 0, {.mode = PartOptions::Mode::replace, .identity = {}});  // begun and given up
+    else if (count != n)
+      fail(ErrorKind::usage, part_file_of(path).string(), ": was begun with other options and cannot be gone on with; --force without --resume begins anew");
+  }
 }
 
 ConvertPlan plan_parts(const std::vector<GgufKeyValue>& metadata, const std::vector<TensorJob>& jobs, const std::string& recipe, const ConvertOptions& options) {
@@ -129,6 +164,7 @@ void write_parts(const fs::path& output, const std::vector<GgufKeyValue>& metada
   ConvertOptions own = options;
   own.overwrite = options.overwrite || (options.resume && is_unfinished(path_of(0)));
   for (size_t i = 0; i < n; ++i) check_overwrite(path_of(i), own);
+  settle_unfinished(output, n, options);
   check_room(parts, path_of);
   std::vector<std::unique_ptr<GgufWriter>> written;
   uint64_t done_bytes = 0;

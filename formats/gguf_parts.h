@@ -1,4 +1,4 @@
-// Inside formats/gguf only: one parsed file, before parts are joined.
+// One parsed GGUF file, before parts are joined, and how parts are named.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,13 @@
 #include "formats/gguf.h"
 
 namespace duet {
+
+// What a file name says: "x-00002-of-00005.gguf" -> prefix "x", part 2 of 5; else count 0.
+struct GgufPartName {
+  std::string prefix;
+  uint64_t number = 0, count = 0;
+};
+GgufPartName parse_part_name(const std::string& file_name);
 
 struct GgufPart {
   uint32_t version = 0;

@@ -16,32 +16,13 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// What a file name says: "x-00002-of-00005.gguf" -> prefix "x", part 2 of 5; else count 0.
-struct PartName {
-  std::string prefix;
-  uint64_t number = 0, count = 0;
-};
-
 bool all_of_kind(std::string_view text, int (*kind)(int)) {
   return !text.empty() && std::all_of(text.begin(), text.end(), [&](char c) {
     return kind(static_cast<unsigned char>(c)) != 0;
   });
 }
 
-PartName parse_part_name(const std::string& file_name) {
-  constexpr std::string_view kTail = "-00000-of-00000.gguf";
-  if (file_name.size() <= kTail.size()) return {};
-  const size_t at = file_name.size() - kTail.size();
-  const std::string_view tail = std::string_view(file_name).substr(at);
-  const std::string_view number = tail.substr(1, 5), count = tail.substr(10, 5);
-  const bool matches = tail[0] == '-' && tail.substr(6, 4) == "-of-" && tail.ends_with(".gguf");
-  if (!matches || !all_of_kind(number, std::isdigit) || !all_of_kind(count, std::isdigit))
-    return {};
-  return {file_name.substr(0, at), std::stoull(std::string(number)),
-          std::stoull(std::string(count))};
-}
-
-std::string part_file_name(const PartName& name, uint64_t number) {
+std::string part_file_name(const GgufPartName& name, uint64_t number) {
   std::array<char, 32> digits{};
   std::snprintf(digits.data(), digits.size(), "-%05llu-of-%05llu.gguf",
                 static_cast<unsigned long long>(number),
@@ -89,6 +70,19 @@ std::string value_kind(const GgufValue& value) {
 
 }  // namespace
 
+GgufPartName parse_part_name(const std::string& file_name) {
+  constexpr std::string_view kTail = "-00000-of-00000.gguf";
+  if (file_name.size() <= kTail.size()) return {};
+  const size_t at = file_name.size() - kTail.size();
+  const std::string_view tail = std::string_view(file_name).substr(at);
+  const std::string_view number = tail.substr(1, 5), count = tail.substr(10, 5);
+  const bool matches = tail[0] == '-' && tail.substr(6, 4) == "-of-" && tail.ends_with(".gguf");
+  if (!matches || !all_of_kind(number, std::isdigit) || !all_of_kind(count, std::isdigit))
+    return {};
+  return {file_name.substr(0, at), std::stoull(std::string(number)),
+          std::stoull(std::string(count))};
+}
+
 struct GgufFile::State {
   std::string source;
   uint32_t version = 0;
@@ -103,7 +97,7 @@ struct GgufFile::State {
 
   void add(GgufPart part, uint64_t n_bytes);
   void index();
-  void open_set(const fs::path& folder, const PartName& name);
+  void open_set(const fs::path& folder, const GgufPartName& name);
   template <class T>
   const T* typed(std::string_view key, const char* expected) const;
 };
@@ -128,7 +122,7 @@ void GgufFile::State::index() {
   }
 }
 
-void GgufFile::State::open_set(const fs::path& folder, const PartName& name) {
+void GgufFile::State::open_set(const fs::path& folder, const GgufPartName& name) {
   uint64_t n_tensors = 0;
   for (uint64_t number = 1; number <= name.count; ++number) {
     const fs::path path = folder / part_file_name(name, number);
@@ -157,7 +151,7 @@ GgufFile GgufFile::open(const fs::path& path) {
   state->source = path.string();
   MappedFile file = MappedFile::open(path);
   refuse_raw_piece(path);
-  const PartName name = parse_part_name(path.filename().string());
+  const GgufPartName name = parse_part_name(path.filename().string());
   GgufPart part = read_gguf_part(file.bytes(), state->source);
   const uint64_t count = uint_or(part, "split.count", 0);
   if (count > 1 && name.count == 0)

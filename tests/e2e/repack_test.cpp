@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
+#include <limits>
+#include <map>
 
 #include "base/json.h"
 #include "base/mapped_file.h"
@@ -107,6 +109,28 @@ TEST_CASE("split-max-size cuts between tensors, any part opens the whole, merge 
   CHECK(refusal(run_duet({"merge", "nowhere.gguf", back}), kIo, "nowhere.gguf") == "");
   write_text(out, "junk");
   CHECK(refusal(run_duet({"repack", out, back, "--force"}), kFormat, "cut.gguf") == "");
+}
+
+TEST_CASE("quantize --force: a run that fails leaves the old set") {
+  const TempFolder folder;
+  const std::string good = (folder / "good.gguf").string(), bad = (folder / "bad.gguf").string(), cut = (folder / "cut.gguf").string();
+  GgufBuilder model = tiny_model({.n_embd = 256, .n_ff = 256});
+  write_bytes(good, model.build());
+  const auto late = std::ranges::find(model.tensors, "blk.1.ffn_down_exps.weight", &GgufBuilder::Tensor::name);
+  REQUIRE(late != model.tensors.end());
+  late->data.replace(0, 4, raw(std::numeric_limits<float>::quiet_NaN()));
+  write_bytes(bad, model.build());
+  const auto set = [&] {
+    std::map<std::string, std::string> files;
+    for (const auto& entry : std::filesystem::directory_iterator(folder.path()))
+      if (entry.path().filename().string().starts_with("cut")) files[entry.path().filename().string()] = duet::read_file(entry.path(), 1 << 26);
+    return files;
+  };
+  CHECK(output({"quantize", good, cut, "Q8_0", "--split-max-size", "500K"}).empty());
+  const auto old = set();
+  REQUIRE(old.size() > 2);
+  CHECK(refusal(run_duet({"quantize", bad, cut, "Q8_0", "--split-max-size", "500K", "--force"}), kFormat, "not finite") == "");
+  CHECK(set() == old);
 }
 
 TEST_CASE("quantize and convert write parts too") {

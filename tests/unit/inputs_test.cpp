@@ -1,8 +1,10 @@
 // Every form that a model comes in gives the file, and so the logits, of the plain Hugging Face folder.
 #include <doctest/doctest.h>
 
+#include <atomic>
 #include <cmath>
 #include <functional>
+#include <map>
 
 #include "base/mapped_file.h"
 #include "converters/convert.h"
@@ -374,6 +376,58 @@ TEST_CASE("inputs: parts of a split file, joined again, and merged experts give 
   merge_parts(part_path(folder / "cut.gguf", 1, n), folder / "joined.gguf", {});
   CHECK(logits_of(whole) == logits_of(part_path(folder / "cut.gguf", 0, n)));
   CHECK(logits_of(whole) == logits_of(folder / "joined.gguf"));
+}
+
+TEST_CASE("inputs: a set cut off keeps the old one, and goes on only with the same options") {
+  const TempFolder folder;
+  const fs::path whole = converted(folder, "plain", test::tiny_hf_folder(), "Q4_0"), out = folder / "cut.gguf";
+  const auto files = [&] {
+    std::map<std::string, std::string> found;
+    for (const auto& entry : fs::directory_iterator(folder.path()))
+      if (entry.path().filename().string().starts_with("cut")) found[entry.path().filename().string()] = bytes_of(entry.path());
+    return found;
+  };
+  ConvertOptions options;
+  options.split_max_bytes = 20000;
+  repack(whole, out, options);
+  const auto set = files();
+  REQUIRE(set.size() > 2);
+  std::atomic<bool> cancel = false;
+  ConvertOptions cut_off = options;
+  cut_off.overwrite = true;
+  cut_off.cancel = &cancel;
+  cut_off.progress = [&](const ConvertProgress& p) { cancel = p.done_bytes == p.total_bytes; };
+  const auto run = [&](const ConvertOptions& as) { return test::thrown_by([&] { repack(whole, out, as); }); };
+  test::check_thrown(run(cut_off), ErrorKind::cancelled, "");
+  CHECK(files() == set);
+  cancel = false;
+  test::check_thrown(test::thrown_by([&] { repack(part_path(out, 0, set.size()), out, cut_off); }), ErrorKind::cancelled, "");
+  CHECK(files() == set);  // though it was the source
+  cut_off.resume = true;
+  cancel = false;
+  test::check_thrown(run(cut_off), ErrorKind::cancelled, "");
+  const auto unfinished = files();
+  CHECK(unfinished.size() == 3 * set.size());
+  for (const auto& [name, bytes] : set) CHECK(unfinished.at(name) == bytes);
+  // Another number of files, and one.
+  for (const uint64_t split : {uint64_t{40000}, uint64_t{0}}) {
+    ConvertOptions other = options;
+    other.resume = true;
+    other.split_max_bytes = split;
+    test::check_thrown(run(other), ErrorKind::usage, "was begun with other options");
+    CHECK(files() == unfinished);
+  }
+  ConvertOptions again = options;
+  again.resume = again.overwrite = true;
+  repack(whole, out, again);
+  CHECK(files() == set);
+  // Begun anew in one file: of the unfinished set nothing is left.
+  cancel = false;
+  test::check_thrown(run(cut_off), ErrorKind::cancelled, "");
+  ConvertOptions one;
+  one.overwrite = true;
+  repack(whole, out, one);
+  CHECK(files().size() == set.size() + 1);
 }
 
 TEST_CASE("inputs: a folder of pickles is refused with the safe way to go on") {

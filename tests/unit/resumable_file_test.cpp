@@ -226,6 +226,10 @@ TEST_CASE("resumable file: named already, and then killed") {
     fs::rename(folder / "out.part", folder / "out");
   });
   CHECK(is_unfinished(folder / "out"));
+  PartOptions other = options(Mode::resume);
+  other.identity.settings = "others";
+  test::check_thrown(test::thrown_by([&] { ResumableFile(folder / "out", kBytes - 1, other); }), ErrorKind::usage, "other options");
+  CHECK(is_unfinished(folder / "out"));
   ResumableFile file(folder / "out", kBytes, options(Mode::resume));
   CHECK(file.intact() == kBytes);
   finish(file);
