@@ -14,7 +14,8 @@ namespace {
 
 constexpr uint64_t kDefaultAlignment = 32;
 constexpr uint64_t kMaxKeyBytes = 65535;
-constexpr uint64_t kMaxStringBytes = uint64_t{1} << 20;
+// A whole tokenizer.json is one string.
+constexpr uint64_t kMaxStringBytes = uint64_t{64} << 20;
 // Real files have some dozens of keys, some thousands of tensors and at most a million list items.
 constexpr uint64_t kMaxKeys = uint64_t{1} << 16;
 constexpr uint64_t kMaxTensors = uint64_t{1} << 20;
