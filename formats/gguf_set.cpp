@@ -154,10 +154,11 @@ GgufFile GgufFile::open(const fs::path& path) {
   const GgufPartName name = parse_part_name(path.filename().string());
   GgufPart part = read_gguf_part(file.bytes(), state->source);
   const uint64_t count = uint_or(part, "split.count", 0);
-  if (count > 1 && name.count == 0)
-    fail(ErrorKind::io, state->source, ": part ", uint_or(part, "split.no", 0) + 1, " of ", count,
-         " of a set, but not named '...-0000N-of-0000M.gguf', so the other parts cannot be found; "
-         "restore its name");
+  const uint64_t number = uint_or(part, "split.no", 0) + 1;
+  if (count > 1 && name.count <= 1)
+    fail(ErrorKind::io, state->source, ": part ", number, " of ", count, " of a set, but not named '",
+         part_file_name({"...", number, count}, number),
+         "', so the other parts cannot be found; restore its name");
   if (name.count > 1) {
     if (name.number < 1 || name.number > name.count)
       fail(ErrorKind::format, state->source, ": named part ", name.number, " of ", name.count);

@@ -467,6 +467,10 @@ TEST_CASE("gguf set: missing, foreign and inconsistent parts") {
   std::filesystem::rename(first, folder / "renamed.gguf");
   check_thrown(thrown_by([&] { (void)GgufFile::open(folder / "renamed.gguf"); }), ErrorKind::io,
                "part 1 of 2 of a set, but not named");
+  const auto alone = folder / "m-00001-of-00001.gguf";
+  std::filesystem::rename(folder / "renamed.gguf", alone);
+  check_thrown(thrown_by([&] { (void)GgufFile::open(alone); }), ErrorKind::io,
+               "part 1 of 2 of a set, but not named '...-00001-of-00002.gguf'");
 }
 
 TEST_CASE("gguf: a string of many MiB is read") {
