@@ -13,6 +13,7 @@
 #include "converters/repack.h"
 #include "converters/source.h"
 #include "converters/target.h"
+#include "formats/gguf_parts.h"
 #include "quant/second_order.h"
 #include "runtime/tokenizer.h"
 
@@ -124,6 +125,7 @@ void measure_and_choose(ConversionSource& source, std::span<const Token> ids, co
 
 void convert_calibrated(const fs::path& folder, const fs::path& output,
                         const ConvertOptions& options, const CalibrationOptions& calibration) {
+  check_whole_name(output);
   check_overwrite(output, options);
   settle_unfinished(output, 1, options);
   ConversionSource source = open_folder(folder, options);
@@ -135,6 +137,7 @@ void convert_calibrated(const fs::path& folder, const fs::path& output,
 
 void quantize_calibrated(const fs::path& input, const fs::path& output,
                          const ConvertOptions& options, const CalibrationOptions& calibration) {
+  check_whole_name(output);
   check_overwrite(output, options);
   settle_unfinished(output, 1, options);
   ConversionSource source = open_gguf(input, options);

@@ -14,6 +14,7 @@
 #include "cli/model_options.h"
 #include "cli/options.h"
 #include "converters/quantize.h"
+#include "formats/gguf_parts.h"
 #include "runtime/calibration.h"
 #include "runtime/perplexity.h"
 
@@ -62,6 +63,7 @@ std::string report_text(const ImatrixCommand& command, const Imatrix& imatrix, c
 }
 
 void run_imatrix(const ImatrixCommand& command) {
+  check_whole_name(command.output);
   check_overwrite(command.output, command.force);
   const std::string text = read_text(command.file);
   ModelOptions options = command.model;

@@ -158,6 +158,7 @@ void write_parts(const fs::path& output, const std::vector<GgufKeyValue>& metada
   const uint64_t total_bytes = source_bytes(jobs);
   const auto parts = cut(std::move(jobs), options.split_max_bytes);
   const size_t n = parts.size();
+  if (n == 1) check_whole_name(output);
   if (n > UINT16_MAX) fail(ErrorKind::usage, "parts of ", options.split_max_bytes, " bytes make ", n, " files; at most ", UINT16_MAX);
   const auto path_of = [&](size_t i) { return n == 1 ? output : part_path(output, i, n); };
   // Cut off while the parts got their names: those that have them are of this run (ResumableFile::publish).

@@ -19,6 +19,7 @@
 #include "converters/quantize.h"
 #include "converters/synthetic_routing.h"
 #include "converters/write_queue.h"
+#include "formats/gguf_parts.h"
 #include "quant/f16.h"
 
 namespace duet {
@@ -478,6 +479,7 @@ class Generator {
 }  // namespace
 
 void make_synthetic(const std::filesystem::path& output, const SyntheticOptions& options) {
+  check_whole_name(output);
   check_overwrite(output, options.overwrite);
   const Format& type = find_type(options.type);
   const HParams hparams = shape_of(options);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <span>
 #include <string>
 #include <vector>
@@ -16,6 +17,8 @@ struct GgufPartName {
   uint64_t number = 0, count = 0;
 };
 GgufPartName parse_part_name(const std::string& file_name);
+// Error(usage) when a whole file of this name would be taken for a part of a set.
+void check_whole_name(const std::filesystem::path& path);
 
 struct GgufPart {
   uint32_t version = 0;

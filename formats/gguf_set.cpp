@@ -83,6 +83,13 @@ GgufPartName parse_part_name(const std::string& file_name) {
           std::stoull(std::string(count))};
 }
 
+void check_whole_name(const fs::path& path) {
+  const GgufPartName name = parse_part_name(path.filename().string());
+  if (name.count > 1)
+    fail(ErrorKind::usage, path.string(), ": one file, but named part ", name.number, " of ", name.count,
+         " of a set; choose another name");
+}
+
 struct GgufFile::State {
   std::string source;
   uint32_t version = 0;

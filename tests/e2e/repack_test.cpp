@@ -133,6 +133,15 @@ TEST_CASE("quantize --force: a run that fails leaves the old set") {
   CHECK(set() == old);
 }
 
+TEST_CASE("one file is not named as a part of a set") {
+  const TempFolder folder;
+  const std::string model = (folder / "model.gguf").string(), out = (folder / "o-00001-of-00003.gguf").string();
+  write_tiny_model(model, {.n_embd = 256, .n_ff = 256});
+  for (const std::vector<std::string>& arguments : {std::vector<std::string>{"quantize", model, out, "Q4_0"}, {"repack", model, out}, {"merge", model, out}, {"make-synthetic", "tiny", "-o", out}, {"imatrix", model, "-f", DUET_SOURCE_DIR "/README.md", "-o", out}})
+    CHECK(refusal(run_duet(arguments), kUsage, "named part 1 of 3 of a set") == "");
+  CHECK(!std::filesystem::exists(out));
+}
+
 TEST_CASE("quantize and convert write parts too") {
   const TempFolder folder;
   const std::string whole = (folder / "whole.gguf").string(), cut = (folder / "cut.gguf").string();
