@@ -120,7 +120,7 @@ TEST_CASE("bench: tables for people, Markdown and CSV") {
   const std::string csv = output("--csv");
   CHECK(csv.starts_with("test,threads,tok_s,tok_s_std,bytes_per_token,macs_per_token,share_of_limit,joules_per_token,"));
   CHECK(count_lines(csv) == 3);
-  CHECK(refusal(run_duet({"bench", kModel, "--csv", "--json"}), kUsage, "at most one") == "");
+  CHECK(refusal(run_duet({"bench", kModel, "--csv", "--json"}), kUsage, "--json excludes --csv") == "");
 }
 
 TEST_CASE("bench --roofline needs no model and shows every instruction set") {
