@@ -2,9 +2,6 @@
 #include "converters/compare.h"
 
 #include <CLI/CLI.hpp>
-#include <algorithm>
-#include <array>
-#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <memory>
@@ -31,7 +28,7 @@ struct CompareCommand {
   std::string a, b, file;
   ModelOptions model;  // how both are run
   size_t max_chunks = 0;
-  bool json = false;
+  bool json = false, file_given = false;  // given: on the command line
 };
 
 // In a folder of its own; removed at the end.
@@ -91,12 +88,10 @@ Json to_json(const ModelDifference& difference) {
 }
 
 void print_text(const ModelDifference& difference) {
-  std::array<char, 256> line{};
-  const auto put = [&](int n) { print(std::string_view(line.data(), std::min(line.size() - 1, static_cast<size_t>(n)))); };
-  put(std::snprintf(line.data(), line.size(), "%-36s %-11s %-11s %11s %11s %11s %10s\n", "tensor", "first", "second", "size", "size", "RMSE", "relative"));
+  print(formatted("%-36s %-11s %-11s %11s %11s %11s %10s\n", "tensor", "first", "second", "size", "size", "RMSE", "relative"));
   for (const TensorDifference& t : difference.tensors)
-    put(std::snprintf(line.data(), line.size(), "%-36s %-11s %-11s %11s %11s %11.4e %10.6f\n", one_line(t.name).c_str(), t.type_a.c_str(), t.type_b.c_str(),
-                      format_size(t.bytes_a).c_str(), format_size(t.bytes_b).c_str(), t.rmse, t.relative()));
+    print(formatted("%-36s %-11s %-11s %11s %11s %11.4e %10.6f\n", one_line(t.name).c_str(), t.type_a.c_str(), t.type_b.c_str(), format_size(t.bytes_a).c_str(),
+                    format_size(t.bytes_b).c_str(), t.rmse, t.relative()));
   for (const std::string& name : difference.only_a) print(concat(one_line(name), ": only in the first\n"));
   for (const std::string& name : difference.only_b) print(concat(one_line(name), ": only in the second\n"));
   size_t n_same = 0;
@@ -108,9 +103,19 @@ void print_text(const ModelDifference& difference) {
 // A folder, a file, or the name of a model that is here.
 std::string resolved(const std::string& model) { return fs::is_directory(model) ? model : model_file(model).string(); }
 
+// A folder cannot be run: with one a text of the command line is refused, one of a setting is of no use.
+void check_text(CompareCommand& command) {
+  for (const std::string& model : {command.a, command.b}) {
+    if (!fs::is_directory(model)) continue;
+    if (command.file_given) fail(ErrorKind::usage, "--file: predictions are those of GGUF files, and ", model, " is a folder; make a file with duet convert");
+    command.file.clear();
+  }
+}
+
 void run_compare(CompareCommand command) {
   command.a = resolved(command.a);
   command.b = resolved(command.b);
+  check_text(command);
   std::optional<ProgressBar> bar(std::in_place, "compare", ProgressBar::Unit::bytes);
   const ModelDifference difference = compare_models(command.a, command.b, {.n_threads = command.model.n_threads, .notice = notices(),
       .progress = [&](const ConvertProgress& p) { bar->update(p.done_bytes, p.total_bytes, p.tensor); }, .cancel = &interrupted()});
@@ -133,16 +138,20 @@ void add_compare(CLI::App& app) {
   options->model.kv_type = KvType::f32;
   command.add_option("FIRST", options->a, "GGUF file or Hugging Face folder: what errors are measured from")->required();
   command.add_option("SECOND", options->b, "GGUF file or Hugging Face folder")->required();
-  command.add_option("-f,--file", options->file, "Text on which SECOND's predictions are compared with FIRST's; both GGUF files; - is standard input");
-  command.add_option("-c,--ctx", options->model.n_ctx, "Positions of a chunk of the text")->check(whole_number(4, 1u << 24))->capture_default_str()->type_name("N");
+  const CLI::Option* file = command.add_option("-f,--file", options->file, "Text on which SECOND's predictions are compared with FIRST's; both GGUF files; - is standard input");
+  command.add_option("-c,--ctx", options->model.n_ctx, "Positions of a chunk of the text")->check(whole_number(4, 1u << 24))->capture_default_str()->type_name("N")->needs("--file");
   command.add_option("--chunks", options->max_chunks, "Only the first N chunks [default: all]")
       ->check(whole_number(1, uint64_t{1} << 40))
-      ->type_name("N");
+      ->type_name("N")
+      ->needs("--file");
   add_memory_option(command, options->model.memory);
   add_threads_option(command, options->model.n_threads);
   command.add_flag("--json", options->json, "One JSON document: {tensors, only_first, only_second, bytes, divergence}");
   add_environment(command);
-  command.callback([options] { run_compare(*options); });
+  command.callback([options, file] {
+    options->file_given = file->count() > 0;
+    run_compare(*options);
+  });
 }
 
 }  // namespace duet::cli

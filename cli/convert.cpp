@@ -3,8 +3,6 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <array>
-#include <cstdio>
 #include <memory>
 
 #include "base/error.h"
@@ -25,7 +23,7 @@ struct ConvertArgs {
   std::string calibrate, split_max_size, target_size, ram;
   double target_bpw = 0;
   size_t calibrate_tokens = 0;
-  bool vocab_only = false, dry_run = false, force = false, resume = false, json = false;
+  bool vocab_only = false, dry_run = false, force = false, resume = false, json = false, calibrate_given = false;  // given: on the command line
   int n_threads = 0;
 };
 
@@ -68,16 +66,10 @@ std::string shape_text(const PlannedTensor& tensor) {
 }
 
 void print_plan(const ConvertPlan& plan) {
-  std::array<char, 256> line{};
-  for (const PlannedTensor& tensor : plan.tensors) {
-    const int n = std::snprintf(line.data(), line.size(), "%-40s %-5s %22s %12s\n",
-                                one_line(tensor.name).c_str(), tensor.format->name,
-                                shape_text(tensor).c_str(), format_size(tensor.n_bytes).c_str());
-    print(std::string_view(line.data(), std::min(line.size() - 1, static_cast<size_t>(n))));
-  }
-  std::snprintf(line.data(), line.size(), "%.3f", plan.bits_per_weight);
-  print(concat(plan.recipe, ": ", plan.tensors.size(), " tensors, ", format_size(plan.source_bytes),
-               " -> ", format_size(plan.output_bytes), ", ", line.data(), " bits per weight\n"));
+  for (const PlannedTensor& tensor : plan.tensors)
+    print(formatted("%-40s %-5s %22s %12s\n", one_line(tensor.name).c_str(), tensor.format->name, shape_text(tensor).c_str(), format_size(tensor.n_bytes).c_str()));
+  print(concat(plan.recipe, ": ", plan.tensors.size(), " tensors, ", format_size(plan.source_bytes), " -> ", format_size(plan.output_bytes), ", ",
+               fixed(plan.bits_per_weight, 3), " bits per weight\n"));
   print(concat(plan.n_files == 1 ? "1 file" : concat(plan.n_files, " files"), ", ", plan.file_bytes, " bytes\n"));
 }
 
@@ -130,6 +122,8 @@ void run_conversion(const ConvertArgs& args, const Conversion& conversion) {
   if (args.dry_run) {
     // Only a choice of types depends on the text.
     const bool measured = has_target(options) && !args.calibrate.empty();
+    if (args.calibrate_given && !measured)
+      fail(ErrorKind::usage, "--dry-run: the text of --calibrate changes no type or size without --target-size or --target-bpw; leave it out");
     const ConvertPlan result = measured ? conversion.plan_calibrated(args.source, options, calibration_options(args))
                                         : conversion.plan(args.source, options);
     return args.json ? print_plan_json(result) : print_plan(result);
@@ -222,9 +216,11 @@ void add_convert(CLI::App& app) {
   CLI::Option* vocab_only = command.add_flag("--vocab-only", args->vocab_only,
                                              "Only the vocabulary: needs config.json and the tokenizer, writes no tensors");
   add_shared_options(command, *type, *args);
-  vocab_only->excludes("--target-size", "--target-bpw");
+  vocab_only->excludes("--target-size", "--target-bpw", "--tensor", "--token-embedding-type", "--output-tensor-type", "--imatrix", "--lora",
+                       "--split-max-size", "--calibrate");
   add_environment(command);
-  command.callback([args] {
+  command.callback([args, calibrate = command.get_option("--calibrate")] {
+    args->calibrate_given = calibrate->count() > 0;
     run_conversion(*args, {"convert", plan_convert, convert, plan_convert_calibrated, convert_calibrated});
   });
 }
@@ -237,7 +233,8 @@ void add_quantize(CLI::App& app) {
   CLI::Option* type = command.add_option("TYPE", args->type, "Mix of types: " + joined(recipe_names(), " "));
   add_shared_options(command, *type, *args);
   add_environment(command);
-  command.callback([args] {
+  command.callback([args, calibrate = command.get_option("--calibrate")] {
+    args->calibrate_given = calibrate->count() > 0;
     run_conversion(*args, {"quantize", plan_quantize, quantize, plan_quantize_calibrated, quantize_calibrated});
   });
 }

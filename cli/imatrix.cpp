@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "base/json.h"
+#include "base/mapped_file.h"
 #include "cli/commands.h"
 #include "cli/console.h"
 #include "cli/model_options.h"
@@ -65,6 +66,7 @@ std::string report_text(const ImatrixCommand& command, const Imatrix& imatrix, c
 void run_imatrix(const ImatrixCommand& command) {
   check_whole_name(command.output);
   check_overwrite(command.output, command.force);
+  static_cast<void>(OutputFile(command.output, 0));  // fails before the work
   const std::string text = read_text(command.file);
   ModelOptions options = command.model;
   if (options.gpu.mode != GpuOptions::Mode::automatic && options.gpu.mode != GpuOptions::Mode::off)

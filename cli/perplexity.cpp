@@ -104,10 +104,10 @@ void add_perplexity(CLI::App& app) {
       ->check(whole_number(1, uint64_t{1} << 40))
       ->type_name("N");
   command.add_option("--save-logits", options->save_logits, "Write the predictions to this file, a reference for --kld")->type_name("REF");
-  command.add_flag("--force", options->force, "Replace an existing file of --save-logits");
+  command.add_flag("--force", options->force, "Replace an existing file of --save-logits")->needs("--save-logits");
   command.add_option("--kld", options->kld, "Kullback-Leibler divergence from the predictions of this reference, on its text and all of its chunks")
       ->type_name("REF")
-      ->excludes("--save-logits", "--chunks");
+      ->excludes("--save-logits", "--chunks", "--ctx");
   command.add_flag("--json", options->json,
                    "One JSON document: {perplexity, nll, nll_stderr, tokens, chunks, ctx}, with --kld those of the comparison");
   add_environment(command);

@@ -63,6 +63,8 @@ TEST_CASE("perplexity --kld refuses what does not belong together") {
   CHECK(refusal(run_duet({"perplexity", kModel, "--kld", reference(), "-f", other}), kUsage, "another text") == "");
   CHECK(refusal(run_duet({"perplexity", kModel}), kUsage, "--file") == "");
   CHECK(refusal(run_duet({"perplexity", kModel, "--kld", reference(), "--chunks", "1"}), kUsage, "--chunks") == "");
+  CHECK(refusal(run_duet({"perplexity", kModel, "--kld", reference(), "-c", "512"}), kUsage, "--ctx") == "");
+  CHECK(refusal(run_duet({"perplexity", kModel, "-f", kSample, "--force"}), kUsage, "--save-logits") == "");
   CHECK(refusal(run_duet({"perplexity", kModel, "--kld", kModel}), kFormat, "not a reference") == "");
   CHECK(refusal(run_duet({"perplexity", kModel, "--kld", "nowhere.ref"}), kIo, "nowhere.ref") == "");
   const std::string tiny = (folder / "tiny.gguf").string(), cut = (folder / "cut.ref").string();
@@ -111,6 +113,8 @@ TEST_CASE("imatrix: bad input is refused in one line") {
   CHECK(refusal(run_duet({"imatrix", kModel, "-f", "nowhere.txt", "-o", out}), kIo, "nowhere.txt") == "");
   CHECK(refusal(run_duet({"quantize", kExact, out, "Q4_K_M", "--imatrix", "nowhere.dat"}), kIo, "nowhere.dat") == "");
   CHECK(refusal(run_duet({"quantize", kExact, out, "Q4_K_M", "--imatrix", kModel}), kFormat, "not an importance matrix") == "");
+  // Before the model is opened.
+  CHECK(refusal(run_duet({"imatrix", "nowhere.gguf", "-f", kSample, "-o", (folder / "no" / "i.gguf").string()}), kIo, "cannot write") == "");
   write_text(file, "junk");
   CHECK(refusal(run_duet({"quantize", kExact, out, "Q4_K_M", "--imatrix", file}), kFormat, "i.dat") == "");
   duet::Imatrix other;

@@ -128,3 +128,10 @@ TEST_CASE("compare: the old expert layout equals the merged one, other shapes ar
   CHECK(refusal(run_duet({"compare", merged, wide}), kFormat, "another shape") == "");
   CHECK(refusal(run_duet({"compare", merged, "nowhere"}), kIo, "nowhere") == "");
 }
+
+TEST_CASE("compare: a text needs two files, and its options need a text") {
+  CHECK(refusal(run_duet({"compare", kFolder, kExact, "-f", kSample}), kUsage, "is a folder") == "");
+  CHECK(refusal(run_duet({"compare", kExact, kModel, "-c", "128"}), kUsage, "--ctx belongs to --file") == "");
+  CHECK(refusal(run_duet({"compare", kExact, kModel, "--chunks", "1"}), kUsage, "--chunks belongs to --file") == "");
+  CHECK(run_duet({"compare", kFolder, kExact}, {.environment = {{"DUET_FILE", kSample}, {"DUET_CTX", "128"}}}).exit_code == 0);
+}
