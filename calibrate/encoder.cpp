@@ -194,6 +194,13 @@ void CalibratedEncoder::run_layer(int index) {
   write_layer(s);
 }
 
+// Whether moments of their inputs are of use.
+bool CalibratedEncoder::fits_any(const LayerState& s, std::initializer_list<size_t> places) const {
+  return std::any_of(places.begin(), places.end(), [&](size_t place) {
+    return has_second_order(*model_.job(kind_of(hparams_, static_cast<LayerPlace>(place)), s.index).format);
+  });
+}
+
 // ---- attention ---------------------------------------------------------------------------------
 
 void CalibratedEncoder::encode_attention(LayerState& s) {
@@ -220,6 +227,7 @@ void CalibratedEncoder::encode_attention(LayerState& s) {
 
 Moments CalibratedEncoder::attention_inputs(const LayerState& s) const {
   Moments inputs(n_embd_, moment_cols(n_embd_), 0);
+  if (!fits_any(s, {kQ, kK, kV})) return inputs;
   std::vector<float> source(sizes_.chunk_tokens * n_embd_), encoded(source.size());
   in_chunks(n_tokens(), [&](size_t t, size_t n) {
     eval_.norm(s.source.attn_norm, source_stream_.data() + t * n_embd_, n, source.data());
@@ -241,7 +249,7 @@ void CalibratedEncoder::encode_output_projection(LayerState& s) {
   }
   Moments inputs(width, moment_cols(width), n_embd_);
   std::vector<float> a(sizes_.chunk_tokens * n_embd_), b(a.size());
-  in_chunks(n_tokens(), [&](size_t t, size_t n) {
+  if (fits_any(s, {kOutput})) in_chunks(n_tokens(), [&](size_t t, size_t n) {
     for (size_t i = 0; i < n * n_embd_; ++i)
       a[i] = source_stream_[t * n_embd_ + i] - encoded_stream_[t * n_embd_ + i];
     inputs.add(eval_, encoded.data() + t * width, source.data() + t * width, a.data(), n);
@@ -333,6 +341,7 @@ void CalibratedEncoder::for_chunks(const LayerState& s, size_t e, const Body& bo
 
 Moments CalibratedEncoder::expert_inputs(const LayerState& s, size_t e) const {
   Moments inputs(n_embd_, moment_cols(n_embd_), 0);
+  if (!fits_any(s, {kGate, kUp})) return inputs;
   for_chunks(s, e, [&](ExpertChunk& chunk) {
     scale_rows(chunk.source, chunk.weights);
     scale_rows(chunk.encoded, chunk.weights);
@@ -347,6 +356,7 @@ Moments CalibratedEncoder::hidden_inputs(const LayerState& s, size_t e, const Ex
                                          const Expert& encoded) const {
   const size_t n_ff = hparams_.n_ff;
   Moments inputs(n_ff, moment_cols(n_ff), n_embd_);
+  if (!fits_any(s, {kDown})) return inputs;
   for_chunks(s, e, [&](ExpertChunk& chunk) {
     std::vector<float> a(chunk.n * n_ff), b(chunk.n * n_ff);
     eval_.hidden(source, chunk.source.data(), chunk.n, a.data());

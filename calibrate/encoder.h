@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 #include <span>
 #include <string>
 #include <vector>
@@ -55,6 +56,7 @@ class CalibratedEncoder {
   int restore_state();  // the layer to go on with
   void pass_tensors(int next_layer);
   void run_layer(int index);
+  bool fits_any(const LayerState& s, std::initializer_list<size_t> places) const;  // places: of encoder.cpp
   void encode_attention(LayerState& s);
   Moments attention_inputs(const LayerState& s) const;
   void encode_output_projection(LayerState& s);

@@ -23,7 +23,7 @@ struct ConvertArgs {
   std::string calibrate, split_max_size, target_size, ram;
   double target_bpw = 0;
   size_t calibrate_tokens = 0;
-  bool vocab_only = false, dry_run = false, force = false, resume = false, json = false, calibrate_given = false;  // given: on the command line
+  bool vocab_only = false, dry_run = false, force = false, resume = false, json = false;
   int n_threads = 0;
 };
 
@@ -120,11 +120,10 @@ void run_conversion(const ConvertArgs& args, const Conversion& conversion) {
     fail(ErrorKind::usage, "no type given: add one of ", joined(recipe_names(), " "), ", or --target-size or --target-bpw");
   ConvertOptions options = library_options(args);
   if (args.dry_run) {
-    // Only a choice of types depends on the text.
+    // Only a choice of types depends on the text; it is read in any case, so that a wrong name is found here.
+    const CalibrationOptions calibration = args.calibrate.empty() ? CalibrationOptions{} : calibration_options(args);
     const bool measured = has_target(options) && !args.calibrate.empty();
-    if (args.calibrate_given && !measured)
-      fail(ErrorKind::usage, "--dry-run: the text of --calibrate changes no type or size without --target-size or --target-bpw; leave it out");
-    const ConvertPlan result = measured ? conversion.plan_calibrated(args.source, options, calibration_options(args))
+    const ConvertPlan result = measured ? conversion.plan_calibrated(args.source, options, calibration)
                                         : conversion.plan(args.source, options);
     return args.json ? print_plan_json(result) : print_plan(result);
   }
@@ -219,8 +218,7 @@ void add_convert(CLI::App& app) {
   vocab_only->excludes("--target-size", "--target-bpw", "--tensor", "--token-embedding-type", "--output-tensor-type", "--imatrix", "--lora",
                        "--split-max-size", "--calibrate");
   add_environment(command);
-  command.callback([args, calibrate = command.get_option("--calibrate")] {
-    args->calibrate_given = calibrate->count() > 0;
+  command.callback([args] {
     run_conversion(*args, {"convert", plan_convert, convert, plan_convert_calibrated, convert_calibrated});
   });
 }
@@ -233,8 +231,7 @@ void add_quantize(CLI::App& app) {
   CLI::Option* type = command.add_option("TYPE", args->type, "Mix of types: " + joined(recipe_names(), " "));
   add_shared_options(command, *type, *args);
   add_environment(command);
-  command.callback([args, calibrate = command.get_option("--calibrate")] {
-    args->calibrate_given = calibrate->count() > 0;
+  command.callback([args] {
     run_conversion(*args, {"quantize", plan_quantize, quantize, plan_quantize_calibrated, quantize_calibrated});
   });
 }

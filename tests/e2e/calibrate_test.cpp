@@ -122,6 +122,9 @@ TEST_CASE("calibrate: too short a text and a missing one are refused") {
   CHECK(refusal(run_duet({"convert", kDemo, "--calibrate", kFolder + "none.txt", "-o",
                           kFolder + "x.gguf"}),
                 3, "none.txt") == "");
+  // A dry run needs no text for these types, but finds that there is none.
+  CHECK(refusal(run_duet({"convert", kDemo, "--dry-run", "--calibrate", kFolder + "none.txt"}), 3, "none.txt") == "");
+  CHECK(run_duet({"convert", kDemo, "--dry-run", "--calibrate", kFolder + "few.txt"}).exit_code == 0);
   const std::string text = text_file("short.txt", 0, 4000);
   CHECK(refusal(run_duet(
                     {"convert", kDemo, "-q", "F16", "--calibrate", text, "-o", kFolder + "x.gguf"}),

@@ -135,3 +135,15 @@ TEST_CASE("compare: a text needs two files, and its options need a text") {
   CHECK(refusal(run_duet({"compare", kExact, kModel, "--chunks", "1"}), kUsage, "--chunks belongs to --file") == "");
   CHECK(run_duet({"compare", kFolder, kExact}, {.environment = {{"DUET_FILE", kSample}, {"DUET_CTX", "128"}}}).exit_code == 0);
 }
+
+TEST_CASE("inspect and compare: a line is as long as its tensor's name") {
+  const TempFolder folder;
+  const std::string file = (folder / "long.gguf").string(), name(600, 'n');
+  GgufBuilder builder = tiny_model({});
+  builder.tensors.push_back({name, {32}, 0, std::string(128, '\0')});
+  write_bytes(file, builder.build());
+  CHECK(output({"inspect", file, "--tensors"}).find(name + " F32           128 B  32\n") != std::string::npos);
+  const std::string text = output({"compare", file, file});
+  CHECK(text.find(name + " F32 ") != std::string::npos);
+  CHECK(text.find(" 0.000000\n", text.find(name)) != std::string::npos);
+}
