@@ -114,10 +114,15 @@ Cost prefill_cost(const ModelInfo& info, KvType type, uint32_t n_batch, const Te
 
 // Decode against memory as it was beside each repetition, prefill against the integer units; models of float weights, which have no
 // integer products, against the float units.
-double share_of_limit(const BenchResult& result, const Cost& cost, const Roofline& roofline) {
-  if (result.read_bytes_per_s) return cost.bytes * result.mean / *result.read_bytes_per_s;
-  if (cost.int8_macs > 0) return cost.int8_macs * result.mean / roofline.int8_macs_per_s;
-  return cost.f32_macs * result.mean / roofline.f32_macs_per_s;
+double share_of_limit(const BenchResult& result, const Roofline& roofline) {
+  if (result.read_bytes_per_s) return result.bytes_per_token * result.mean / *result.read_bytes_per_s;
+  if (result.int8_macs_per_token > 0) return result.int8_macs_per_token * result.mean / roofline.int8_macs_per_s;
+  return result.macs_per_token * result.mean / roofline.f32_macs_per_s;
+}
+
+void hold_against_limits(BenchResult& result, const Roofline& roofline) {
+  if (result.streamed) hold_against_memory(*result.streamed, result.bytes_per_token, roofline.read_bytes_per_s);
+  result.share_of_limit = result.streamed && result.is_decode ? result.streamed->eff_sched : share_of_limit(result, roofline);
 }
 
 // ---- running -----------------------------------------------------------------------------------
@@ -133,9 +138,11 @@ uint32_t context(const BenchOptions& options) {
 
 class Runner {
  public:
-  Runner(const BenchOptions& options, int n_threads, const Limits& limits, BenchReport& report)
+  // probe: made when a test first needs it.
+  Runner(const BenchOptions& options, int n_threads, std::unique_ptr<ReadProbe>& probe, BenchReport& report)
       : options_(options),
-        limits_(limits),
+        n_threads_(n_threads),
+        probe_(probe),
         report_(report),
         engine_(open(options.model, n_threads, report)),
         routing_(engine_, options.trace),
@@ -195,7 +202,8 @@ class Runner {
   void measure(const Test& test) {
     BenchResult result;
     result.test = test.name();
-    result.n_threads = limits_.n_threads;
+    result.is_decode = test.decode;
+    result.n_threads = n_threads_;
     const std::vector<uint64_t> before = uses();
     const StreamMeter stream(engine_);
     routing_.record(test.decode);
@@ -206,7 +214,7 @@ class Runner {
       total_seconds += t;
       result.tok_s.push_back(test.n_tokens / t);
       joules += meter_.joules() - joules_before;
-      if (test.decode && !stream.active()) read_rates += probe().bytes_per_s();
+      if (test.decode && !stream.active()) read_rates += read_rate();
       session_.truncate(test.depth);
     }
     const double n_tokens = double{1} * test.n_tokens * options_.n_repetitions;
@@ -216,9 +224,9 @@ class Runner {
     finish(test, result, stream, total_seconds);
   }
 
-  const ReadProbe& probe() {
-    if (!probe_) probe_ = std::make_unique<ReadProbe>(select_kernels(options_.model.isa), limits_.n_threads);
-    return *probe_;
+  double read_rate() {
+    if (!probe_) probe_ = std::make_unique<ReadProbe>(select_kernels(options_.model.isa), n_threads_);
+    return probe_->bytes_per_s(n_threads_);
   }
 
   void finish(const Test& test, BenchResult& result, const StreamMeter& stream, double total_seconds) {
@@ -230,11 +238,10 @@ class Runner {
     const Cost cost = test.decode ? decode_cost(info, options_.model.kv_type, test)
                                   : prefill_cost(info, options_.model.kv_type, report_.n_batch, test);
     result.bytes_per_token = cost.bytes;
+    result.int8_macs_per_token = cost.int8_macs;
     result.macs_per_token = cost.int8_macs + cost.f32_macs;
-    if (stream.active())
-      result.streamed = stream.end(n * test.n_tokens, total_seconds, cost.bytes, limits_.roofline.read_bytes_per_s, *report_.disk_bytes_per_s);
+    if (stream.active()) result.streamed = stream.end(n * test.n_tokens, total_seconds, *report_.disk_bytes_per_s);
     if (result.streamed && test.decode) result.streamed->eff_policy = routing_.eff_policy();
-    result.share_of_limit = result.streamed && test.decode ? result.streamed->eff_sched : share_of_limit(result, cost, limits_.roofline);
     report_.results.push_back(std::move(result));
   }
 
@@ -247,14 +254,14 @@ class Runner {
   }
 
   const BenchOptions& options_;
-  const Limits& limits_;
+  int n_threads_;
+  std::unique_ptr<ReadProbe>& probe_;
   BenchReport& report_;
   Engine engine_;
   BenchRouting routing_;
   Session session_;
   std::mt19937_64 random_;
   EnergyMeter meter_;
-  std::unique_ptr<ReadProbe> probe_;
 };
 
 // ---- the command -------------------------------------------------------------------------------
@@ -321,9 +328,13 @@ void run_bench(BenchOptions options) {
   const gpu::FoundDevice card = has_model ? check_model(options.model, report.threads.front()) : gpu::FoundDevice{};
   options.model.gpu.device = card.device.get();
   report.energy_absent = EnergyMeter().why_not();
-  measure_limits(options, kernels, report);
+  // The limits come last and the probe goes at the end: virtual machines give freed memory back to their host, which
+  // takes a core away for many seconds (12 instead of 8 s for a prefill after 4 GB were freed).
+  std::unique_ptr<ReadProbe> probe;
   if (has_model)
-    for (const int n : report.threads) Runner(options, n, limits_of(report, n), report).run();
+    for (const int n : report.threads) Runner(options, n, probe, report).run();
+  measure_limits(options, kernels, report);
+  for (BenchResult& result : report.results) hold_against_limits(result, limits_of(report, result.n_threads).roofline);
   print_report(report, format);
 }
 

@@ -28,6 +28,7 @@ struct Limits {
 // misses allow: T_io = bytes from disk / disk rate, T_mem = bytes of weights in use / memory rate,
 // T_perfect = max(T_io, T_mem), T_demand = T_io + the rest of T_mem (no reading before the router has chosen).
 struct StreamShare : StreamUse {
+  double t = 0, t_io = 0;  // seconds, measured and from the disk
   double t_perfect = 0, t_demand = 0, eff_sched = 0, eff_disk = 0;  // seconds; T_perfect / measured; disk duty
   std::optional<double> eff_policy;  // decode: bytes that Belady's choice would have missed / bytes missed
   double major_faults = 0;
@@ -37,10 +38,11 @@ struct StreamShare : StreamUse {
 
 struct BenchResult {
   std::string test;  // "pp512", "tg32", "tg32@d8192"
+  bool is_decode = false;
   int n_threads = 1;
   std::vector<double> tok_s;  // of each repetition
   double mean = 0, deviation = 0;
-  double bytes_per_token = 0, macs_per_token = 0;
+  double bytes_per_token = 0, macs_per_token = 0, int8_macs_per_token = 0;
   double share_of_limit = 0;
   std::optional<double> read_bytes_per_s;  // decode: the limit, measured beside each repetition
   std::optional<StreamShare> streamed;     // absent: all weights in memory
@@ -70,8 +72,8 @@ class StreamMeter {
  public:
   explicit StreamMeter(const Engine& engine);
   bool active() const { return before_.has_value(); }
-  // weight_bytes: in use per token, from wherever.
-  StreamShare end(double n_tokens, double seconds, double weight_bytes, double memory_bytes_per_s, double disk_bytes_per_s) const;
+  // All but what depends on the memory's speed.
+  StreamShare end(double n_tokens, double seconds, double disk_bytes_per_s) const;
 
  private:
   const Engine& engine_;
@@ -79,6 +81,9 @@ class StreamMeter {
   uint64_t faults_before_ = 0;
   std::optional<uint64_t> kernel_bytes_before_;
 };
+
+// The times that memory allows; weight_bytes: in use per token, from wherever.
+void hold_against_memory(StreamShare& share, double weight_bytes, double memory_bytes_per_s);
 
 // What the router of a Runner's session chose: for --trace-experts all of it; where experts are
 // streamed, that of decode tests, to compare with the best that could have been kept.

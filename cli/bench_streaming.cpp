@@ -30,20 +30,24 @@ std::optional<uint64_t> kernel_read_bytes() {
 StreamMeter::StreamMeter(const Engine& engine)
     : engine_(engine), before_(engine.stream_stats()), faults_before_(static_cast<uint64_t>(usage().ru_majflt)), kernel_bytes_before_(kernel_read_bytes()) {}
 
-StreamShare StreamMeter::end(double n_tokens, double seconds, double weight_bytes, double memory_bytes_per_s,
-                             double disk_bytes_per_s) const {
+StreamShare StreamMeter::end(double n_tokens, double seconds, double disk_bytes_per_s) const {
   const struct rusage used = usage();
   StreamShare out;
   static_cast<StreamUse&>(out) = stream_use(*before_, *engine_.stream_stats(), n_tokens, seconds, engine_.info().n_threads);
-  const double t_io = out.disk_bytes / disk_bytes_per_s, t_mem = weight_bytes / memory_bytes_per_s, t = seconds / n_tokens;
-  out.t_perfect = std::max(t_io, t_mem);
-  out.t_demand = t_io + std::max(0.0, t_mem - out.disk_bytes / memory_bytes_per_s);
-  out.eff_sched = out.t_perfect / t;
-  out.eff_disk = t_io / t;
+  out.t = seconds / n_tokens;
+  out.t_io = out.disk_bytes / disk_bytes_per_s;
+  out.eff_disk = out.t_io / out.t;
   out.major_faults = static_cast<double>(static_cast<uint64_t>(used.ru_majflt) - faults_before_) / n_tokens;
   if (const auto now = kernel_read_bytes(); now && kernel_bytes_before_) out.kernel_bytes = static_cast<double>(*now - *kernel_bytes_before_) / n_tokens;
   out.peak_bytes = static_cast<uint64_t>(used.ru_maxrss) * 1024;
   return out;
+}
+
+void hold_against_memory(StreamShare& share, double weight_bytes, double memory_bytes_per_s) {
+  const double t_mem = weight_bytes / memory_bytes_per_s;
+  share.t_perfect = std::max(share.t_io, t_mem);
+  share.t_demand = share.t_io + std::max(0.0, t_mem - share.disk_bytes / memory_bytes_per_s);
+  share.eff_sched = share.t_perfect / share.t;
 }
 
 BenchRouting::BenchRouting(const Engine& engine, const std::string& trace) : engine_(engine) {

@@ -35,10 +35,11 @@ uint64_t buffer_size(uint64_t max_bytes, int n_threads) {
     room = std::min(room, *memory.cgroup_limit_bytes - std::min(used, *memory.cgroup_limit_bytes));
   }
   const uint64_t unit = kHugePage * static_cast<uint64_t>(n_threads);  // equal parts of whole pages
-  const uint64_t n_bytes = std::min(max_bytes, room / 4) / unit * unit;
-  if (n_bytes < std::min(kMinBytes, max_bytes))
+  const uint64_t least = std::min(kMinBytes, max_bytes);
+  // A group may be full of file pages, which the kernel takes back.
+  if (memory.available_bytes / 4 < least || memory.cgroup_limit_bytes.value_or(UINT64_MAX) / 4 < least)
     fail(ErrorKind::memory, "only ", room, " bytes of memory are available: too few to measure its speed");
-  return n_bytes;
+  return std::max(std::min(max_bytes, room / 4), least + unit - 1) / unit * unit;
 }
 
 // Each thread writes the part it will read, so that it lies in that thread's memory.
@@ -48,7 +49,8 @@ void fill(const PageArray& buffer, int n_threads, uint64_t n_bytes) {
 }
 
 double best_read_rate(const KernelTable& kernels, const PageArray& buffer, int n_threads, uint64_t n_bytes, int n_runs) {
-  const uint64_t part = n_bytes / static_cast<uint64_t>(n_threads);
+  const uint64_t part = n_bytes / static_cast<uint64_t>(n_threads) / kHugePage * kHugePage;
+  n_bytes = part * static_cast<uint64_t>(n_threads);
   std::atomic<uint64_t> total{0};
   double best = 0;
   for (int run = 0; run < n_runs; ++run) {
@@ -109,16 +111,14 @@ struct ReadProbe::Memory {
 };
 
 ReadProbe::ReadProbe(const KernelTable& kernels, int n_threads, uint64_t max_bytes)
-    : kernels_(kernels),
-      n_threads_(n_threads),
-      memory_(std::make_unique<Memory>(buffer_size(max_bytes, n_threads))) {
-  fill(memory_->buffer, n_threads_, memory_->n_bytes);
+    : kernels_(kernels), memory_(std::make_unique<Memory>(buffer_size(max_bytes, n_threads))) {
+  fill(memory_->buffer, n_threads, memory_->n_bytes);
 }
 
 ReadProbe::~ReadProbe() = default;
 
-double ReadProbe::bytes_per_s() const {
-  return best_read_rate(kernels_, memory_->buffer, n_threads_, memory_->n_bytes, 2);
+double ReadProbe::bytes_per_s(int n_threads) const {
+  return best_read_rate(kernels_, memory_->buffer, n_threads, memory_->n_bytes, 2);
 }
 
 }  // namespace duet

@@ -28,19 +28,18 @@ std::vector<Roofline> measure_rooflines(std::span<const KernelTable* const> tabl
 
 // The read rate again and again, beside other measurements: memory that is shared with other machines
 // changes its speed within minutes. Holds a buffer of min(max_bytes, a quarter of the memory
-// available). Error(memory) as above.
+// available), written by n_threads threads. Error(memory) as above.
 class ReadProbe {
  public:
   ReadProbe(const KernelTable& kernels, int n_threads, uint64_t max_bytes = uint64_t{1} << 30);
   ~ReadProbe();
   ReadProbe(const ReadProbe&) = delete;
   ReadProbe& operator=(const ReadProbe&) = delete;
-  double bytes_per_s() const;  // best of two passes
+  double bytes_per_s(int n_threads) const;  // of so many threads; best of two passes
 
  private:
   struct Memory;
   const KernelTable& kernels_;
-  int n_threads_;
   std::unique_ptr<Memory> memory_;
 };
 
