@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <map>
+#include <numeric>
 
 #include "base/error.h"
 #include "base/parallel.h"
@@ -74,6 +75,14 @@ RowError row_error(const TensorJob& job, const Format& format, uint64_t row) {
     out.square += w * double{x[c]} * double{x[c]};
   }
   return out;
+}
+
+// Step between the rows that are looked at, of n_rows in a circle: prime to it, so that n_rows steps meet each row once, and near
+// its golden section, so that fewer are spread evenly, whatever repeats with heads and experts.
+uint64_t sample_step(uint64_t n_rows) {
+  uint64_t step = std::max<uint64_t>(1, n_rows * 618 / 1000);
+  while (std::gcd(step, n_rows) != 1) ++step;
+  return step;
 }
 
 std::vector<const Format*> candidates(const TensorJob& job) {
@@ -215,9 +224,10 @@ double relative_error(const TensorJob& job, const Format& format, int n_threads)
   if (has_format(job, format)) return 0;
   const uint64_t rows = n_rows(job), wanted = std::max<uint64_t>(16, kSampleWeights / job.shape.back());
   const uint64_t n = std::min(rows, wanted);
+  const uint64_t step = sample_step(rows);
   std::vector<RowError> errors(n);
   parallel_for(n_threads, n, 4, [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; ++i) errors[i] = row_error(job, format, i * rows / n + rows / n / 2);
+    for (size_t i = begin; i < end; ++i) errors[i] = row_error(job, format, i * step % rows);
   });
   RowError sum;
   for (const RowError& e : errors) {

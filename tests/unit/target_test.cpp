@@ -159,3 +159,21 @@ TEST_CASE("target: relative errors fall with bits and are weighted") {
   }
   CHECK(relative_error(*job, format_of(DType::BF16), 1) == 0);  // as it is stored
 }
+
+TEST_CASE("target: relative errors are those of rows all over a tensor, whatever repeats in it") {
+  constexpr size_t kRows = 4096, kCols = 256;
+  const auto error_of = [](size_t period, size_t zero) {
+    std::mt19937 random(3);
+    std::vector<float> values(kRows * kCols);
+    for (size_t i = 0; i < values.size(); ++i) {
+      const float v = static_cast<float>(random() % 2001) / 1000 - 1;
+      values[i] = i / kCols % period == zero ? 0 : v;
+    }
+    const Format& f32 = format_of(DType::F32);
+    const TensorJob job{"t", &f32, {kRows, kCols}, {{.source = {"t", &f32, {kRows, kCols}, std::as_bytes(std::span(values))}}}};
+    return relative_error(job, format_of(DType::Q4_K), 2);
+  };
+  const double all = error_of(kRows, 0);
+  for (const size_t period : {size_t{2}, size_t{8}, size_t{128}})
+    for (size_t zero = 0; zero < std::min<size_t>(period, 8); ++zero) CHECK(error_of(period, zero) / all == doctest::Approx(1).epsilon(0.05));
+}
