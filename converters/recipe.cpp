@@ -81,7 +81,8 @@ DType attn_output_type(const Recipe& recipe, const HParams& hparams) {
   }
 }
 
-DType ffn_down_type(const Recipe& recipe, uint32_t layer, uint32_t n_layer) {
+// With an importance matrix the first layers' stay IQ4 types, and Q4_0 gets an offset there.
+DType ffn_down_type(const Recipe& recipe, uint32_t layer, uint32_t n_layer, bool has_imatrix) {
   switch (recipe.file_type) {
     case FileType::Q2_K:
       return DType::Q3_K;
@@ -93,7 +94,9 @@ DType ffn_down_type(const Recipe& recipe, uint32_t layer, uint32_t n_layer) {
       return layer < n_layer / 8 ? DType::Q5_K : DType::Q4_K;
     case FileType::IQ4_NL:
     case FileType::IQ4_XS:
-      return layer < n_layer / 8 ? DType::Q5_K : recipe.base;
+      return layer < n_layer / 8 && !has_imatrix ? DType::Q5_K : recipe.base;
+    case FileType::Q4_0:
+      return layer < n_layer / 8 && has_imatrix ? DType::Q4_1 : recipe.base;
     case FileType::Q4_K_M:
     case FileType::Q5_K_M:
       return use_more_bits(layer, n_layer) ? DType::Q6_K : recipe.base;
@@ -109,7 +112,7 @@ DType output_type(const Recipe& recipe, uint64_t cols) {
   return DType::Q6_K;
 }
 
-DType quantized_type(const Recipe& recipe, const HParams& hparams, const TensorSpec& spec) {
+DType quantized_type(const Recipe& recipe, const HParams& hparams, const TensorSpec& spec, bool has_imatrix) {
   const auto layer = static_cast<uint32_t>(spec.layer);
   switch (spec.kind) {
     case TensorKind::output:
@@ -124,7 +127,7 @@ DType quantized_type(const Recipe& recipe, const HParams& hparams, const TensorS
       return attn_output_type(recipe, hparams);
     case TensorKind::ffn_down:
     case TensorKind::ffn_down_exps:
-      return ffn_down_type(recipe, layer, hparams.n_layer);
+      return ffn_down_type(recipe, layer, hparams.n_layer, has_imatrix);
     default:
       return recipe.base;
   }
@@ -181,11 +184,11 @@ const Recipe& find_recipe(std::string_view name) {
   fail(ErrorKind::usage, "unknown type '", name, "'; choose one of: ", choices);
 }
 
-const Format& recipe_format(const Recipe& recipe, const HParams& hparams, const TensorSpec& spec) {
+const Format& recipe_format(const Recipe& recipe, const HParams& hparams, const TensorSpec& spec, bool has_imatrix) {
   if (always_float(spec)) return format_of(DType::F32);
   const bool quantized = format_of(recipe.base).block_elems > 1;
   if (!quantized) return format_of(recipe.base);
-  return format_of(fitting_type(quantized_type(recipe, hparams, spec), spec.shape.back()));
+  return format_of(fitting_type(quantized_type(recipe, hparams, spec, has_imatrix), spec.shape.back()));
 }
 
 const Format& writable_format(std::string_view name) {
@@ -199,7 +202,7 @@ const Format& writable_format(std::string_view name) {
   fail(ErrorKind::usage, "unknown tensor type '", name, "'; choose one of: ", choices);
 }
 
-TypeRules::TypeRules(const ConvertOptions& options) {
+TypeRules::TypeRules(const ConvertOptions& options) : has_imatrix_(!options.imatrix.empty()) {
   const auto add = [this](const std::string& text, const std::string& pattern, std::string_view type) {
     try {
       rules_.push_back({text, std::regex(pattern), &writable_format(type)});
@@ -228,7 +231,7 @@ const Format& TypeRules::format(const Recipe& recipe, const HParams& hparams, co
     fail(ErrorKind::usage, "tensor '", spec.gguf_name, "' cannot be ", rule.format->name, ": rows of ",
          spec.shape.back(), " are no multiple of its blocks of ", rule.format->block_elems);
   }
-  return recipe_format(recipe, hparams, spec);
+  return recipe_format(recipe, hparams, spec, has_imatrix_);
 }
 
 bool TypeRules::name(const std::string& tensor) const {

@@ -53,7 +53,7 @@ const Format& writable_format(std::string_view name);
 class TypeRules {
  public:
   explicit TypeRules(const ConvertOptions& options);  // Error(usage): not a rule, not a type
-  // The recipe's format, or another. Error(usage) when its block does not divide the rows.
+  // The recipe's format (with options.imatrix, that for it), or another. Error(usage) when its block does not divide the rows.
   const Format& format(const Recipe& recipe, const HParams& hparams, const TensorSpec& spec);
   bool name(const std::string& tensor) const;  // whether a rule says something of it
   void check_used() const;  // Error(usage) for a rule that has met no tensor
@@ -66,10 +66,12 @@ class TypeRules {
     bool used = false;
   };
   std::vector<Rule> rules_;
+  bool has_imatrix_;
 };
 
 // Format of one tensor. Norms, the router, one-dimensional and unscaled tensors are F32 in every
-// recipe. Rows that a format's block does not divide get the next format that fits, at last F16.
-const Format& recipe_format(const Recipe& recipe, const HParams& hparams, const TensorSpec& spec);
+// recipe. Rows that a format's block does not divide get the next format that fits, at last F16. has_imatrix: errors are weighted
+// by an importance matrix, with which llama.cpp's mixtures differ in the first layers.
+const Format& recipe_format(const Recipe& recipe, const HParams& hparams, const TensorSpec& spec, bool has_imatrix = false);
 
 }  // namespace duet

@@ -3,8 +3,8 @@
 
 Makes GGUF files that are all header (sparse files: the tensor data are holes) for full-size and odd
 shapes, lets `llama-quantize --dry-run` and `duet quantize --dry-run` choose types, and compares
-tensor by tensor. With --write FILE it also writes llama.cpp's choices as the table that
-tests/unit/recipe_test.cpp reads.
+tensor by tensor, with and without an importance matrix. With --write FILE it also writes llama.cpp's choices
+as the table that tests/unit/recipe_test.cpp reads.
 
 Needs llama-quantize: in the folder LLAMA_BIN or in PATH. duet: DUET or build/release/duet.
 """
@@ -95,8 +95,15 @@ def write_sparse_gguf(path, m):
         f.truncate(len(head) + offset)
 
 
-def llama_types(binary, path, recipe):
-    run = subprocess.run([binary, "--dry-run", path, recipe], capture_output=True, text=True)
+def write_imatrix(path, m):
+    """The legacy form, with data for one tensor: types depend on there being a matrix alone."""
+    name, n = (b"blk.0.ffn_down_exps.weight", m["n_expert"] * m["n_ff"]) if m["n_expert"] else (b"blk.0.ffn_down.weight", m["n_ff"])
+    with open(path, "wb") as f:
+        f.write(struct.pack("<ii", 1, len(name)) + name + struct.pack("<ii", 1, n) + struct.pack("<f", 1) * n)
+
+
+def llama_types(binary, path, recipe, imatrix):
+    run = subprocess.run([binary, "--dry-run"] + (["--imatrix", imatrix] if imatrix else []) + [path, recipe], capture_output=True, text=True)
     types = {}
     pattern = r"^\[ *\d+/ *\d+\] (\S+) +- \[.*type = +(\w+), size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\w+)\))?"
     for line in (run.stdout + run.stderr).splitlines():
@@ -106,8 +113,8 @@ def llama_types(binary, path, recipe):
     return types
 
 
-def duet_types(path, recipe):
-    run = subprocess.run([DUET, "quantize", path, os.devnull, recipe, "--dry-run", "--json"],
+def duet_types(path, recipe, imatrix):
+    run = subprocess.run([DUET, "quantize", path, os.devnull, recipe, "--dry-run", "--json"] + (["--imatrix", imatrix] if imatrix else []),
                          capture_output=True, text=True)
     if run.returncode != 0:
         raise SystemExit(f"FAIL duet quantize --dry-run: {run.stderr.strip()}")
@@ -151,16 +158,22 @@ def main():
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         for name in MODELS:
-            path = os.path.join(folder, "model.gguf")
+            path, matrix = os.path.join(folder, "model.gguf"), os.path.join(folder, "matrix.dat")
             write_sparse_gguf(path, model_of(name))
-            entry = {"shape": MODELS[name], "types": {}}
+            write_imatrix(matrix, model_of(name))
+            entry = {"shape": MODELS[name], "types": {}, "imatrix": {}}  # the latter: where types differ
             for recipe in RECIPES:
-                theirs, ours = llama_types(binary, path, recipe), duet_types(path, recipe)
-                wrong = [f"{t}: {ours.get(t)}, llama.cpp {theirs.get(t)}" for t in sorted(theirs.keys() | ours.keys())
-                         if ours.get(t) != theirs.get(t)]
-                failed |= bool(wrong) or not theirs
-                print("FAIL" if wrong or not theirs else "PASS", name, recipe, f"{len(theirs)} tensors", *wrong[:3])
-                entry["types"][recipe] = run_lengths(theirs)
+                for imatrix in None, matrix:
+                    theirs, ours = llama_types(binary, path, recipe, imatrix), duet_types(path, recipe, imatrix)
+                    wrong = [f"{t}: {ours.get(t)}, llama.cpp {theirs.get(t)}" for t in sorted(theirs.keys() | ours.keys())
+                             if ours.get(t) != theirs.get(t)]
+                    failed |= bool(wrong) or not theirs
+                    print("FAIL" if wrong or not theirs else "PASS", name, recipe, "with imatrix" if imatrix else "", f"{len(theirs)} tensors", *wrong[:3])
+                    types = run_lengths(theirs)
+                    if imatrix is None:
+                        entry["types"][recipe] = types
+                    elif types != entry["types"][recipe]:
+                        entry["imatrix"][recipe] = types
             table["models"][name] = entry
     if len(sys.argv) == 3 and sys.argv[1] == "--write":
         text = json.dumps(table, separators=(",", ":"))  # one line per model and recipe

@@ -37,10 +37,10 @@ std::string short_name(const TensorSpec& spec) {
 }
 
 // {"attn_q": "Q4_K*6", "ffn_down": "Q6_K*2 Q4_K*4", ...}: types over the layers, norms left out.
-std::map<std::string, std::string> types_of(const Recipe& recipe, const HParams& hparams) {
+std::map<std::string, std::string> types_of(const Recipe& recipe, const HParams& hparams, bool has_imatrix) {
   std::map<std::string, std::vector<std::pair<std::string, int>>> runs;
   for (const TensorSpec& spec : tensor_table(hparams)) {
-    const Format& format = recipe_format(recipe, hparams, spec);
+    const Format& format = recipe_format(recipe, hparams, spec, has_imatrix);
     if (spec.shape.size() < 2) {
       CHECK(format.dtype == DType::F32);
       continue;
@@ -59,22 +59,27 @@ std::map<std::string, std::string> types_of(const Recipe& recipe, const HParams&
 TEST_CASE("recipe: every recipe gives every tensor the type that llama.cpp gives it") {
   const std::string path = DUET_SOURCE_DIR "/tests/golden/data/recipes.json";
   const Json table = parse_json(read_file(path, 1 << 20), path);
-  size_t n_compared = 0;
+  size_t n_compared = 0, n_differing = 0;
   for (const auto& model : table["models"].items()) {
     const HParams hparams = hparams_from(model.value()["shape"]);
     CHECK(model.value()["types"].size() == recipe_names().size());
-    for (const auto& expected : model.value()["types"].items()) {
-      const auto types = types_of(find_recipe(expected.key()), hparams);
-      CHECK(types.size() == expected.value().size());
-      for (const auto& kind : expected.value().items()) {
-        CAPTURE(concat(model.key(), " ", expected.key(), " ", kind.key()));
-        REQUIRE(types.contains(kind.key()));
-        CHECK(types.at(kind.key()) == kind.value().get<std::string>());
-        ++n_compared;
+    const Json& differing = model.value()["imatrix"];
+    for (const auto& plain : model.value()["types"].items())
+      for (const bool has_imatrix : {false, true}) {
+        const Json& expected = has_imatrix && differing.contains(plain.key()) ? differing[plain.key()] : plain.value();
+        const auto types = types_of(find_recipe(plain.key()), hparams, has_imatrix);
+        CHECK(types.size() == expected.size());
+        for (const auto& kind : expected.items()) {
+          CAPTURE(concat(model.key(), " ", plain.key(), " ", kind.key(), has_imatrix ? " with imatrix" : ""));
+          REQUIRE(types.contains(kind.key()));
+          CHECK(types.at(kind.key()) == kind.value().get<std::string>());
+          ++n_compared;
+        }
+        n_differing += has_imatrix && differing.contains(plain.key());
       }
-    }
   }
-  CHECK(n_compared > 1000);
+  CHECK(n_compared > 2000);
+  CHECK(n_differing > 20);
 }
 
 TEST_CASE("recipe: names and file types") {
