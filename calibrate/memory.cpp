@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "base/units.h"
+#include "calibrate/moments.h"
 #include "calibrate/source_model.h"
 
 namespace duet {
@@ -34,13 +35,15 @@ uint64_t most_encoded(const ConversionSource& source) {
   return most;
 }
 
-// One matrix being encoded: itself, its change and its corrected side, squares in blocks, sums for the residual stream.
+// One matrix being encoded: itself, its change and its corrected side, squares in blocks, sums for the residual stream,
+// tokens in all columns where there are several blocks.
 uint64_t matrix_bytes(const TensorJob& job, const HParams& h, size_t moment_cols) {
   const uint64_t rows = matrix_rows(job), cols = job.shape.back(), width = std::min<uint64_t>(cols, moment_cols);
   const uint64_t squares = cols * width * (3 * sizeof(double) + 4 * sizeof(float)) + width * width * sizeof(double);
   const bool to_residual = rows == h.n_embd;
+  const uint64_t sample = Moments::sample_bytes(cols, moment_cols, to_residual ? rows : 0);
   return 2 * rows * cols * sizeof(float) + squares + (to_residual ? 2 * rows * cols * sizeof(double) : 0) +
-         rows * cols * sizeof(float);
+         rows * cols * sizeof(float) + sample;
 }
 
 // Rows of a chunk at the widest place: inputs, hidden rows of both streams, their columns and transposes.

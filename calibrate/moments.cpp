@@ -1,6 +1,7 @@
 #include "calibrate/moments.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "base/parallel.h"
 
@@ -13,6 +14,9 @@ constexpr double kDamping = 0.05;
 
 // Rows that go through the moments together, so that these are read once for all of them.
 constexpr size_t kRowBatch = 16;
+
+// Tokens kept in all columns of a matrix in several blocks: all that one factor is to be read off.
+constexpr size_t kSampleTokens = 512;
 
 // Columns [first, first + width) of rows [n, cols].
 std::vector<float> columns(const float* x, size_t n, size_t cols, size_t first, size_t width) {
@@ -44,10 +48,36 @@ Moments::Moments(size_t n_cols, size_t block_cols, size_t n_out)
     half.d.resize(h_.size());
     half.m.resize(n_out * n_cols);
   }
+  if (block_cols_ == n_cols) return;
+  sample_.x.resize(n_cols * kSampleTokens);
+  sample_.lost.resize(n_cols * kSampleTokens);
+  sample_.behind.resize(n_out * kSampleTokens);
+}
+
+size_t Moments::sample_bytes(size_t n_cols, size_t block_cols, size_t n_out) {
+  return n_cols > block_cols ? (2 * n_cols + n_out) * kSampleTokens * sizeof(float) : 0;
+}
+
+// Reservoir sampling (Vitter 1985, algorithm R).
+void Moments::sample(const float* x, const float* x0, const float* r, size_t n) {
+  if (sample_.x.empty()) return;
+  for (size_t t = 0; t < n; ++t) {
+    const size_t seen = n_tokens_ + t, slot = seen < kSampleTokens ? seen : sample_.random() % (seen + 1);
+    if (slot < kSampleTokens) keep(slot, x + t * n_cols_, x0 + t * n_cols_, r != nullptr ? r + t * n_out_ : nullptr);
+  }
+}
+
+void Moments::keep(size_t slot, const float* x, const float* x0, const float* r) {
+  for (size_t c = 0; c < n_cols_; ++c) {
+    sample_.x[c * kSampleTokens + slot] = x[c];
+    sample_.lost[c * kSampleTokens + slot] = x0[c] - x[c];
+  }
+  for (size_t i = 0; r != nullptr && i < n_out_; ++i) sample_.behind[i * kSampleTokens + slot] = r[i];
 }
 
 void Moments::add(const LayerEval& eval, const float* x, const float* x0, const float* r,
                   size_t n) {
+  sample(x, x0, r, n);
   n_tokens_ += n;
   size_t at = 0;
   for (size_t first = 0; first < n_cols_; first += block_cols_) {
@@ -122,8 +152,32 @@ void Moments::correct(const InputMetric& metric, std::vector<float>& w, int n_th
   }
   if (!(all_common > 0 && all_own > 0)) return;
   const double rho = std::min(all_common / all_own, 1.0);
-  const auto share = static_cast<float>(2 * rho / (1 + rho));
+  const auto share = static_cast<float>(useful_part(metric, w, change, n_threads) * 2 * rho / (1 + rho));
   for (size_t i = 0; i < w.size(); ++i) w[i] += share * change[i];
+}
+
+// From 0 to 1: the t for which t times the change comes nearest to what rows w are to make up for.
+double Moments::useful_part(const InputMetric& metric, const std::vector<float>& w, const std::vector<float>& change, int n_threads) const {
+  if (sample_.x.empty()) return 1;
+  const size_t n_rows = w.size() / n_cols_;
+  std::vector<double> common(n_rows), own(n_rows);
+  parallel_for(n_threads, n_rows, kRowBatch, [&](size_t begin, size_t end) {
+    const size_t n = end - begin;
+    std::vector<float> wanted(n * kSampleTokens), given(n * kSampleTokens);
+    if (n_out_ > 0) std::copy_n(sample_.behind.data() + begin * kSampleTokens, wanted.size(), wanted.data());
+    const auto add = [&](const std::vector<float>& rows, const std::vector<float>& tokens, std::vector<float>& to) {
+      metric.ops().add_products({rows.data() + begin * n_cols_, n_cols_, n, tokens.data(), kSampleTokens, n_cols_, to.data(), kSampleTokens, kSampleTokens});
+    };
+    add(w, sample_.lost, wanted);
+    add(change, sample_.x, given);
+    for (size_t row = 0; row < n; ++row) {
+      const float *a = wanted.data() + row * kSampleTokens, *b = given.data() + row * kSampleTokens;
+      common[begin + row] = product(a, b, kSampleTokens);
+      own[begin + row] = product(b, b, kSampleTokens);
+    }
+  });
+  const double all_common = std::accumulate(common.begin(), common.end(), 0.0), all_own = std::accumulate(own.begin(), own.end(), 0.0);
+  return all_own > 0 ? std::clamp(all_common / all_own, 0.0, 1.0) : 1;
 }
 
 Moments::Wish Moments::wish(const InputMetric& metric, const std::vector<float>& d,

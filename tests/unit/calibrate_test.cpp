@@ -5,14 +5,18 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 #include <string>
 
 #include "base/error.h"
 #include "calibrate/memory.h"
+#include "calibrate/moments.h"
 #include "calibrate/sensitivity.h"
 #include "converters/target.h"
 #include "runtime/engine.h"
+#include "runtime/layer_eval.h"
+#include "tests/support/close.h"
 #include "tests/support/errors.h"
 #include "tests/support/logits.h"
 #include "tests/support/tiny_model.h"
@@ -55,7 +59,63 @@ std::string spread_text() {
   return text;
 }
 
+// Inputs of 64 columns that share one factor, and what rows are to make up for: the factor and noise.
+struct Shared {
+  static constexpr size_t kCols = 64, kRows = 4, kTokens = 1500;
+  std::vector<float> x, x0, r;
+
+  Shared(Rng& rng, float lost) : x(kTokens * kCols), x0(x.size()), r(kTokens * kRows) {
+    for (size_t t = 0; t < kTokens; ++t) {
+      const float factor = 2 * rng.symmetric();
+      for (size_t c = 0; c < kCols; ++c) {
+        x[t * kCols + c] = factor + rng.symmetric();
+        x0[t * kCols + c] = x[t * kCols + c] + lost * factor;
+      }
+      for (size_t i = 0; i < kRows; ++i) r[t * kRows + i] = factor + 0.5f * rng.symmetric();
+    }
+  }
+
+  // Of what w is to make up for, the part that is left when it is moved to `to`.
+  double left(const std::vector<float>& w, const std::vector<float>& to) const {
+    double before = 0, after = 0;
+    for (size_t t = 0; t < kTokens; ++t)
+      for (size_t i = 0; i < kRows; ++i) {
+        double wanted = double{r[t * kRows + i]}, given = 0;
+        for (size_t c = 0; c < kCols; ++c) {
+          wanted += double{w[i * kCols + c]} * (double{x0[t * kCols + c]} - double{x[t * kCols + c]});
+          given += (double{to[i * kCols + c]} - double{w[i * kCols + c]}) * double{x[t * kCols + c]};
+        }
+        before += wanted * wanted;
+        after += (wanted - given) * (wanted - given);
+      }
+    return after / before;
+  }
+};
+
 }  // namespace
+
+TEST_CASE("calibrate: blocks of columns that know of the same drift do not make up for it several times") {
+  const HParams hparams = tiny_hparams({});
+  const std::vector<float> no_factors;
+  const LayerEval eval(hparams, no_factors, 2, 16);
+  for (const float lost : {0.0f, 0.05f}) {
+    Rng rng(5);
+    const Shared fitted(rng, lost), fresh(rng, lost);
+    std::vector<float> w(Shared::kRows * Shared::kCols);
+    for (float& v : w) v = 0.1f + 0.1f * rng.symmetric();
+    for (const size_t n_blocks : {size_t{1}, size_t{2}, size_t{4}}) {
+      CAPTURE(n_blocks);
+      Moments moments(Shared::kCols, Shared::kCols / n_blocks, Shared::kRows);
+      for (size_t t = 0; t < Shared::kTokens; t += 500)
+        moments.add(eval, fitted.x.data() + t * Shared::kCols, fitted.x0.data() + t * Shared::kCols, fitted.r.data() + t * Shared::kRows, 500);
+      std::vector<float> moved = w, alone = w;
+      moments.correct(moments.metric(eval), moved, 2);
+      moments.correct(moments.metric(eval), alone, 1);
+      CHECK(moved == alone);
+      CHECK(fresh.left(w, moved) < 0.1);
+    }
+  }
+}
 
 TEST_CASE("calibrate: dense, per-expert and tied models, wide experts that see few tokens") {
   const fs::path folder = folder_of("layouts");
