@@ -115,6 +115,11 @@ std::vector<Token> ids_of_folder(const fs::path& folder, const fs::path& beside,
   return ids_of(GgufFile::open(vocabulary.path()), source, options, calibration);
 }
 
+void record(ConversionSource& source, size_t n_tokens) {
+  std::erase_if(source.metadata, [](const GgufKeyValue& kv) { return kv.key == kCalibratedKey; });
+  source.metadata.push_back({std::string(kCalibratedKey), GgufValue::u32(static_cast<uint32_t>(n_tokens))});
+}
+
 void measure_and_choose(ConversionSource& source, std::span<const Token> ids, const ConvertOptions& options,
                         const CalibrationOptions& calibration) {
   if (has_target(options))
@@ -131,6 +136,7 @@ void convert_calibrated(const fs::path& folder, const fs::path& output,
   ConversionSource source = open_folder(folder, options);
   check_worthwhile(source);
   const std::vector<Token> ids = ids_of_folder(folder, output, source, options, calibration);
+  record(source, ids.size());
   measure_and_choose(source, ids, options, calibration);
   write(source, ids, output, options, calibration);
 }
@@ -143,6 +149,7 @@ void quantize_calibrated(const fs::path& input, const fs::path& output,
   ConversionSource source = open_gguf(input, options);
   check_worthwhile(source);
   const std::vector<Token> ids = ids_of(*source.file, source, options, calibration);
+  record(source, ids.size());
   measure_and_choose(source, ids, options, calibration);
   write(source, ids, output, options, calibration);
 }
@@ -151,14 +158,20 @@ ConvertPlan plan_convert_calibrated(const fs::path& folder, const ConvertOptions
                                     const CalibrationOptions& calibration) {
   ConversionSource source = open_folder(folder, options);
   const fs::path beside = fs::temp_directory_path() / concat("duet-", ::getpid());
-  measure_and_choose(source, ids_of_folder(folder, beside, source, options, calibration), options, calibration);
+  std::vector<Token> ids;
+  if (has_target(options)) ids = ids_of_folder(folder, beside, source, options, calibration);
+  record(source, ids.size());
+  measure_and_choose(source, ids, options, calibration);
   return plan_parts(source.metadata, source.jobs, recipe_label(options), options);
 }
 
 ConvertPlan plan_quantize_calibrated(const fs::path& input, const ConvertOptions& options,
                                      const CalibrationOptions& calibration) {
   ConversionSource source = open_gguf(input, options);
-  measure_and_choose(source, ids_of(*source.file, source, options, calibration), options, calibration);
+  std::vector<Token> ids;
+  if (has_target(options)) ids = ids_of(*source.file, source, options, calibration);
+  record(source, ids.size());
+  measure_and_choose(source, ids, options, calibration);
   return plan_parts(source.metadata, source.jobs, recipe_label(options), options);
 }
 

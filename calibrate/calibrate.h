@@ -16,15 +16,21 @@
 // of 4096 tokens, and for one matrix at a time: itself and its change as floats, three squares of
 // doubles and four of floats of n_cols, and, where it writes to the residual stream, two of n_embd
 // x n_cols doubles. Squares are full up to 4096 columns, else in blocks of as many columns: errors
-// then make up for each other within a block; a limit makes blocks, pieces and the text smaller. Some 4 GB for a down projection of 4096 x 14336.
+// then make up for each other within a block, and 512 tokens are kept in all columns (calibrate/moments.h);
+// a limit makes blocks, pieces and the text smaller. Some 4 GB for a down projection of 4096 x 14336.
 #pragma once
 
 #include <filesystem>
 #include <string>
+#include <string_view>
 
 #include "converters/convert.h"
 
 namespace duet {
+
+// What their metadata say of files made here, in u32: how many tokens weights were fitted to. Such weights were moved, not only
+// rounded.
+inline constexpr std::string_view kCalibratedKey = "quantize.calibration.tokens_count";
 
 struct CalibrationOptions {
   std::string text;
@@ -38,7 +44,7 @@ struct CalibrationOptions {
 void convert_calibrated(const std::filesystem::path& folder, const std::filesystem::path& output,
                         const ConvertOptions& options, const CalibrationOptions& calibration);
 // What they would write, as plan_convert() and plan_quantize(). With a size to hit (converters/target.h) the text decides
-// types: what errors in each tensor cost is measured on it (calibrate/sensitivity.h).
+// types: what errors in each tensor cost is measured on it (calibrate/sensitivity.h); else it is not looked at.
 ConvertPlan plan_convert_calibrated(const std::filesystem::path& folder, const ConvertOptions& options,
                                     const CalibrationOptions& calibration);
 ConvertPlan plan_quantize_calibrated(const std::filesystem::path& input, const ConvertOptions& options,

@@ -12,7 +12,6 @@
 #include "cli/commands.h"
 #include "cli/console.h"
 #include "cli/options.h"
-#include "converters/target.h"
 
 namespace duet::cli {
 namespace {
@@ -121,10 +120,8 @@ void run_conversion(const ConvertArgs& args, const Conversion& conversion) {
   ConvertOptions options = library_options(args);
   if (args.dry_run) {
     // Only a choice of types depends on the text; it is read in any case, so that a wrong name is found here.
-    const CalibrationOptions calibration = args.calibrate.empty() ? CalibrationOptions{} : calibration_options(args);
-    const bool measured = has_target(options) && !args.calibrate.empty();
-    const ConvertPlan result = measured ? conversion.plan_calibrated(args.source, options, calibration)
-                                        : conversion.plan(args.source, options);
+    const ConvertPlan result = args.calibrate.empty() ? conversion.plan(args.source, options)
+                                                      : conversion.plan_calibrated(args.source, options, calibration_options(args));
     return args.json ? print_plan_json(result) : print_plan(result);
   }
   if (args.output.empty())
