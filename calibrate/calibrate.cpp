@@ -88,6 +88,11 @@ void write(const ConversionSource& source, std::span<const Token> ids, const fs:
   writer.finish();
 }
 
+void check_options(const ConvertOptions& options) {
+  if (!options.imatrix.empty())
+    fail(ErrorKind::usage, "calibration: measures the inputs itself and leaves no use for the importance matrix ", options.imatrix, "; give one of the two");
+}
+
 void check_worthwhile(const ConversionSource& source) {
   for (const TensorJob& job : source.jobs)
     if (has_second_order(*job.format)) return;
@@ -130,6 +135,7 @@ void measure_and_choose(ConversionSource& source, std::span<const Token> ids, co
 
 void convert_calibrated(const fs::path& folder, const fs::path& output,
                         const ConvertOptions& options, const CalibrationOptions& calibration) {
+  check_options(options);
   check_whole_name(output);
   check_overwrite(output, options);
   settle_unfinished(output, 1, options);
@@ -143,6 +149,7 @@ void convert_calibrated(const fs::path& folder, const fs::path& output,
 
 void quantize_calibrated(const fs::path& input, const fs::path& output,
                          const ConvertOptions& options, const CalibrationOptions& calibration) {
+  check_options(options);
   check_whole_name(output);
   check_overwrite(output, options);
   settle_unfinished(output, 1, options);
@@ -156,6 +163,7 @@ void quantize_calibrated(const fs::path& input, const fs::path& output,
 
 ConvertPlan plan_convert_calibrated(const fs::path& folder, const ConvertOptions& options,
                                     const CalibrationOptions& calibration) {
+  check_options(options);
   ConversionSource source = open_folder(folder, options);
   const fs::path beside = fs::temp_directory_path() / concat("duet-", ::getpid());
   std::vector<Token> ids;
@@ -167,6 +175,7 @@ ConvertPlan plan_convert_calibrated(const fs::path& folder, const ConvertOptions
 
 ConvertPlan plan_quantize_calibrated(const fs::path& input, const ConvertOptions& options,
                                      const CalibrationOptions& calibration) {
+  check_options(options);
   ConversionSource source = open_gguf(input, options);
   std::vector<Token> ids;
   if (has_target(options)) ids = ids_of(*source.file, source, options, calibration);

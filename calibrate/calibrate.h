@@ -40,7 +40,7 @@ struct CalibrationOptions {
 };
 
 // As convert() and quantize() (converters/convert.h). Error(usage) when the text has less than a
-// sequence. Notices: tokens used; experts that saw few of them.
+// sequence, and for an importance matrix: inputs are measured here. Notices: tokens used; experts that saw few of them.
 void convert_calibrated(const std::filesystem::path& folder, const std::filesystem::path& output,
                         const ConvertOptions& options, const CalibrationOptions& calibration);
 // What they would write, as plan_convert() and plan_quantize(). With a size to hit (converters/target.h) the text decides

@@ -182,7 +182,8 @@ void add_shared_options(CLI::App& command, CLI::Option& type, ConvertArgs& args)
       ->needs("--calibrate");
   command.add_option("--imatrix", args.imatrix,
                      "Importance matrix that weights errors: made by duet imatrix or llama-imatrix")
-      ->type_name("FILE");
+      ->type_name("FILE")
+      ->excludes("--calibrate");  // which measures the inputs itself
   add_lora_option(command, args.loras, "Merge this PEFT adapter into the weights");
   add_split_option(command, args.split_max_size);
   // These write one file, which duet repack can cut.

@@ -168,6 +168,18 @@ TEST_CASE("calibrate: too short a text and a missing one are refused") {
   CHECK(!std::filesystem::exists(kFolder + "x.gguf"));
 }
 
+TEST_CASE("calibrate: measures inputs itself, so an importance matrix does not go with it") {
+  const std::string text = text_file("matrix.txt", 0, 4000);
+  const auto convert = [](std::vector<std::string> arguments, const Environment& settings) {
+    arguments.insert(arguments.begin(), {"convert", kDemo, "--dry-run"});
+    return run_duet(arguments, {.environment = settings});
+  };
+  CHECK(refusal(convert({"--imatrix", "x.gguf", "--calibrate", text}, {}), 2, "excludes") == "");
+  // A setting that does not go with a flag is ignored.
+  CHECK(convert({"--calibrate", text}, {{"DUET_IMATRIX", "nowhere.gguf"}}).exit_code == 0);
+  CHECK(refusal(convert({"--imatrix", "nowhere.gguf"}, {{"DUET_CALIBRATE", "nowhere.txt"}}), 3, "nowhere.gguf") == "");
+}
+
 TEST_CASE("convert: types by tensor") {
   const duet::Json plan =
       plan_of({"--token-embedding-type", "q8_0", "--output-tensor-type", "F16", "--tensor",
