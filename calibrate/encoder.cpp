@@ -419,14 +419,9 @@ void CalibratedEncoder::encode_head() {
 
 void CalibratedEncoder::encode_plain(const TensorJob& job, size_t first_row, size_t n_rows,
                                      std::byte* out) const {
-  const size_t cols = job.shape.back(), bytes = row_bytes(*job.format, cols);
+  const size_t bytes = row_bytes(*job.format, job.shape.back());
   parallel_for(eval_.n_threads(), n_rows, 64, [&](size_t begin, size_t end) {
-    for (size_t r = begin; r < end; ++r) {
-      const size_t matrix = (first_row + r) / matrix_rows(job);
-      const float* importance =
-          job.importance.empty() ? nullptr : job.importance.data() + matrix * cols;
-      SourceModel::store_row(job, first_row + r, importance, out + r * bytes);
-    }
+    for (size_t r = begin; r < end; ++r) SourceModel::store_row(job, first_row + r, out + r * bytes);
   });
 }
 

@@ -58,15 +58,16 @@ std::vector<float> SourceModel::floats(const TensorJob& job, uint64_t first_row,
   return out;
 }
 
-void SourceModel::store_row(const TensorJob& job, uint64_t row, const float* importance,
-                            std::byte* out) {
+void SourceModel::store_row(const TensorJob& job, uint64_t row, std::byte* out) {
   const SourceRow from = find_row(job, row);
   const uint64_t cols = job.shape.back();
   if (from.run->source.format == job.format && from.run->is_plain()) {
     const size_t bytes = row_bytes(*job.format, cols);
     std::memcpy(out, from.run->source.data.data() + from.run->source_row(from.row) * bytes, bytes);
   } else {
-    job.format->encode_row(floats(job, row, 1).data(), out, cols, importance);
+    job.format->encode_row(floats(job, row, 1).data(), out, cols, nullptr);
+    const uint64_t stored = from.run->transposed ? from.row : from.run->source_row(from.row);
+    if (!job.format->scales_finite(out, cols)) fail_too_large(from.run->source.name, stored, *job.format);
   }
 }
 

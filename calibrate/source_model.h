@@ -37,9 +37,8 @@ class SourceModel {
   // Rows of the output tensor, decoded; Error(format) when a value is not finite.
   static std::vector<float> floats(const TensorJob& job, uint64_t first_row, uint64_t n_rows);
   // Row `row` of the output tensor as it is stored there, without calibration: bit for bit where
-  // the source has the same format. importance: as encode_row takes it.
-  static void store_row(const TensorJob& job, uint64_t row, const float* importance,
-                        std::byte* out);
+  // the source has the same format. Error(format) when a value is too large for it.
+  static void store_row(const TensorJob& job, uint64_t row, std::byte* out);
   void drop(const TensorJob& job) const;  // its pages will not be read again
 
  private:

@@ -85,11 +85,6 @@ void drop_source(const Chunk& chunk) {
        ": a value is not finite (NaN or infinity); the source is damaged");
 }
 
-[[noreturn]] void too_large(const Chunk& chunk, uint64_t row) {
-  fail(ErrorKind::format, "tensor '", chunk.run->source.name, "', row ", row, ": a value is too large for ", chunk.job->format->name,
-       "; give the tensor another type (--tensor NAME=BF16 or F32)");
-}
-
 bool all_finite(std::span<const float> values) {
   uint32_t largest = 0;  // magnitude bits order like magnitudes, infinity and NaN above all
   for (const float v : values)
@@ -107,6 +102,9 @@ const float* importance_of(const Chunk& chunk, uint64_t row) {
   return job.importance.data() + (chunk.run_row + chunk.first_row + row) / (n_rows / n_matrices) * cols;
 }
 
+// Values that are only copied, or unpacked to floats, need no opinion where the job has none.
+bool is_judged(const TensorJob& job, bool same) { return job.must_be_finite || (!same && job.format->dtype != DType::F32); }
+
 // Rows [begin, end) of the chunk, at most kTileRows.
 void encode_tile(const Chunk& chunk, std::byte* out, uint64_t begin, uint64_t end, std::vector<float>& values) {
   const RowRun& run = *chunk.run;
@@ -114,16 +112,17 @@ void encode_tile(const Chunk& chunk, std::byte* out, uint64_t begin, uint64_t en
   const uint64_t cols = run.cols();
   const size_t out_bytes = row_bytes(to, cols);
   const bool same = run.source.format == &to && run.is_plain();
-  if (!same || chunk.job->must_be_finite) read_rows(run, chunk.first_row + begin, end - begin, values.data());
+  const bool judged = is_judged(*chunk.job, same);
+  if (!same || judged) read_rows(run, chunk.first_row + begin, end - begin, values.data());
   for (uint64_t i = begin; i < end; ++i) {
     const std::span row(values.data() + (i - begin) * cols, cols);
     const uint64_t from = run.transposed ? chunk.first_row + i : run.source_row(chunk.first_row + i);
-    if (chunk.job->must_be_finite && !all_finite(row)) bad_value(chunk, from);
+    if (judged && !all_finite(row)) bad_value(chunk, from);
     if (same) {
       std::memcpy(out + i * out_bytes, run.source.data.data() + from * out_bytes, out_bytes);  // bit for bit
     } else {
       to.encode_row(row.data(), out + i * out_bytes, cols, importance_of(chunk, i));
-      if (chunk.job->must_be_finite && !to.scales_finite(out + i * out_bytes, cols)) too_large(chunk, from);
+      if (judged && !to.scales_finite(out + i * out_bytes, cols)) fail_too_large(run.source.name, from, to);
     }
   }
 }
@@ -190,6 +189,11 @@ uint64_t rope_source_row(uint64_t row, uint64_t n_rows, uint32_t n_heads) {
   const uint64_t head_dim = n_rows / n_heads, half = head_dim / 2;
   const uint64_t head = row / head_dim, i = row % head_dim;
   return head * head_dim + (i % 2) * half + i / 2;
+}
+
+void fail_too_large(const std::string& tensor, uint64_t row, const Format& format) {
+  fail(ErrorKind::format, "tensor '", tensor, "', row ", row, ": a value is too large for ", format.name,
+       "; give the tensor another type (--tensor NAME=BF16 or F32)");
 }
 
 SourceRow find_row(const TensorJob& job, uint64_t row) {

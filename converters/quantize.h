@@ -48,7 +48,9 @@ struct TensorJob {
   const Format* format = nullptr;  // of the output
   std::vector<uint64_t> shape;     // row-major
   std::vector<RowRun> runs = {};   // together exactly the rows of `shape`
-  bool must_be_finite = true;      // a NaN or infinity in the source is an error
+  // A NaN or infinity in the source is an error; false: only where values are rounded, not where they are copied or
+  // unpacked to floats.
+  bool must_be_finite = true;
   // Weights of squared errors, [n_matrices, cols], each for an equal share of the rows; empty: none.
   std::vector<float> importance = {};
 };
@@ -59,6 +61,8 @@ struct SourceRow {
   uint64_t row;  // of those that the run gives
 };
 SourceRow find_row(const TensorJob& job, uint64_t row);
+// Error(format) for a row of a source tensor with a value that the format has no number for.
+[[noreturn]] void fail_too_large(const std::string& tensor, uint64_t row, const Format& format);
 uint64_t source_bytes(const TensorJob& job);  // of all runs
 uint64_t output_bytes(const TensorJob& job);  // of all rows, encoded
 

@@ -1,5 +1,4 @@
 // GGUF -> GGUF of another recipe.
-#include <algorithm>
 #include <string_view>
 #include <unordered_set>
 
@@ -72,10 +71,7 @@ TensorJob make_job(const GgufFile& file, const TensorSpec& spec, const Format& f
   if (n_rows != expected)
     fail(ErrorKind::format, file.source(), ": tensor '", spec.gguf_name, "' has ", n_rows,
          " rows, expected ", expected);
-  // Blocks that stay as they are, or only unpack, need no opinion about their values.
-  job.must_be_finite =
-      format.block_elems > 1 &&
-      !std::all_of(parts.begin(), parts.end(), [&](auto p) { return p->format == &format; });
+  job.must_be_finite = false;
   return job;
 }
 

@@ -166,6 +166,27 @@ TEST_CASE("calibrate: types are chosen for a size in every layout") {
   }
 }
 
+TEST_CASE("calibrate: values too large for a type are refused, an importance matrix too") {
+  const fs::path folder = folder_of("too large");
+  GgufBuilder builder = tiny_model({});
+  for (GgufBuilder::Tensor& tensor : builder.tensors)
+    if (tensor.name == "blk.1.attn_q.weight") {
+      const float large = 1e5f;
+      std::memcpy(tensor.data.data() + 3 * 64 * sizeof large, &large, sizeof large);
+    }
+  write_bytes(folder / "in.gguf", builder.build());
+  ConvertOptions options;
+  options.recipe = "Q8_0";
+  options.overwrite = true;
+  options.tensor_types = {"blk.1.attn_q=F16"};
+  const CalibrationOptions calibration{.text = spread_text(), .n_ctx = kSequence, .max_tokens = 4 * kSequence};
+  const auto thrown = [&] { return thrown_by([&] { quantize_calibrated(folder / "in.gguf", folder / "out.gguf", options, calibration); }); };
+  check_thrown(thrown(), ErrorKind::format, "blk.1.attn_q.weight', row 3: a value is too large for F16");
+  options.tensor_types = {};
+  options.imatrix = "i.gguf";
+  check_thrown(thrown(), ErrorKind::usage, "i.gguf; give one of the two");
+}
+
 TEST_CASE("calibrate: a limit on memory makes it smaller, too small a one is refused") {
   const fs::path folder = folder_of("ram");
   TinyModelOptions model;

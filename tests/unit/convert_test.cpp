@@ -10,6 +10,8 @@
 #include <limits>
 
 #include "base/mapped_file.h"
+#include "converters/quantize.h"
+#include "converters/source.h"
 #include "quant/f16.h"
 #include "tests/support/errors.h"
 #include "tests/support/hf_folder.h"
@@ -523,8 +525,41 @@ TEST_CASE("quantize: incomplete files and non-finite values are refused") {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   std::memcpy(builder.tensors.back().data.data(), &nan, sizeof nan);
   test::write_bytes(folder / "a.gguf", builder.build());
-  test::check_thrown(attempt("Q2_K"), ErrorKind::format, "not finite");
+  for (const char* recipe : {"Q2_K", "F16", "BF16"}) test::check_thrown(attempt(recipe), ErrorKind::format, "not finite");
   CHECK(!fs::exists(folder / "o.gguf"));
+}
+
+TEST_CASE("quantize: values too large for F16 are refused") {
+  TempFolder folder;
+  for (const DType type : {DType::F32, DType::BF16}) {
+    test::GgufBuilder builder = test::tiny_model(wide_model(type, false));
+    for (auto& tensor : builder.tensors) {
+      if (tensor.name != "blk.1.attn_v.weight") continue;
+      const float large = 1e5f;
+      format_of(type).encode_row(&large, tensor.data.data(), 1, nullptr);
+    }
+    test::write_bytes(folder / "a.gguf", builder.build());
+    const auto thrown = test::thrown_by([&] { quantize(folder / "a.gguf", folder / "o.gguf", with_recipe("F16")); });
+    test::check_thrown(thrown, ErrorKind::format, "tensor 'blk.1.attn_v.weight', row 0: a value is too large for F16");
+    CHECK(!fs::exists(folder / "o.gguf"));
+  }
+}
+
+// As types for a size are chosen: after the file was opened.
+TEST_CASE("quantize: values are judged by the type that is written") {
+  TempFolder folder;
+  test::GgufBuilder builder = test::tiny_model(wide_model(DType::Q4_K, false));
+  for (auto& tensor : builder.tensors)
+    if (tensor.name == "blk.1.attn_q.weight") tensor.data.replace(0, 2, test::raw(uint16_t{0x7c00}));
+  test::write_bytes(folder / "a.gguf", builder.build());
+  for (const DType type : {DType::Q4_K, DType::F32, DType::Q8_0}) {
+    ConversionSource source = open_gguf(folder / "a.gguf", with_recipe("Q4_K_S"));
+    for (TensorJob& job : source.jobs)
+      if (job.name == "blk.1.attn_q.weight") job.format = &format_of(type);
+    const auto error = test::thrown_by([&] { write_gguf(folder / "o.gguf", source.metadata, source.jobs, source.identity, with_recipe("Q4_K_S")); });
+    if (type == DType::Q8_0) test::check_thrown(error, ErrorKind::format, "blk.1.attn_q.weight', row 0: a value is not finite");
+    else CHECK(error.message == "");
+  }
 }
 
 TEST_CASE("quantize: a tensor outside the model is copied with a notice") {
