@@ -13,28 +13,44 @@
 namespace duet {
 namespace {
 
-constexpr uint64_t kRowBytes = uint64_t{1} << 29;  // twice: rows and what experts add to them
+constexpr uint64_t kRowBytes = uint64_t{1} << 29;  // without a limit; twice: rows and what experts add to them
 constexpr size_t kLongest = 256, kShortest = 128;  // tokens of a sequence
+constexpr size_t kFewestTokens = 512;              // in all, where the text has them
 constexpr size_t kChunk = 1024;                    // rows looked at together
 // So that a tensor whose errors were not seen at all is still not free.
 constexpr double kLeast = 1e-9;
+// Relative error below which a type is not coarse for a tensor: its values lie on that grid already.
+constexpr double kFine = 1e-3;
 
-// The type whose errors are looked at: large enough to stand out from rounding, small enough to be proportional.
-const Format& coarse_format(const TensorJob& job) {
-  return format_of(job.shape.back() % 256 == 0 ? DType::Q3_K : DType::Q4_0);
+// A type whose errors are looked at, and how large they are.
+struct Coarse {
+  const Format* format = nullptr;
+  double error = 0;
+};
+
+// Large enough to stand out from rounding, small enough to be proportional. A source that has been rounded to the first
+// type shows nothing with it.
+Coarse coarse_type(const TensorJob& job, int n_threads) {
+  constexpr DType kWide[] = {DType::Q3_K, DType::Q2_K}, kNarrow[] = {DType::Q4_0, DType::IQ4_NL};
+  Coarse best;
+  for (const DType type : job.shape.back() % 256 == 0 ? kWide : kNarrow) {
+    const Format& format = format_of(type);
+    const double error = relative_error(job, format, n_threads);
+    if (best.format == nullptr || error > best.error) best = {&format, error};
+    if (best.error >= kFine) break;
+  }
+  return best;
 }
 
 // One expert's matrix (0: of a tensor without experts), coarsely encoded, as floats.
-SourceMatrix coarse_matrix(const TensorJob& job, size_t expert, int n_threads) {
+SourceMatrix coarse_matrix(const TensorJob& job, const Format& format, size_t expert, int n_threads) {
   const size_t rows = matrix_rows(job), cols = job.shape.back();
-  const Format& format = coarse_format(job);
-  const float* importance = job.importance.empty() ? nullptr : job.importance.data() + expert * cols;
   SourceMatrix m;
   m.values = SourceModel::floats(job, expert * rows, rows);
   parallel_for(n_threads, rows, 16, [&](size_t begin, size_t end) {
     std::vector<std::byte> bytes(row_bytes(format, cols));
     for (size_t r = begin; r < end; ++r) {
-      format.encode_row(m.values.data() + r * cols, bytes.data(), cols, importance);
+      format.encode_row(m.values.data() + r * cols, bytes.data(), cols, nullptr);
       format.decode_row(bytes.data(), m.values.data() + r * cols, cols);
     }
   });
@@ -76,41 +92,65 @@ class Meter {
         rope_factors_(model_.has(TensorKind::rope_freqs, -1) ? model_.vector(TensorKind::rope_freqs, -1)
                                                              : std::vector<float>{}),
         eval_(hparams_, rope_factors_, thread_count(options.n_threads), n_seq_tokens_) {
-    choose_tokens(ids, n_ctx, ram_bytes > 0 ? std::min(kRowBytes, ram_bytes / 4) : kRowBytes);
+    choose_tokens(ids, n_ctx, ram_bytes > 0 ? ram_bytes / 4 : kRowBytes);
+    for (size_t i = 0; i < source.jobs.size(); ++i)
+      coarse_.push_back(free_[i] ? coarse_type(source.jobs[i], eval_.n_threads()) : Coarse{});
   }
 
   std::vector<double> run() {
-    begin();
-    for (int layer = 0; layer < static_cast<int>(hparams_.n_layer); ++layer) {
-      check_cancel();
-      if (options_.progress) options_.progress({static_cast<uint64_t>(layer), hparams_.n_layer, static_cast<size_t>(layer), hparams_.n_layer, "sensitivity"});
-      attention(layer);
-      experts(layer);
-    }
-    return finish();
+    kld_.assign(source_.jobs.size(), 0.0);
+    for (size_t i = 0; i < rounds_.size(); ++i) run_round(i);
+    return sensitivities();
   }
 
  private:
+  void run_round(size_t round) {
+    ids_ = rounds_[round];
+    branches_.clear();
+    rows_.clear();
+    begin();
+    const size_t n_layer = hparams_.n_layer, n_all = rounds_.size() * n_layer;
+    for (size_t layer = 0; layer < n_layer; ++layer) {
+      check_cancel();
+      const size_t done = round * n_layer + layer;
+      if (options_.progress) options_.progress({done, n_all, done, n_all, "sensitivity"});
+      attention(static_cast<int>(layer));
+      experts(static_cast<int>(layer));
+    }
+    finish();
+  }
+
   // Tokens of a copy that is all source but for one tensor (job; the original: none).
   struct Branch {
     size_t job;
     double kld = 0;
   };
 
-  // Sequences spread over the text, as many and as long as rows may be kept for.
+  // Sequences spread over the text, as long as rows may be kept for and at once as many; in several rounds where these are few.
   void choose_tokens(std::span<const Token> ids, size_t n_ctx, uint64_t row_bytes) {
     const auto n_branches = static_cast<size_t>(std::count(free_.begin(), free_.end(), true)) + 1;
     const size_t fitting = row_bytes / (n_branches * n_embd_ * sizeof(float));
     const size_t most = std::min(fitting, kSensitivityTokens);
     if (most < n_seq_tokens_) n_seq_tokens_ = std::min(n_seq_tokens_, std::max(most, kShortest));
-    const size_t n_all = ids.size() / n_ctx, n = std::clamp<size_t>(most / n_seq_tokens_, 1, n_all);
+    const size_t n_all = ids.size() / n_ctx, at_once = std::clamp<size_t>(most / n_seq_tokens_, 1, n_all);
+    const size_t tokens_at_once = at_once * n_seq_tokens_, n_rounds = (kFewestTokens + tokens_at_once - 1) / tokens_at_once;
+    const size_t n = std::min(n_rounds * at_once, n_all);
     for (size_t i = 0; i < n; ++i) {
+      if (i % at_once == 0) rounds_.emplace_back();
       const auto first = ids.begin() + static_cast<ptrdiff_t>(i * n_all / n * n_ctx);
-      ids_.insert(ids_.end(), first, first + static_cast<ptrdiff_t>(n_seq_tokens_));
+      rounds_.back().insert(rounds_.back().end(), first, first + static_cast<ptrdiff_t>(n_seq_tokens_));
     }
+    n_measured_ = n * n_seq_tokens_;
+    if (options_.notice)
+      options_.notice(concat("calibration: what errors in each tensor cost is measured on ", n_measured_, " tokens of ", n,
+                             n > 1 ? " sequences" : " sequence", rounds_.size() > 1 ? concat(", in ", rounds_.size(), " passes over the model") : ""));
   }
 
-  size_t n_tokens() const { return ids_.size(); }
+  size_t n_tokens() const { return ids_.size(); }  // of a round
+  SourceMatrix coarsely(TensorKind kind, int layer, size_t expert) const {
+    const size_t job = model_.job_index(kind, layer);
+    return coarse_matrix(source_.jobs[job], *coarse_[job].format, expert, eval_.n_threads());
+  }
   bool is_free(TensorKind kind, int layer) const { return model_.has(kind, layer) && free_[model_.job_index(kind, layer)]; }
 
   // ---- rows: [branches * tokens, n_embd], the original's first -----------------------------------
@@ -136,7 +176,7 @@ class Meter {
     embed(model_.matrix(embedding, 0), rows_);
     if (!is_free(TensorKind::token_embd, -1)) return;
     std::vector<float> coarse;
-    embed(coarse_matrix(embedding, 0, eval_.n_threads()), coarse);
+    embed(coarsely(TensorKind::token_embd, -1, 0), coarse);
     branch_off(TensorKind::token_embd, -1, coarse);
   }
 
@@ -155,7 +195,7 @@ class Meter {
     attend(layer, rows_);
     for (size_t i = 0; i < 4; ++i) {
       if (!is_free(kKinds[i], index)) continue;
-      const SourceMatrix coarse = coarse_matrix(model_.job(kKinds[i], index), 0, eval_.n_threads());
+      const SourceMatrix coarse = coarsely(kKinds[i], index, 0);
       std::vector<float> rows = before;
       *places[i] = coarse.weight;
       attend(layer, rows);
@@ -202,7 +242,7 @@ class Meter {
       size_t first = n_plain;
       for (size_t i = 0; i < 3; ++i) {
         if (!is_free(kinds[i], index)) continue;
-        const SourceMatrix coarse = coarse_matrix(model_.job(kinds[i], index), e, eval_.n_threads());
+        const SourceMatrix coarse = coarsely(kinds[i], index, e);
         *places[i] = coarse.weight;
         add_expert(layer, expert, routes[e], first, first + n_tokens(), added);
         *places[i] = m[i].weight;
@@ -252,7 +292,7 @@ class Meter {
   }
 
   // ---- head --------------------------------------------------------------------------------------
-  std::vector<double> finish() {
+  void finish() {
     const bool tied = !model_.has(TensorKind::output, -1);
     const TensorKind head_kind = tied ? TensorKind::token_embd : TensorKind::output;
     const std::vector<float> norm = model_.vector(TensorKind::output_norm, -1);
@@ -260,17 +300,25 @@ class Meter {
     const SourceMatrix head = model_.matrix(job, 0);
     SourceMatrix coarse;
     if (is_free(head_kind, -1)) {
-      coarse = coarse_matrix(job, 0, eval_.n_threads());
+      coarse = coarsely(head_kind, -1, 0);
       if (!tied) branch_off(head_kind, -1, original());
     }
     for (size_t t = 0; t < n_tokens(); t += n_seq_tokens_) compare(norm, head, coarse, model_.job_index(head_kind, -1), t);
+    for (size_t b = 1; b < branches_.size(); ++b) kld_[branches_[b].job] += branches_[b].kld;
+  }
+
+  // Where no type leaves an error that could be looked at: the largest of all, so that the tensor is not taken for free.
+  std::vector<double> sensitivities() const {
     std::vector<double> out(source_.jobs.size(), 0.0);
-    for (size_t b = 1; b < branches_.size(); ++b) {
-      const TensorJob& of = source_.jobs[branches_[b].job];
-      const double error = relative_error(of, coarse_format(of), eval_.n_threads());
-      const double kld = std::max(branches_[b].kld / static_cast<double>(n_tokens()), kLeast);
-      out[branches_[b].job] = error > 0 ? kld / error : kLeast;
+    for (size_t i = 0; i < out.size(); ++i) {
+      if (!std::isfinite(kld_[i]))
+        fail(ErrorKind::format, "tensor '", source_.jobs[i].name, "': what the model predicts with errors in it is not finite; the source is damaged or its values are far too large");
+      const double kld = std::max(kld_[i] / static_cast<double>(n_measured_), kLeast);
+      if (free_[i] && coarse_[i].error > 0) out[i] = kld / coarse_[i].error;
     }
+    const double most = out.empty() ? 0 : *std::max_element(out.begin(), out.end());
+    for (size_t i = 0; i < out.size(); ++i)
+      if (free_[i] && !(coarse_[i].error > 0)) out[i] = std::max(most, kLeast);
     return out;
   }
 
@@ -307,7 +355,11 @@ class Meter {
   size_t n_embd_, n_seq_tokens_;
   std::vector<float> rope_factors_;
   LayerEval eval_;
-  std::vector<Token> ids_;
+  std::vector<Coarse> coarse_;  // per job
+  std::vector<double> kld_;     // the same, over all tokens
+  std::vector<std::vector<Token>> rounds_;
+  size_t n_measured_ = 0;       // tokens of all rounds
+  std::vector<Token> ids_;      // of this round
   std::vector<Branch> branches_;
   std::vector<float> rows_;
 };

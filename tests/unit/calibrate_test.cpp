@@ -166,6 +166,78 @@ TEST_CASE("calibrate: types are chosen for a size in every layout") {
   }
 }
 
+namespace {
+
+// Of the free tensors of a tiny model, the first being the embedding, for sequences of 64 tokens.
+std::vector<double> sensitivity_of(const fs::path& path, size_t n_sequences, uint64_t ram_bytes, std::string* notices = nullptr) {
+  ConvertOptions options;
+  options.n_threads = 2;
+  if (notices != nullptr) options.notice = [notices](const std::string& line) { *notices += line + "\n"; };
+  const ConversionSource source = open_gguf(path, options);
+  const std::vector<Token> ids = some_tokens(n_sequences * kSequence, source.hparams.n_vocab);
+  const std::vector<double> all = measure_sensitivity(source, ids, kSequence, ram_bytes, options);
+  const std::vector<bool> is_free = free_types(source, options);
+  std::vector<double> out;
+  for (size_t i = 0; i < all.size(); ++i)
+    if (is_free[i]) out.push_back(all[i]);
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("calibrate: little memory takes several rounds to look at as many tokens") {
+  const fs::path path = folder_of("rounds") / "in.gguf";
+  write_tiny_model(path, {});
+  std::string notices, few_notices;
+  const std::vector<double> at_once = sensitivity_of(path, 8, 0, &notices), in_rounds = sensitivity_of(path, 8, 1 << 20, &few_notices);
+  CHECK(notices.find("512 tokens of 8 sequences\n") != std::string::npos);
+  CHECK(few_notices.find("512 tokens of 8 sequences, in 8 passes over the model") != std::string::npos);
+  REQUIRE(at_once.size() == in_rounds.size());
+  for (size_t i = 0; i < at_once.size(); ++i) CHECK(in_rounds[i] == doctest::Approx(at_once[i]).epsilon(1e-3));
+  // The sequences of a longer text are spread over it, no more of them than needed.
+  few_notices.clear();
+  sensitivity_of(path, 20, 1 << 20, &few_notices);
+  CHECK(few_notices.find("512 tokens of 8 sequences") != std::string::npos);
+}
+
+TEST_CASE("calibrate: tensors that are of the coarse type already are not taken for free") {
+  const fs::path folder = folder_of("coarse");
+  TinyModelOptions wide{.n_embd = 256, .n_ff = 256}, narrow;
+  for (auto [model, type] : {std::pair(wide, DType::Q3_K), std::pair(narrow, DType::Q4_0)}) {
+    write_tiny_model(folder / "exact.gguf", model);
+    model.type = type;
+    write_tiny_model(folder / "coarse.gguf", model);
+    const std::vector<double> exact = sensitivity_of(folder / "exact.gguf", 2, 0), coarse = sensitivity_of(folder / "coarse.gguf", 2, 0);
+    REQUIRE(exact.size() == coarse.size());
+    for (size_t i = 0; i < exact.size(); ++i) {
+      CAPTURE(i);
+      CHECK(coarse[i] > 0.1 * exact[i]);
+    }
+  }
+}
+
+TEST_CASE("calibrate: tensors whose values every coarse type holds count as much as any") {
+  const fs::path path = folder_of("grid") / "in.gguf";
+  GgufBuilder builder = tiny_model({});
+  for (GgufBuilder::Tensor& tensor : builder.tensors)
+    if (tensor.name == "blk.0.attn_q.weight") std::fill(tensor.data.begin(), tensor.data.end(), '\0');
+  write_bytes(path, builder.build());
+  const std::vector<double> sensitivity = sensitivity_of(path, 2, 0);
+  CHECK(std::count(sensitivity.begin(), sensitivity.end(), *std::max_element(sensitivity.begin(), sensitivity.end())) == 2);
+}
+
+TEST_CASE("calibrate: predictions that are not finite give no sensitivities") {
+  const fs::path path = folder_of("overflow") / "in.gguf";
+  GgufBuilder builder = tiny_model({});
+  for (GgufBuilder::Tensor& tensor : builder.tensors)
+    if (tensor.name == "blk.1.ffn_gate_exps.weight" || tensor.name == "blk.1.ffn_up_exps.weight") {
+      std::vector<float> values(tensor.data.size() / sizeof(float), 1e30f);
+      std::memcpy(tensor.data.data(), values.data(), tensor.data.size());
+    }
+  write_bytes(path, builder.build());
+  check_thrown(thrown_by([&] { sensitivity_of(path, 2, 0); }), ErrorKind::format, "token_embd.weight': what the model predicts");
+}
+
 TEST_CASE("calibrate: values too large for a type are refused, an importance matrix too") {
   const fs::path folder = folder_of("too large");
   GgufBuilder builder = tiny_model({});
