@@ -13,7 +13,6 @@
 #include <utility>
 
 #include "base/error.h"
-#include "base/file_descriptor.h"
 #include "base/units.h"
 
 namespace duet {
@@ -23,21 +22,17 @@ namespace fs = std::filesystem;
 
 std::string errno_text() { return std::strerror(errno); }
 
-// Opens a regular file for reading and gives its size.
-int open_regular(const fs::path& path, uint64_t& size) {
-  // O_NONBLOCK: opening a pipe must not wait for its writer. No effect on regular files.
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) fail(ErrorKind::io, path.string(), ": cannot open: ", errno_text());
-  struct stat info {};
-  if (::fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
-    ::close(fd);
-    fail(ErrorKind::io, path.string(), ": not a regular file");
-  }
-  size = static_cast<uint64_t>(info.st_size);
-  return fd;
-}
-
 }  // namespace
+
+FileDescriptor open_regular(const fs::path& path, uint64_t* size) {
+  // O_NONBLOCK: opening a pipe must not wait for its writer. No effect on regular files.
+  FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (!file.is_open()) fail(ErrorKind::io, path.string(), ": cannot open: ", errno_text());
+  struct stat info {};
+  if (::fstat(file.get(), &info) != 0 || !S_ISREG(info.st_mode)) fail(ErrorKind::io, path.string(), ": not a regular file");
+  if (size != nullptr) *size = static_cast<uint64_t>(info.st_size);
+  return file;
+}
 
 std::optional<FileIdentity> identify(int descriptor) {
   struct stat info {};
@@ -52,7 +47,7 @@ std::string identity_line(const fs::path& path, const FileIdentity& identity) {
 
 MappedFile MappedFile::open(const fs::path& path) {
   uint64_t size = 0;
-  const FileDescriptor fd(open_regular(path, size));
+  const FileDescriptor fd = open_regular(path, &size);
   MappedFile out;
   out.path_ = path;
   out.size_ = size;
@@ -101,7 +96,7 @@ void MappedFile::drop(std::span<const std::byte> part) const {
 
 std::string read_file(const fs::path& path, uint64_t max_bytes) {
   uint64_t size = 0;
-  const FileDescriptor fd(open_regular(path, size));
+  const FileDescriptor fd = open_regular(path, &size);
   if (size > max_bytes)
     fail(ErrorKind::format, path.string(), ": ", format_size(size), " is larger than the ",
          format_size(max_bytes), " expected at most of such a file");

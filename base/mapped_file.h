@@ -9,7 +9,12 @@
 #include <string>
 #include <string_view>
 
+#include "base/file_descriptor.h"
+
 namespace duet {
+
+// For reading. Error(io) when it is missing, unreadable, or not a regular file.
+FileDescriptor open_regular(const std::filesystem::path& path, uint64_t* size = nullptr);
 
 // Which file it is and in which state, to notice that a path leads to another or changed one.
 struct FileIdentity {

@@ -1,8 +1,12 @@
 #include "base/sha256.h"
 
+#include <fcntl.h>
 #include <openssl/evp.h>
+#include <unistd.h>
 
-#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <vector>
 
 #include "base/error.h"
 #include "base/mapped_file.h"
@@ -54,18 +58,22 @@ std::string hex(std::span<const std::byte> bytes) {
 
 std::string sha256_of(std::span<const std::byte> bytes) { return hex(Sha256().add(bytes).finish()); }
 
+// By reads and not by a mapping, where a failing disk would end the process.
 std::string sha256_of(const std::filesystem::path& path, const std::function<void(uint64_t)>& progress, const std::atomic<bool>* cancel) {
-  const MappedFile file = MappedFile::open(path);
+  const FileDescriptor file = open_regular(path);
+  static_cast<void>(::posix_fadvise(file.get(), 0, 0, POSIX_FADV_SEQUENTIAL));
   Sha256 hash;
-  const auto bytes = file.bytes();
-  for (size_t at = 0; at < bytes.size(); at += kPiece) {
+  std::vector<std::byte> piece(kPiece);
+  for (uint64_t done = 0;;) {
     if (cancel != nullptr && cancel->load()) fail(ErrorKind::cancelled, "interrupted");
-    const auto piece = bytes.subspan(at, std::min(kPiece, bytes.size() - at));
-    hash.add(piece);
-    file.drop(piece);
-    if (progress) progress(at + piece.size());
+    const ssize_t n = ::pread(file.get(), piece.data(), piece.size(), static_cast<off_t>(done));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail(ErrorKind::io, path.string(), ": cannot read at byte ", done, ": ", std::strerror(errno));
+    if (n == 0) return hex(hash.finish());
+    hash.add(std::span<const std::byte>(piece).first(static_cast<size_t>(n)));
+    done += static_cast<uint64_t>(n);
+    if (progress) progress(done);
   }
-  return hex(hash.finish());
 }
 
 }  // namespace duet

@@ -13,6 +13,7 @@
 #include "base/cpu_features.h"
 #include "base/json.h"
 #include "base/mapped_file.h"
+#include "base/sha256.h"
 #include "base/units.h"
 #include "base/zstd_frame.h"
 #include "tests/support/errors.h"
@@ -195,6 +196,18 @@ TEST_CASE("read_file: whole text, size limit") {
   check_thrown(thrown_by([&] { (void)read_file(folder / "f", 4); }), kFormat,
                "f: 5 B is larger than the 4 B expected");
   CHECK(thrown_by([&] { (void)read_file(folder / "none", 4); }).kind == kIo);
+}
+
+TEST_CASE("sha256: of a file is that of its bytes; a read that fails is an error") {
+  const TempFolder folder;
+  const std::string text((size_t{8} << 20) + 12345, 'x');
+  write_text(folder / "f", text);
+  uint64_t told = 0;
+  CHECK(sha256_of(folder / "f", [&](uint64_t done) { told = done; }) == sha256_of(std::as_bytes(std::span(text.data(), text.size()))));
+  CHECK(told == text.size());
+  // Of no size that is told, and its first page cannot be read: as on a failing disk.
+  check_thrown(thrown_by([] { (void)sha256_of(std::filesystem::path("/proc/self/mem")); }), kIo, "cannot read at byte 0: Input/output error");
+  check_thrown(thrown_by([&] { (void)sha256_of(folder / "none"); }), kIo, "none: cannot open");
 }
 
 TEST_CASE("output_file: the target changes only at commit") {
