@@ -1,7 +1,6 @@
 #include "base/resumable_file.h"
 
 #include <fcntl.h>
-#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -13,6 +12,7 @@
 
 #include "base/error.h"
 #include "base/json.h"
+#include "base/locked_file.h"
 #include "base/mapped_file.h"
 #include "base/units.h"
 
@@ -150,8 +150,8 @@ ResumableFile::~ResumableFile() {
 fs::path ResumableFile::beside(const char* ending) const { return path_.string() + ending; }
 
 void ResumableFile::open_part() {
-  file_ = open_file(beside(".part"), O_RDWR | O_CREAT);
-  if (::flock(file_.get(), LOCK_EX | LOCK_NB) != 0) fail(ErrorKind::io, beside(".part").string(), ": another process is writing it");
+  file_ = open_locked(beside(".part"));
+  if (!file_.is_open()) fail(ErrorKind::io, beside(".part").string(), ": another process is writing it");
 }
 
 void ResumableFile::check_identity(const Journal& journal) const {

@@ -43,6 +43,7 @@ class Download {
       : request_(request), options_(options), part_(request.destination) {}
 
   void run(const Remote& remote) {
+    if (is_here()) return part_.discard();
     prepare(remote);
     try {
       remote.has_ranges ? fetch_ranges() : fetch_whole();
@@ -55,6 +56,12 @@ class Download {
   }
 
  private:
+  // Another process has completed it between the caller's look and our lock.
+  bool is_here() const {
+    std::error_code ec;
+    return std::filesystem::is_regular_file(request_.destination, ec);
+  }
+
   // Goes on with what an earlier attempt has left if it is of the same file.
   void prepare(const Remote& remote) {
     const uint64_t size = remote.size;
@@ -77,8 +84,18 @@ class Download {
     journal_.url = request_.url;
     journal_.etag = identity_;
     journal_.sha256 = request_.sha256;
-    part_.reserve(size);
+    reserve(size);
     if (has_ranges) part_.save(journal_);
+  }
+
+  // Where there is no room, only what had arrived before is kept: of disk space that was had no journal would tell.
+  void reserve(uint64_t size) {
+    try {
+      part_.reserve(size);
+    } catch (...) {
+      if (journal_.total_done() == 0) part_.discard();
+      throw;
+    }
   }
 
   void fetch_ranges() {
@@ -164,13 +181,22 @@ class Download {
   }
 
   void verify() {
-    if (request_.sha256.empty()) return;
+    if (request_.sha256.empty()) return check_kind();
     part_.save(journal_);
     const std::string found =
         sha256_of(part_.path(), [this](uint64_t done) { options_.progress(done, journal_.size, "check"); }, options_.http.cancel);
     if (found == request_.sha256) return;
     part_.discard();
     fail(ErrorKind::format, request_.url, ": SHA-256 is ", found, ", ", request_.sha256, " was announced; the file is thrown away, pull it again");
+  }
+
+  // A page of a portal or of an error that comes with status 200 would stay as a model and be taken for one ever after.
+  void check_kind() {
+    constexpr size_t kShown = 16;
+    const std::string head = part_.head(kShown);
+    if (head.starts_with("GGUF")) return;
+    part_.discard();
+    fail(ErrorKind::format, request_.url, ": is no GGUF file, it begins with ", quote(head), "; nothing of it is kept; look at the address in a browser");
   }
 
   const DownloadRequest& request_;

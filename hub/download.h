@@ -12,9 +12,9 @@ namespace duet::hub {
 
 struct DownloadRequest {
   std::string url, token;
-  std::filesystem::path destination;  // appears only when complete and right
+  std::filesystem::path destination;  // appears only when complete and right; what another process has put there meanwhile stays
   std::optional<uint64_t> size;       // when known beforehand
-  std::string sha256;                 // 64 lower-case digits; "": not known
+  std::string sha256;                 // 64 lower-case digits; "": not known, then it must begin as a GGUF file does
 };
 
 struct DownloadOptions {
@@ -28,7 +28,7 @@ struct DownloadOptions {
 };
 
 // Throws Error: io (the server's refusal, the network, the disk), format (the bytes have another size or SHA-256 than
-// they should: they are thrown away), cancelled. After io and cancelled the same call goes on where this one stopped.
+// they should, or are no GGUF file: they are thrown away), cancelled. After io and cancelled the same call goes on where this one stopped.
 void download(const DownloadRequest& request, const DownloadOptions& options);
 
 }  // namespace duet::hub

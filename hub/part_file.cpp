@@ -1,7 +1,6 @@
 #include "hub/part_file.h"
 
 #include <fcntl.h>
-#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
@@ -13,6 +12,7 @@
 
 #include "base/error.h"
 #include "base/json.h"
+#include "base/locked_file.h"
 #include "base/mapped_file.h"
 #include "base/units.h"
 
@@ -71,9 +71,8 @@ PartFile::PartFile(fs::path destination)
     : destination_(std::move(destination)), part_(part_of(destination_)), journal_(journal_of(destination_)) {
   std::error_code ec;
   fs::create_directories(destination_.parent_path(), ec);
-  file_ = FileDescriptor(::open(part_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644));
-  if (!file_.is_open()) fail(ErrorKind::io, part_.string(), ": cannot write: ", errno_text());
-  if (::flock(file_.get(), LOCK_EX | LOCK_NB) != 0) fail(ErrorKind::io, part_.string(), ": another duet pull is at work on it");
+  file_ = open_locked(part_);
+  if (!file_.is_open()) fail(ErrorKind::io, part_.string(), ": another duet pull is at work on it");
 }
 
 std::optional<Journal> PartFile::journal() const {
@@ -97,8 +96,8 @@ void PartFile::reserve(uint64_t size) {
     fail(ErrorKind::io, destination_.string(), ": needs ", format_size(needed), " more, the disk has ", format_size(free_bytes),
          " free; make room, or set DUET_MODELS to a folder on another disk");
   if (::ftruncate(file_.get(), static_cast<off_t>(size)) != 0) fail(ErrorKind::io, part_.string(), ": cannot make it ", size, " bytes: ", errno_text());
-  if (::fallocate(file_.get(), 0, 0, static_cast<off_t>(size)) != 0 && errno == ENOSPC)
-    fail(ErrorKind::io, part_.string(), ": no room for ", format_size(size));
+  if (::fallocate(file_.get(), 0, 0, static_cast<off_t>(size)) != 0 && (errno == ENOSPC || errno == EDQUOT))
+    fail(ErrorKind::io, part_.string(), ": no room for ", format_size(size), ": ", errno_text(), "; make room, or set DUET_MODELS to a folder on another disk");
 }
 
 void PartFile::write(uint64_t offset, std::span<const std::byte> bytes) {
@@ -109,6 +108,14 @@ void PartFile::write(uint64_t offset, std::span<const std::byte> bytes) {
     bytes = bytes.subspan(static_cast<size_t>(n));
     offset += static_cast<uint64_t>(n);
   }
+}
+
+std::string PartFile::head(size_t n_bytes) const {
+  std::string out(n_bytes, '\0');
+  const ssize_t n = ::pread(file_.get(), out.data(), out.size(), 0);
+  if (n < 0) fail(ErrorKind::io, part_.string(), ": cannot read: ", errno_text());
+  out.resize(static_cast<size_t>(n));
+  return out;
 }
 
 void PartFile::save(const Journal& journal) {

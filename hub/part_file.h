@@ -36,6 +36,7 @@ class PartFile {
   // Reserves the disk space of `size` bytes. Error(io) with the figures when there is too little.
   void reserve(uint64_t size);
   void write(uint64_t offset, std::span<const std::byte> bytes);
+  std::string head(size_t n_bytes) const;  // fewer where it is shorter
   void save(const Journal& journal);  // what it says has arrived is on disk then
   void restart();                     // forgets all that has arrived
   void discard();                     // removes both files

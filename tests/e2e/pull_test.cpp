@@ -43,6 +43,7 @@ struct Hub {
     WebReply reply{404, {}, "nothing"};
     if (request.target == "/user/demo-GGUF/resolve/main/demo.Q4_K_M.gguf" || request.target == "/files/demo.gguf") reply = file_reply(request, demo());
     if (request.target == "/user/demo-GGUF/resolve/main/demo.Q8_0.gguf") reply = file_reply(request, "no model at all, really");
+    if (request.target == "/files/portal.gguf") reply = {200, {}, portal ? "<html>Sign in</html>" : demo()};
     reply.bytes_per_s = bytes_per_s;
     return reply;
   }
@@ -58,6 +59,7 @@ struct Hub {
   TempFolder home;
   std::vector<std::pair<std::string, std::string>> environment = {};
   std::atomic<size_t> bytes_per_s{0};
+  std::atomic<bool> portal{true};  // answers for others
   WebServer server;
 };
 
@@ -153,6 +155,15 @@ TEST_CASE("pull: a URL, into a folder of the user's choice") {
   CHECK(hub.duet({"run", "demo", "-p", "The", "-n", "2", "-t", "1"}).exit_code == 0);
   CHECK(hub.duet({"rm", "demo"}).exit_code == 0);
   CHECK(fs::is_empty(hub.home / "elsewhere"));
+}
+
+TEST_CASE("pull: a portal's page is refused, and the same command gets the model later") {
+  Hub hub;
+  const std::vector<std::string> pull{"pull", hub.server.url() + "/files/portal.gguf"};
+  CHECK(refusal(hub.duet(pull), 4, "is no GGUF file, it begins with '<html>Sign in</h'") == "");
+  CHECK(hub.duet({"list"}).out == "");
+  hub.portal = false;
+  CHECK(hub.duet(pull).exit_code == 0);
 }
 
 TEST_CASE("pull: what Ollama has already is used where it lies") {

@@ -2,8 +2,9 @@
 #include "hub/download.h"
 
 #include <doctest/doctest.h>
+#include <fcntl.h>
 
-
+#include "base/locked_file.h"
 #include "base/mapped_file.h"
 #include "base/sha256.h"
 #include "hub/part_file.h"
@@ -21,8 +22,8 @@ namespace fs = std::filesystem;
 
 const std::string& content() {
   static const std::string text = [] {
-    std::string out;
-    for (int i = 0; i < 10000; ++i) out += static_cast<char>('a' + i * i % 26);
+    std::string out = "GGUF";
+    for (int i = 4; i < 10000; ++i) out += static_cast<char>('a' + i * i % 26);
     return out;
   }();
   return text;
@@ -303,6 +304,73 @@ TEST_CASE("download: one at a time, and only where there is room") {
   CHECK(bench.get().message == "");
   Bench huge([](const WebRequest&) { return WebReply{206, {{"Content-Range", "bytes 0-0/8796093022208"}}, "x"}; });
   check_thrown(huge.get(false), ErrorKind::io, "the disk has");
+  CHECK(huge.n_files() == 0);
   Bench absurd([](const WebRequest&) { return WebReply{206, {{"Content-Range", "bytes 0-0/18446744073709551615"}}, "x"}; });
   check_thrown(absurd.get(false), ErrorKind::format, "is no model");
+}
+
+TEST_CASE("download: no room for the rest keeps what had arrived") {
+  std::atomic<bool> dead{true};
+  Bench bench([&dead](const WebRequest& request) {
+    WebReply reply = file_reply(request, content());
+    if (dead && request.number > 4) reply.cut_after = 0;
+    if (!dead) reply.headers.back().second = "bytes 0-0/8796093022208";
+    return reply;
+  });
+  check_thrown(bench.get(), ErrorKind::io, "run the same command again");
+  dead = false;
+  Journal journal = *PartFile(bench.file).journal();
+  journal.size = uint64_t{8} << 40;
+  journal.chunk_bytes = journal.size;
+  journal.done = {1000};
+  {
+    PartFile part(bench.file);
+    fs::resize_file(part.path(), journal.size);  // of holes
+    part.save(journal);
+  }
+  check_thrown(bench.get(), ErrorKind::io, "the disk has");
+  CHECK(partial_download(bench.file)->done == 1000);
+}
+
+TEST_CASE("download: another one that ends just now leaves nothing to do") {
+  fs::path file;
+  Bench bench([&file](const WebRequest& request) {
+    if (is_probe(request)) write_text(file, content());  // after the caller's look
+    return good(request);
+  });
+  file = bench.file;
+  CHECK(bench.get().message == "");
+  CHECK(bench.is_right());
+  CHECK(bench.server.n_requests() == 1);
+}
+
+TEST_CASE("download: what is no GGUF file is not kept when no SHA-256 tells") {
+  const std::string page = "<html>Sign in to this network</html>";
+  for (const bool has_ranges : {true, false}) {
+    Bench bench([&](const WebRequest& request) { return has_ranges ? file_reply(request, page) : WebReply{200, {}, page}; });
+    check_thrown(bench.get(false), ErrorKind::format, "is no GGUF file, it begins with '<html>Sign in to");
+    CHECK(bench.n_files() == 0);
+  }
+}
+
+TEST_CASE("a file is locked under the name that it has then") {
+  const TempFolder folder;
+  const fs::path part = folder / "m.part";
+  int n_opened = 0;
+  {
+    const FileDescriptor file = open_locked(part, [&] {
+      if (n_opened++ > 0) return;
+      write_text(part, "complete");  // by the process that has it, and is done
+      fs::rename(part, folder / "m");
+    });
+    REQUIRE(file.is_open());
+    CHECK(n_opened == 2);
+    CHECK(identify(file.get())->inode != identify(FileDescriptor(::open((folder / "m").c_str(), O_RDONLY)).get())->inode);
+    CHECK(fs::file_size(part) == 0);
+    CHECK(!open_locked(part).is_open());
+  }
+  CHECK(open_locked(part).is_open());
+  CHECK(read_file(folder / "m", 100) == "complete");
+  fs::create_symlink(folder / "m", folder / "link");
+  CHECK(thrown_by([&] { open_locked(folder / "link"); }).kind == ErrorKind::io);
 }
