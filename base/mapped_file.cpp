@@ -83,7 +83,15 @@ void drop_from_cache(const fs::path& path) {
   if (fd.is_open()) static_cast<void>(::posix_fadvise(fd.get(), 0, 0, POSIX_FADV_DONTNEED));
 }
 
-void MappedFile::drop(std::span<const std::byte> part) const {
+void MappedFile::fetch(std::span<const std::byte> part) const {
+  const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto start = reinterpret_cast<uintptr_t>(data_), begin = reinterpret_cast<uintptr_t>(part.data());
+  if (begin < start || begin + part.size() > start + size_) return;
+  const uintptr_t first = begin / page * page;
+  ::madvise(const_cast<std::byte*>(data_) + (first - start), begin + part.size() - first, MADV_WILLNEED);
+}
+
+void MappedFile::drop(std::span<const std::byte> part, bool cached) const {
   const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
   const auto start = reinterpret_cast<uintptr_t>(data_), stop = start + size_;
   const auto begin = reinterpret_cast<uintptr_t>(part.data()), end = begin + part.size();
@@ -92,6 +100,9 @@ void MappedFile::drop(std::span<const std::byte> part) const {
   const uintptr_t last = end == stop ? end : end / page * page;
   if (first < last)
     ::madvise(const_cast<std::byte*>(data_) + (first - start), last - first, MADV_DONTNEED);
+  if (!cached || first >= last) return;
+  const FileDescriptor fd(::open(path_.c_str(), O_RDONLY | O_CLOEXEC));
+  if (fd.is_open()) static_cast<void>(::posix_fadvise(fd.get(), static_cast<off_t>(first - start), static_cast<off_t>(last - first), POSIX_FADV_DONTNEED));
 }
 
 std::string read_file(const fs::path& path, uint64_t max_bytes) {

@@ -45,9 +45,12 @@ class MappedFile {
   const std::filesystem::path& path() const { return path_; }
   const FileIdentity& identity() const { return identity_; }  // when it was mapped
 
+  // Tells the kernel that these bytes are read next. It then reads them alone: without, it reads as much around them as
+  // its read-ahead takes, half of that before them.
+  void fetch(std::span<const std::byte> part) const;
   // Tells the kernel that these bytes will not be read again soon (drops clean pages of this
-  // mapping). Best effort; nothing happens when `part` is not of this mapping.
-  void drop(std::span<const std::byte> part) const;
+  // mapping; cached: and those of the page cache). Best effort; nothing happens when `part` is not of this mapping.
+  void drop(std::span<const std::byte> part, bool cached = false) const;
 
  private:
   MappedFile() = default;

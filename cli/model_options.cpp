@@ -189,7 +189,7 @@ Division divide(const ModelSizes& sizes, const ModelOptions& options, const std:
   Division out;
   try {
     if (card && card->device != nullptr) gpu::check_heads(sizes.hparams, all.kv_type, *card->device);
-    if (card) out.card = gpu::plan_card(sizes, options.gpu, gpu::chunk_sizes(sizes.hparams, all), *card);
+    if (card) out.card = gpu::plan_card(sizes, options.gpu, all, *card, n_threads, memory);
   } catch (const Error& e) {
     if (!gpu::may_go_without(options.gpu, e)) throw;
     out.card_refusal = e.what();

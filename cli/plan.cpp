@@ -141,6 +141,7 @@ void plan_for_card(Report& report, const ModelOptions& model) {
   else if (options.vram_bytes > 0) report.card = gpu::Card{.name = "", .free_bytes = 0, .memory_bytes_per_s = gpu::kAssumedBytesPerS, .device = nullptr};
   else if (options.mode != Mode::automatic)
     fail(ErrorKind::unsupported, "no card can be used: ", report.device.reason, "; to plan for one that is not here, say how much memory it has with --vram");
+  else if (report.device.is_broken) notices()(concat("no card is planned for: ", report.device.reason));
   if (report.card && !(report.card->memory_bytes_per_s > 0)) report.card->memory_bytes_per_s = gpu::kAssumedBytesPerS;
 }
 

@@ -43,21 +43,32 @@ struct ServeOptions {
 
 constexpr uint32_t kMostParallel = 32;
 
-// As many contexts as a third of the memory holds that is left beside the weights.
-uint32_t default_parallel(const ModelOptions& options) {
+// What one context takes, with all weights in memory.
+MemoryPlan plan_of_one(const ModelOptions& options, const HostMemory& memory) {
   MemoryOptions one = memory_options_of(options);
   one.ram = MemoryOptions::Ram::all;
+  return plan_memory(sizes_of(options, [](const std::string&) {}), one, 1, memory);
+}
+
+uint32_t contexts_in(uint64_t n_bytes, const MemoryPlan& one) {
+  return static_cast<uint32_t>(std::clamp<uint64_t>(n_bytes / std::max<uint64_t>(one.kv_bytes, 1), 1, kMostParallel));
+}
+
+// As many contexts as a third of the memory holds that is left beside the weights. On a card, which has them where it is
+// used, as many as a sixteenth of its memory does: most of it is for experts.
+void choose_parallel(ServeOptions& options) {
+  ModelOptions& model = options.model;
   const HostMemory memory = read_host_memory();
-  const MemoryPlan plan = plan_memory(sizes_of(options, [](const std::string&) {}), one, 1, memory);
+  const MemoryPlan one = plan_of_one(model, memory);
   uint64_t available = memory.available_bytes;
-  if (options.memory.ram == MemoryOptions::Ram::bytes) available = options.memory.ram_bytes;
+  if (model.memory.ram == MemoryOptions::Ram::bytes) available = model.memory.ram_bytes;
   if (memory.cgroup_limit_bytes) available = std::min(available, *memory.cgroup_limit_bytes);
-  if (gpu::Device* const card = options.gpu.device) {  // where they are kept; most of it is for experts
-    const uint64_t vram = options.gpu.vram_bytes > 0 ? std::min(options.gpu.vram_bytes, card->free_bytes()) : card->free_bytes();
-    return static_cast<uint32_t>(std::clamp<uint64_t>(vram / 16 / std::max<uint64_t>(plan.kv_bytes, 1), 1, kMostParallel));
-  }
-  const uint64_t left = available > plan.total_bytes ? available - plan.total_bytes : available / 8;
-  return static_cast<uint32_t>(std::clamp<uint64_t>(left / 3 / std::max<uint64_t>(plan.kv_bytes, 1), 1, kMostParallel));
+  const uint64_t left = available > one.total_bytes ? available - one.total_bytes : available / 8;
+  options.n_parallel = contexts_in(left / 3, one);
+  gpu::Device* const card = model.gpu.device;
+  if (card == nullptr) return;
+  const uint64_t vram = model.gpu.vram_bytes > 0 ? std::min(model.gpu.vram_bytes, card->free_bytes()) : card->free_bytes();
+  model.gpu.n_sequences = contexts_in(vram / 16, one);
 }
 
 std::optional<ChatTemplate> chat_template_of(const ServeOptions& options, const Engine& engine) {
@@ -161,9 +172,10 @@ void run_serve(ServeOptions options) {
   options.model.path = model_file(options.model.path).string();
   const gpu::FoundDevice card = options.n_parallel == 0 ? find_card(options.model) : gpu::FoundDevice{};
   options.model.gpu.device = card.device.get();
-  if (options.n_parallel == 0) options.n_parallel = default_parallel(options.model);
+  if (options.n_parallel == 0) choose_parallel(options);
   options.model.memory.n_sequences = options.n_parallel;
   const Engine engine = open_engine(options.model);
+  if (const gpu::CardPlan* const plan = engine.card_plan()) options.n_parallel = plan->sizes.n_sequences;
   server::ServerOptions server_options;
   server_options.access = options.access;
   server_options.port = options.port;

@@ -94,6 +94,9 @@ class GgufFile {
   Place place_of(const std::byte* data) const;
   // Tells the kernel that this tensor's pages will not be read again soon.
   void drop(const TensorView& tensor) const;
+  // Of any bytes, as MappedFile has them; cached: those that its page cache has, too.
+  void drop(std::span<const std::byte> bytes, bool cached) const;
+  void fetch(std::span<const std::byte> bytes) const;
 
  private:
   struct State;

@@ -268,8 +268,14 @@ GgufFile::Place GgufFile::place_of(const std::byte* data) const {
   fail(ErrorKind::internal, state_->source, ": bytes outside the mapped file");
 }
 
-void GgufFile::drop(const TensorView& tensor) const {
-  for (const MappedFile& file : state_->files) file.drop(tensor.data);
+void GgufFile::drop(const TensorView& tensor) const { drop(tensor.data, false); }
+
+void GgufFile::fetch(std::span<const std::byte> bytes) const {
+  for (const MappedFile& file : state_->files) file.fetch(bytes);
+}
+
+void GgufFile::drop(std::span<const std::byte> bytes, bool cached) const {
+  for (const MappedFile& file : state_->files) file.drop(bytes, cached);
 }
 
 }  // namespace duet

@@ -55,7 +55,6 @@ std::vector<uint64_t> one_expert(const ModelSizes& sizes) {
 
 // Whether experts stream is known only once their memory is planned; then none passes through the card.
 ModelSizes Engine::State::plan_host(const ModelSizes& all, const MemoryOptions& options) {
-  const HostMemory memory = read_host_memory();
   if (card == nullptr) {
     plan = plan_memory(all, options, compute.n_threads, memory);
     return all;
@@ -66,43 +65,64 @@ ModelSizes Engine::State::plan_host(const ModelSizes& all, const MemoryOptions& 
   return gpu::sizes_beside(all, beside);
 }
 
-void Engine::State::load(const ModelSizes& sizes, const EngineOptions& options) {
-  if (plan.streamed) watch = std::make_unique<MemoryWatch>(sizes, plan, options.watch, notice);  // first: loading takes long enough for a limit to change
-  if (card != nullptr) card->upload(compute);  // through the page cache, which is then let go of
+void Engine::State::load(const ModelSizes& all, const EngineOptions& options) {
+  const ModelSizes sizes = plan_host(all, options.memory);
+  watch = plan.streamed ? std::make_unique<MemoryWatch>(sizes, plan, options.watch, notice) : nullptr;  // first: loading takes long enough for a limit to change
+  if (card != nullptr && !upload(options.gpu)) return load(all, options);
   if (!plan.streamed) return;
   model.own_dense(options.stream, card != nullptr);
   experts = std::make_unique<ExpertSource>(model, plan.slots, plan.n_staging, options.stream);
+  watch->begin();
+}
+
+// The page cache keeps what the card has only where the whole file has room: else it would push out what is needed.
+bool Engine::State::upload(const GpuOptions& options) {
+  const bool has_room = plan.budget_bytes == 0 || model.file().file_bytes() <= plan.budget_bytes;
+  try {
+    card->upload(compute, !plan.streamed && has_room);
+    return true;
+  } catch (const Error& e) {
+    go_without(options, e);
+    return false;
+  }
+}
+
+// In a handler of the refusal.
+void Engine::State::go_without(const GpuOptions& options, const Error& refusal) {
+  if (!gpu::may_go_without(options, refusal)) throw;
+  const gpu::Device& refused = options.device != nullptr ? *options.device : *device;
+  notice(concat(refused.info().name, " is not used: ", refusal.what()));
+  card.reset();
+  device.reset();
+}
+
+gpu::Device* Engine::State::find_device(const GpuOptions& options) {
+  if (options.device != nullptr) return options.device;
+  auto [opened, reason, is_broken] = gpu::find_device();
+  device = std::move(opened);
+  if (device != nullptr) return device.get();
+  if (options.mode != GpuOptions::Mode::automatic) fail(ErrorKind::unsupported, "no card can be used: ", reason, "; use --gpu auto or off");
+  const char* const named = std::getenv("DUET_GPU_MODULE");
+  if (is_broken || options.vram_bytes > 0 || (named != nullptr && *named != '\0')) notice(concat("no card is used: ", reason));
+  return nullptr;
 }
 
 void Engine::State::open_card(const ModelSizes& sizes, const EngineOptions& options) {
-  using Mode = GpuOptions::Mode;
   const GpuOptions& gpu = options.gpu;
-  if (gpu.mode == Mode::off) return;
-  const bool asked = gpu.mode != Mode::automatic;
+  if (gpu.mode == GpuOptions::Mode::off) return;
   if (!options.loras.empty()) {
-    if (asked) fail(ErrorKind::unsupported, "adapters are applied on the CPU only; use --gpu off with them");
+    if (gpu.mode != GpuOptions::Mode::automatic) fail(ErrorKind::unsupported, "adapters are applied on the CPU only; use --gpu off with them");
     if (gpu.device != nullptr || gpu.vram_bytes > 0 || gpu::has_module()) notice("adapters are applied on the CPU only: no card is used");
     return;
   }
-  gpu::Device* found = gpu.device;
-  if (found == nullptr) {
-    auto [opened, reason] = gpu::find_device();
-    if (opened == nullptr && asked) fail(ErrorKind::unsupported, "no card can be used: ", reason, "; use --gpu auto or off");
-    const char* const named = std::getenv("DUET_GPU_MODULE");
-    if (opened == nullptr && (gpu.vram_bytes > 0 || (named != nullptr && *named != '\0'))) notice(concat("no card is used: ", reason));
-    if (opened == nullptr) return;
-    device = std::move(opened);
-    found = device.get();
-  }
-  const gpu::ChunkSizes chunk = gpu::chunk_sizes(model.hparams(), options.memory);
+  gpu::Device* const found = find_device(gpu);
+  if (found == nullptr) return;
+  memory = read_host_memory(options.watch.root);  // less what the driver takes
   try {
-    check_support(model, chunk.kv_type, *found);
-    card = std::make_unique<gpu::Offload>(model, sizes, plan_card(sizes, gpu, chunk, gpu::card_of(*found)), *found, notice);
+    check_support(model, options.memory.kv_type, *found);
+    card = std::make_unique<gpu::Offload>(model, sizes, plan_card(sizes, gpu, options.memory, gpu::card_of(*found), compute.n_threads, memory), *found, notice);
   } catch (const Error& e) {
-    if (!gpu::may_go_without(gpu, e)) throw;
-    notice(concat(found->info().name, " is not used: ", e.what()));
-    card.reset();
-    device.reset();
+    go_without(gpu, e);
   }
 }
 
@@ -137,8 +157,9 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
   state->compute = {.kernels = &kernels, .n_threads = n_threads, .placement = &state->placement};
   ModelSizes all_sizes = model_sizes(file, hparams);
   all_sizes.dense_bytes += state->model.lora_bytes();
+  state->memory = read_host_memory(options.watch.root);
   state->open_card(all_sizes, options);
-  state->load(state->plan_host(all_sizes, options.memory), options);
+  state->load(all_sizes, options);
   const gpu::Offload* const card = state->card.get();
   state->tokenizer_error = try_load([&] { state->tokenizer = Tokenizer::load(file, notice); });
   state->template_error = try_load([&] { state->chat_template = ChatTemplate::of_model(file, notice); });

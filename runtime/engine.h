@@ -63,10 +63,11 @@ struct StreamOptions {
   ReadFault fault = {};             // tests only
 };
 
-// Where and how often the kernel is asked whether memory has become short, while experts stream.
+// Where the kernel is asked how much memory there is; and how often whether it has become short, while experts stream.
 struct WatchOptions {
   std::filesystem::path root = "/";  // another: tests only
   std::chrono::milliseconds interval{1000};
+  std::function<uint64_t()> faults = {};  // major faults so far, instead of the kernel's count: tests only
 };
 
 // Guesses of the look-ahead that were first made so many layers ahead: experts asked for, those chosen, and
@@ -104,6 +105,7 @@ struct GpuOptions {
   Mode mode = Mode::off;
   uint32_t n_layers = 0;
   uint64_t vram_bytes = 0;        // of the card's memory, at most; 0: what is free, less a reserve
+  uint32_t n_sequences = 0;       // instead of MemoryOptions', where the card is used: its memory may hold more or fewer
   gpu::Device* device = nullptr;  // an open one to use; must outlive the engine and its sessions. Null: the module's
 };
 

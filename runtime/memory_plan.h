@@ -26,6 +26,7 @@ struct ModelSizes {
   std::vector<uint64_t> expert_file_bytes; // [n_layer] all experts of the layer, as in the file
   std::vector<uint64_t> ffn_bytes;         // [n_layer] the same, and of a dense model gate, up and down
   uint64_t embd_bytes = 0;                 // of dense_bytes: the table of embeddings
+  uint64_t router_bytes = 0;               // of dense_bytes: the routers
   uint64_t bytes_per_token = 0;            // weights that one token reads
   uint64_t int8_macs = 0, f32_macs = 0;    // multiply-adds of one token in the layers, by kind of its activations
 };

@@ -32,14 +32,22 @@ MemoryWatch::MemoryWatch(ModelSizes sizes, MemoryPlan plan, const WatchOptions& 
       looked_(Clock::now()),
       hard_(pressure_.memory.cgroup_limit_bytes),
       soft_(soft_limit(pressure_.memory)),
-      faults_(major_faults()),
+      faults_(count_faults()),
       high_events_(pressure_.high_events) {
   pressure_.full_avg10 = 0;  // of the time before
 }
 
+void MemoryWatch::begin(Clock::time_point now) {
+  const std::lock_guard lock(mutex_);
+  thrashing_ = ThrashDetector(now);
+  pressure_.full_avg10 = 0;
+  high_events_ = read_memory_pressure(options_.root).high_events;
+  faults_ = count_faults();
+}
+
 std::optional<std::vector<uint32_t>> MemoryWatch::after(size_t n_tokens, Clock::time_point now) {
   const std::lock_guard lock(mutex_);
-  const uint64_t expert_bytes = plan_.expert_bytes, faults = major_faults();
+  const uint64_t expert_bytes = plan_.expert_bytes, faults = count_faults();
   const uint64_t n_faults = faults - std::exchange(faults_, faults);
   look(now);
   if (thrashing_.after(n_tokens, n_faults, pressure_.full_avg10, now)) react_to_thrashing(n_faults, n_tokens);

@@ -17,8 +17,12 @@ class MemoryWatch {
  public:
   using Clock = std::chrono::steady_clock;
 
-  // plan: of a model that streams. The limits that hold now are those that it was made for.
+  // plan: of a model that streams. The limits that hold now are those that it was made for: one that is lowered from here on,
+  // while weights are being loaded, is answered.
   MemoryWatch(ModelSizes sizes, MemoryPlan plan, const WatchOptions& options, NoticeFn notice);
+
+  // Weights are loaded: what that made the process wait and fault is no sign of short memory. Before the first after().
+  void begin(Clock::time_point now = Clock::now());
 
   // n_tokens have been evaluated. The slots that each layer may keep, when they have become fewer:
   //   a limit of the cgroup was lowered (v1 hard or soft, v2 max or high) below what the plan takes:
@@ -31,6 +35,7 @@ class MemoryWatch {
   std::optional<std::vector<uint32_t>> after(size_t n_tokens, Clock::time_point now = Clock::now());
 
  private:
+  uint64_t count_faults() const { return options_.faults ? options_.faults() : major_faults(); }
   void look(Clock::time_point now);
   void react_to_limit(const char* name, uint64_t limit, uint64_t used, uint64_t cache);
   void react_to_others(uint64_t available);

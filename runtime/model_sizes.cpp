@@ -26,6 +26,7 @@ class Counter {
   void add_dense(const TensorSpec& spec, const Format& format, uint64_t n_bytes) {
     sizes_.dense_bytes += n_bytes;
     if (spec.kind == TensorKind::token_embd) sizes_.embd_bytes = n_bytes;
+    if (spec.kind == TensorKind::ffn_gate_inp) sizes_.router_bytes += n_bytes;
     if (is_dense_ffn(spec.kind)) sizes_.ffn_bytes[static_cast<size_t>(spec.layer)] += n_bytes;
     if (spec.layer >= 0 && spec.shape.size() > 1) macs_of(format) += spec.shape[0] * spec.shape[1];
     const bool row_only = spec.kind == TensorKind::token_embd && !sizes_.hparams.tied_output;

@@ -6,6 +6,7 @@
 #include "base/host.h"
 #include "base/units.h"
 #include "runtime/decoder.h"
+#include "runtime/gpu/placement.h"
 #include "runtime/kv_cache.h"
 #include "runtime/memory_plan.h"
 
@@ -74,6 +75,7 @@ SessionSize session_size(const Engine& engine, uint32_t n_ctx, uint32_t n_batch,
   const MemoryPlan& plan = engine.plan();
   SessionSize size{context_length(hparams, n_ctx, plan.n_ctx, notice), 0};
   size.n_batch = std::min(n_batch > 0 ? n_batch : plan.n_batch, size.n_ctx);
+  if (engine.card_plan() != nullptr) size.n_batch = std::min(size.n_batch, gpu::largest_batch(hparams));
   const Needs need = needs(engine, size, n_sequences, type);
   if (plan.streamed) check_plan(plan, size, n_sequences, need);
   else check_memory(hparams, size, n_sequences, type, need);

@@ -188,7 +188,8 @@ extern "C" duet::gpu::Device* duet_gpu_open(uint32_t version, int index, char* m
   }
   DeviceInfo info{};
   if (const char* error = api::open(index, info); error != nullptr) {
-    std::snprintf(message, n_message, "GPU %d: %s", index, error);
+    if (error == kNoDriver || error == kNoDevice) std::snprintf(message, n_message, "%s", error);
+    else std::snprintf(message, n_message, "GPU %d: %s", index, error);
     return nullptr;
   }
   auto* device = new (std::nothrow) CudaDevice(index, info);

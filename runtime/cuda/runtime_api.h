@@ -11,7 +11,7 @@ namespace duet::gpu::api {
 
 struct Event;
 
-// Device `index` and what it is; null, or why it cannot be had.
+// Device `index` and what it is; null, or why it cannot be had: kNoDriver or kNoDevice itself where there is none at all.
 const char* open(int index, DeviceInfo& info);
 // What this thread calls next is meant for device `index`.
 void use(int index);

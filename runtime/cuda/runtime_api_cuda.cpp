@@ -21,8 +21,12 @@ int attribute(cudaDeviceAttr which, int index) {
 
 const char* open(int index, DeviceInfo& info) {
   cudaGetLastError();  // of whoever used CUDA before in this thread
-  int n = 0;
-  if (const cudaError_t error = cudaGetDeviceCount(&n); error != cudaSuccess) return cudaGetErrorString(error);
+  int n = 0, driver = 0;
+  // Without any driver the count fails as with one that is too old.
+  if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0) return kNoDriver;
+  const cudaError_t counted = cudaGetDeviceCount(&n);
+  if (counted == cudaErrorNoDevice || (counted == cudaSuccess && n == 0)) return kNoDevice;
+  if (counted != cudaSuccess) return cudaGetErrorString(counted);
   if (index < 0 || index >= n) return "there is no device of that index";
   if (const cudaError_t error = cudaSetDevice(index); error != cudaSuccess) return cudaGetErrorString(error);
   cudaDeviceProp properties;

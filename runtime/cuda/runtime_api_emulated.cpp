@@ -1,5 +1,5 @@
 // Device memory of the emulation: each allocation ends at an inaccessible page, fresh bytes are NaN in every type, and
-// the slack that alignment leaves is watched. DUET_EMULATED_GPU_BYTES is how much there is (default 4 GiB).
+// the slack that alignment leaves is watched. DUET_EMULATED_GPU_BYTES is how much there is (default 4 GiB; 0: no device).
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -77,6 +77,7 @@ void drop(void* p) {
 }  // namespace
 
 const char* open(int index, DeviceInfo& info) {
+  if (total_bytes() == 0) return kNoDevice;
   if (index != 0) return "there is no device of that index";
   std::snprintf(info.name, sizeof info.name, "emulated device");
   info.major = 8;

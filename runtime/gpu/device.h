@@ -131,8 +131,11 @@ class Device {
 
 inline constexpr uint32_t kModuleVersion = 3;  // one more with every change of Device
 
+// What a module says, in these words, on a machine without a card: nothing is wrong there.
+inline constexpr const char *kNoDriver = "no driver for cards is installed", *kNoDevice = "there is no card";
+
 // The module's one entry, "duet_gpu_open": device `index` of those there are (0: the first). A null pointer and one
-// line in `message` [n_message] when there is none, or the versions differ.
+// line in `message` [n_message] when there is none (one of the above), it cannot be used, or the versions differ.
 using OpenFn = Device* (*)(uint32_t version, int index, char* message, size_t n_message);
 inline constexpr const char* kOpenName = "duet_gpu_open";
 

@@ -24,18 +24,20 @@ std::string loader_error() {
   return out;
 }
 
-FoundDevice none(std::string reason) { return {nullptr, std::move(reason)}; }
+FoundDevice none(std::string reason) { return {nullptr, std::move(reason), false}; }
+FoundDevice broken(std::string reason) { return {nullptr, std::move(reason), true}; }
 
 FoundDevice open_module(const fs::path& path) {
   void* const library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) return none(concat("the module cannot be loaded: ", loader_error()));
+  if (library == nullptr) return broken(concat("the module cannot be loaded: ", loader_error()));
   void* const entry = ::dlsym(library, kOpenName);
-  if (entry == nullptr) return none(concat(path.string(), ": has no ", kOpenName, ": not a module of duet"));
+  if (entry == nullptr) return broken(concat(path.string(), ": has no ", kOpenName, ": not a module of duet"));
   std::array<char, 512> message{};
   Device* const device = reinterpret_cast<OpenFn>(entry)(kModuleVersion, 0, message.data(), message.size());
   message.back() = '\0';
-  if (device == nullptr) return none(message[0] != '\0' ? message.data() : "no device");
-  return {std::unique_ptr<Device>(device), ""};
+  if (device != nullptr) return {std::unique_ptr<Device>(device), "", false};
+  const std::string reason = message.data();
+  return reason == kNoDriver || reason == kNoDevice ? none(reason) : broken(reason.empty() ? "unknown error" : reason);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ namespace duet::gpu {
 struct FoundDevice {
   std::unique_ptr<Device> device;  // null: none
   std::string reason;              // then, in one line
+  bool is_broken = false;          // then: a module is there, and it is not that there is no card
 };
 
 // Where the module is looked for: the path in the variable DUET_GPU_MODULE and nowhere else, or libduet_cuda.so beside the

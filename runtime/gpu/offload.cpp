@@ -230,6 +230,7 @@ void Offload::place_all(const ModelSizes& sizes, const NoticeFn& notice) {
     if (place_experts(layer)) continue;
     const uint32_t n_planned = plan_.n_layer - plan_.first_layer;
     plan_ = with_first_layer(plan_, sizes, layer + 1);
+    plan_.transit_bytes = transit_bytes(sizes, plan_);  // of layers that were to be on the card, too
     notice(concat(device_->info().name, ": out of memory: experts of ", plan_.n_layer - plan_.first_layer, " layers are on the card instead of ", n_planned));
     break;
   }
@@ -244,8 +245,16 @@ Offload::Offload(const Model& model, const ModelSizes& sizes, CardPlan plan, Dev
 
 Offload::~Offload() { static_cast<void>(device_->synchronize()); }
 
-// One half is filled, by all threads because the file's pages come with it, while the other is sent.
-void Offload::upload(const Compute& compute) {
+// Of what the card has, the CPU reads only rows of a tied table of embeddings again.
+void Offload::let_go(std::span<const std::byte> bytes, bool keeps_cached) const {
+  const Weight& table = model_->token_embd();
+  const bool is_table = bytes.data() >= table.data && bytes.data() < table.data + weight_bytes(table);
+  if (!keeps_cached || !is_table) model_->file().drop(bytes, !keeps_cached);
+}
+
+// One half is filled, by all threads because the file's pages come with it, while the other is sent. What has been read of
+// the file is let go of at once: it would count as this process's memory, all of it together.
+void Offload::upload(const Compute& compute, bool keeps_cached) {
   const HostMemory staging(*device_, 2 * kStagingBytes);
   int slot = 0;
   size_t filled = 0;
@@ -255,9 +264,12 @@ void Offload::upload(const Compute& compute) {
       filled = std::min(kStagingBytes, copy.n_bytes - done);
       std::byte* const to = staging.data() + static_cast<size_t>(slot) * kStagingBytes;
       const auto* const from = static_cast<const std::byte*>(copy.from) + done;
+      // And the next piece; what is read around pages by itself would come back behind what has been let go of.
+      if (!keeps_cached) model_->file().fetch({from, std::min(2 * kStagingBytes, copy.n_bytes - done)});
       compute.team([&] {
         parallel_for(compute.threads_for(filled), filled, size_t{256} << 10, [&](size_t begin, size_t end) { std::memcpy(to + begin, from + begin, end - begin); });
       });
+      let_go({from, filled}, keeps_cached);
       device_->upload_beside(slot, copy.to + done, to, filled);
       slot = 1 - slot;
     }

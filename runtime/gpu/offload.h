@@ -6,6 +6,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -91,8 +92,9 @@ class Offload {
 
   // Gives back what experts of the CPU would pass through: those that are streamed do not. Before upload().
   void drop_transit();
-  // Copies the weights. Error(io).
-  void upload(const Compute& compute);
+  // Copies the weights, and lets go of the file's pages behind itself; keeps_cached: the system may keep them in its page
+  // cache for the next start. Error(io); Error(memory) where the host's memory cannot be pinned.
+  void upload(const Compute& compute, bool keeps_cached);
 
   Device& device() const { return *device_; }
   const CardPlan& plan() const { return plan_; }
@@ -127,6 +129,7 @@ class Offload {
   bool try_transit();
   uint64_t room() const;
   void place_all(const ModelSizes& sizes, const NoticeFn& notice);
+  void let_go(std::span<const std::byte> bytes, bool keeps_cached) const;
   Matrices matrix(Slab& slab, const Weight& w);
   ExpertMatrices experts(Slab& slab, const Layer& layer, Weight Expert::* part);
   Memory try_allocate(size_t n_bytes);

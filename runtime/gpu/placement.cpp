@@ -16,6 +16,9 @@ constexpr uint64_t kMiB = uint64_t{1} << 20;
 // Driver and kernels, within a budget that was given for the process; of what is free, left to others.
 constexpr uint64_t kContextBytes = 512 * kMiB, kReserveBytes = 512 * kMiB;
 constexpr uint64_t kContextShare = 32, kReserveShare = 16;
+// Pairs of a token and an expert in one product: its grid of kernels has a row for every 8 of them and one for each
+// expert, and a grid has at most 65535 rows.
+constexpr size_t kMostSlots = size_t{1} << 18;
 
 uint64_t context_of(uint64_t vram_bytes) { return std::min(kContextBytes, vram_bytes / kContextShare); }
 
@@ -42,15 +45,6 @@ void set_budget(CardPlan& plan, const GpuOptions& options, const Card& card) {
 }
 
 const char* what_is_placed(const HParams& hparams) { return hparams.n_expert > 0 ? "experts" : "feed-forward parts"; }
-
-// Two experts, or feed-forward parts; nothing where the CPU has none, or chunks are short.
-uint64_t transit_bytes(const ModelSizes& sizes, const CardPlan& plan) {
-  if (plan.sizes.n_batch < kTransitTokens) return 0;
-  uint64_t largest = 0;
-  for (size_t layer = 0; layer < plan.first_layer; ++layer)
-    largest = std::max(largest, sizes.expert_bytes.empty() ? sizes.ffn_bytes[layer] + 3 * kAlignment : sizes.expert_bytes[layer]);
-  return 2 * largest;
-}
 
 [[noreturn]] void refuse(const CardPlan& plan, const HParams& hparams) {
   const uint64_t needed = plan.total_bytes() - plan.context_bytes;
@@ -87,9 +81,11 @@ size_t guessed_attention_bytes(const HParams& h, size_t n_batch) {
 
 }  // namespace
 
-ChunkSizes chunk_sizes(const HParams& hparams, const MemoryOptions& options) {
+uint32_t largest_batch(const HParams& hparams) { return static_cast<uint32_t>(std::max<size_t>(kMostSlots / used_count(hparams), 1)); }
+
+ChunkSizes chunk_sizes(const HParams& hparams, const MemoryOptions& options, const GpuOptions& gpu) {
   const uint32_t n_ctx = planned_context(hparams, options.n_ctx), n_batch = options.n_batch > 0 ? options.n_batch : kResidentBatch;
-  return {n_ctx, std::min(n_batch, n_ctx), options.n_sequences, options.kv_type};
+  return {n_ctx, std::min({n_batch, n_ctx, largest_batch(hparams)}), gpu.n_sequences > 0 ? gpu.n_sequences : options.n_sequences, options.kv_type};
 }
 
 Card card_of(Device& device) {
@@ -125,11 +121,12 @@ uint64_t cache_bytes(const HParams& h, uint32_t n_ctx, KvType type) {
   return n;
 }
 
-// Norms are kept as floats, and every matrix has a pointer and begins at a round address.
+// Norms and routers are kept as floats, and every matrix has a pointer and begins at a round address.
 uint64_t dense_bytes_on_card(const ModelSizes& sizes) {
   const HParams& h = sizes.hparams;
   const uint64_t each = kAlignment + sizeof(void*), matrices = h.n_layer * (3 * expert_count(h) + 8) + 2;
-  uint64_t n = sizes.dense_bytes + matrices * each + (2 * uint64_t{h.n_layer} + 1) * h.n_embd * sizeof(float);
+  const uint64_t floats = 2 * uint64_t{h.n_layer} + 1 + uint64_t{h.n_layer} * h.n_expert;
+  uint64_t n = less(sizes.dense_bytes, sizes.router_bytes) + matrices * each + floats * h.n_embd * sizeof(float);
   if (!h.tied_output) n = less(n, sizes.embd_bytes);
   if (h.n_expert == 0)
     for (const uint64_t layer : sizes.ffn_bytes) n = less(n, layer);
@@ -143,6 +140,14 @@ CardPlan with_first_layer(CardPlan plan, const ModelSizes& sizes, uint32_t first
   for (size_t layer = first_layer; layer < sizes.ffn_bytes.size(); ++layer) plan.expert_bytes += sizes.ffn_bytes[layer] + padding;
   if (first_layer == 0) plan.transit_bytes = 0;
   return plan;
+}
+
+uint64_t transit_bytes(const ModelSizes& sizes, const CardPlan& plan) {
+  if (plan.sizes.n_batch < kTransitTokens) return 0;
+  uint64_t largest = 0;
+  for (size_t layer = 0; layer < plan.first_layer; ++layer)
+    largest = std::max(largest, sizes.expert_bytes.empty() ? sizes.ffn_bytes[layer] + 3 * kAlignment : sizes.expert_bytes[layer]);
+  return 2 * largest;
 }
 
 CardPlan plan_card(const ModelSizes& sizes, const GpuOptions& options, const ChunkSizes& chunk, const Card& card) {
@@ -159,6 +164,40 @@ CardPlan plan_card(const ModelSizes& sizes, const GpuOptions& options, const Chu
   if (!fits(plan)) plan.transit_bytes = 0;
   place_layers(plan, sizes, options);
   return plan;
+}
+
+namespace {
+
+// What streaming chooses by itself for the layers that are left to the CPU; of the card's budget, too, working memory
+// may be a tenth. That of the plan where nothing streams.
+uint32_t streamed_batch(const ModelSizes& sizes, const MemoryOptions& options, CardPlan plan, const Card& card, int n_threads, const HostMemory& memory) {
+  constexpr uint32_t kStep = 256;
+  if (!plan_beside(sizes, options, plan, n_threads, memory).streamed) return plan.sizes.n_batch;
+  MemoryOptions open = options_beside(options, plan);
+  open.n_batch = 0;
+  ChunkSizes chunk = plan.sizes;
+  chunk.n_batch = std::min(plan_memory(sizes_beside(sizes, plan), open, n_threads, memory).n_batch, largest_batch(sizes.hparams));
+  while (chunk.n_batch > plan.sizes.n_batch && scratch_bytes(sizes.hparams, chunk, card.device) > plan.budget_bytes / 10)
+    chunk.n_batch = std::max(plan.sizes.n_batch, static_cast<uint32_t>(less(chunk.n_batch, kStep)));
+  return chunk.n_batch;
+}
+
+}  // namespace
+
+CardPlan plan_card(const ModelSizes& sizes, const GpuOptions& gpu, const MemoryOptions& options, const Card& card, int n_threads, const HostMemory& memory) {
+  ChunkSizes chunk = chunk_sizes(sizes.hparams, options, gpu);
+  CardPlan plan = plan_card(sizes, gpu, chunk, card);
+  if (options.n_batch > 0) return plan;
+  try {
+    chunk.n_batch = streamed_batch(sizes, options, plan, card, n_threads, memory);
+    if (chunk.n_batch <= plan.sizes.n_batch) return plan;
+    CardPlan larger = plan_card(sizes, gpu, chunk, card), beside = larger;
+    plan_beside(sizes, options, beside, n_threads, memory);
+    return larger;
+  } catch (const Error& e) {  // layers that were asked for leave no room, or the host's memory does not do
+    if (e.kind() != ErrorKind::memory) throw;
+    return plan;
+  }
 }
 
 bool may_go_without(const GpuOptions& options, const Error& refusal) {

@@ -30,12 +30,15 @@ struct Card {
 };
 Card card_of(Device& device);
 
+// Tokens that a card evaluates at once, at most: longer chunks are evaluated in pieces.
+uint32_t largest_batch(const HParams& hparams);
+
 // The sessions to come.
 struct ChunkSizes {
   uint32_t n_ctx = 0, n_batch = 0, n_sequences = 1;
   KvType kv_type = KvType::f16;
 };
-ChunkSizes chunk_sizes(const HParams& hparams, const MemoryOptions& options);
+ChunkSizes chunk_sizes(const HParams& hparams, const MemoryOptions& options, const GpuOptions& gpu);
 
 struct CardPlan {
   uint64_t budget_bytes = 0;
@@ -51,11 +54,16 @@ struct CardPlan {
 // The budget is options.vram_bytes, or what is free less a reserve. Error(memory) naming the budget that would do when it is
 // too small for the floor (no experts), or for the layers asked for; Error(usage) for more layers than there are.
 CardPlan plan_card(const ModelSizes& sizes, const GpuOptions& options, const ChunkSizes& chunk, const Card& card);
+// The same for the sessions of `options`. Where the experts left to the CPU stream and no batch was asked for, with the
+// larger one that streaming takes: every chunk of a long prompt reads them all.
+CardPlan plan_card(const ModelSizes& sizes, const GpuOptions& gpu, const MemoryOptions& options, const Card& card, int n_threads, const HostMemory& memory);
 // Whether the CPU does everything where the card is refused so: nobody has asked for it or for a size.
 bool may_go_without(const GpuOptions& options, const Error& refusal);
 
 // The same plan with the experts of fewer layers.
 CardPlan with_first_layer(CardPlan plan, const ModelSizes& sizes, uint32_t first_layer);
+// What passing through takes: two experts of the CPU, or feed-forward parts; nothing where it has none, or chunks are short.
+uint64_t transit_bytes(const ModelSizes& sizes, const CardPlan& plan);
 
 // What the CPU still holds: embeddings, norms and routers, the experts of the layers before first_layer, and memory for those on
 // their way to the card.

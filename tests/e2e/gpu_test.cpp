@@ -4,6 +4,7 @@
 #include <filesystem>
 
 #include "base/json.h"
+#include "tests/support/gguf_builder.h"
 #include "tests/support/process.h"
 #include "tests/support/skip.h"
 
@@ -11,6 +12,8 @@ using namespace duet::test;
 using duet::Json;
 
 namespace {
+
+namespace fs = std::filesystem;
 
 const std::string kDemo = DUET_TEST_DIR "/demo-q4_k_m.gguf";
 const Environment kNoCard{{"DUET_GPU_MODULE", "/nowhere/module.so"}};
@@ -82,6 +85,41 @@ TEST_CASE("without a module nothing changes, and nothing is said") {
   CHECK(named.exit_code == 0);
   CHECK(named.out == plain.out);
   CHECK(named.err.find("note: no card is used: /nowhere/module.so: no such module") != std::string::npos);
+}
+
+TEST_CASE("a module that is there and does not work is told, a machine without a card is not") {
+  const TempFolder folder;
+  const std::string program = folder / "duet", module = folder / "libduet_cuda.so";
+  fs::copy_file(DUET_BINARY, program);
+  const std::vector<std::string> run{program, "run", kDemo, "-p", "The", "-n", "2", "--temp", "0"}, plan{program, "plan", kDemo, "--path", kDemo};
+  write_text(module, "no library");
+  const std::string words = ": the module cannot be loaded: ";
+  const ProcessResult told = run_process(run), planned = run_process(plan);
+  CHECK(told.exit_code == 0);
+  CHECK(told.err.find("note: no card is used" + words) != std::string::npos);
+  CHECK(planned.exit_code == 0);
+  CHECK(planned.err.find("note: no card is planned for" + words) != std::string::npos);
+  CHECK(run_process({program, "run", kDemo, "-p", "The", "-n", "2", "--gpu", "off"}).err.find("card") == std::string::npos);
+  fs::remove(module);
+  fs::copy_file(DUET_GPU_EMULATED, module);
+  const ProcessResult silent = run_process(run, {.environment = {{"DUET_EMULATED_GPU_BYTES", "0"}}});
+  CHECK(silent.exit_code == 0);
+  CHECK(silent.out == told.out);
+  CHECK(silent.err.find("card") == std::string::npos);
+}
+
+TEST_CASE("serve has as many sequences as the CPU's memory holds where the card that is there is not used") {
+  const auto at_once = [](const Environment& environment, const std::vector<std::string>& more) {
+    std::vector<std::string> arguments{"serve", kDemo, "--port", "0", "-t", "1"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const std::string err = run_duet(arguments, {.environment = environment, .signal_after_bytes = 1}).err;
+    const size_t end = err.find(" at once");
+    return end == std::string::npos ? err : err.substr(err.rfind('|', end) + 2, end - err.rfind('|', end) - 2);
+  };
+  const std::string of_cpu = at_once({}, {"--gpu", "off"});
+  CHECK(of_cpu != "1");
+  CHECK(at_once({{"DUET_GPU_MODULE", DUET_GPU_EMULATED}, {"DUET_EMULATED_GPU_BYTES", "1000000"}}, {}) == of_cpu);
+  CHECK(at_once({{"DUET_GPU_MODULE", DUET_GPU_EMULATED}}, {"--vram", "64MiB"}) != of_cpu);
 }
 
 TEST_CASE("doctor says whether there is a card") {

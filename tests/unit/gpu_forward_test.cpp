@@ -1,17 +1,26 @@
 // The forward pass on a card (a device of plain loops): logits as on the CPU.
 #include <doctest/doctest.h>
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 
+#include "base/mapped_file.h"
 #include "runtime/batch.h"
 #include "runtime/gpu/module.h"
 #include "runtime/gpu/placement.h"
 #include "runtime/memory_plan.h"
+#include "runtime/session_memory.h"
 #include "tests/support/errors.h"
+#include "tests/support/gguf_builder.h"
 #include "tests/support/logits.h"
 #include "tests/support/random_model.h"
 #include "tests/support/reference_device.h"
+#include "tests/support/skip.h"
 
 using namespace duet;
 using test::all_logits;
@@ -224,6 +233,92 @@ TEST_CASE("experts that the card has no room for stream from the file") {
   CHECK(engine.resident_experts().size() == 48);
 }
 
+// As on a cold start, where each page that goes to the card is a major fault.
+TEST_CASE("weights that were read for the card are no sign of short memory") {
+  ReferenceDevice device;
+  std::vector<std::string> notices;
+  EngineOptions options = on(device, {.mode = Mode::layers, .n_layers = 2});
+  options.memory.slots = 3;
+  options.notice = [&](const std::string& line) { notices.push_back(line); };
+  options.watch.faults = [&] { return device.uploaded_bytes() / 100; };
+  const Engine engine = Engine::open(test::write_model(mixed(6), "gpu_cold.gguf"), options);
+  REQUIRE(engine.plan().streamed);
+  REQUIRE(device.uploaded_bytes() / 100 > 100 * 64);
+  const auto tokens = some_tokens(64, engine.info().hparams.n_vocab);
+  Session session = engine.new_session({.n_ctx = 200, .n_batch = 64});
+  session.append(tokens);
+  CHECK(notices.empty());
+  CHECK(engine.stream_stats()->slots == std::vector<uint32_t>{3, 3, 3, 3, 8, 8});
+}
+
+namespace {
+
+// Pages of a file that the system's page cache holds.
+size_t cached_pages(const std::filesystem::path& path) {
+  const FileDescriptor file(::open(path.c_str(), O_RDONLY));
+  const size_t n_bytes = std::filesystem::file_size(path), page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+  void* const map = ::mmap(nullptr, n_bytes, PROT_READ, MAP_SHARED, file.get(), 0);
+  std::vector<unsigned char> held((n_bytes + page - 1) / page);
+  const bool told = map != MAP_FAILED && ::mincore(map, n_bytes, held.data()) == 0;
+  if (map != MAP_FAILED) ::munmap(map, n_bytes);
+  return told ? static_cast<size_t>(std::count_if(held.begin(), held.end(), [](unsigned char c) { return (c & 1) != 0; })) : held.size();
+}
+
+struct CountingDevice : ReferenceDevice {
+  std::filesystem::path path;
+  size_t first_pages = 0, last_pages = 0;
+  void upload_beside(int slot, void* dst, const void* src, size_t n_bytes) override {
+    ReferenceDevice::upload_beside(slot, dst, src, n_bytes);
+    last_pages = cached_pages(path);
+    if (first_pages == 0) first_pages = last_pages;  // what came with norms and routers, up to 8 MiB around each
+  }
+};
+
+}  // namespace
+
+TEST_CASE("where experts stream, what goes to the card does not pile up in the page cache") {
+  test::RandomModel model;
+  model.hparams = test::small_mixtral_hparams(2, 1024);
+  CountingDevice device;
+  device.path = test::write_model(model, "gpu_cached.gguf");
+  {
+    const FileDescriptor file(::open(device.path.c_str(), O_RDONLY));
+    static_cast<void>(::fsync(file.get()));  // only clean pages are dropped
+  }
+  drop_from_cache(device.path);
+  if (cached_pages(device.path) * 10 > std::filesystem::file_size(device.path) / 4096) DUET_SKIP("this file system keeps its files in memory");
+  EngineOptions options = on(device, {.mode = Mode::layers, .n_layers = 1});
+  options.memory.slots = 3;
+  const Engine engine = Engine::open(device.path, options);
+  REQUIRE(engine.plan().streamed);
+  REQUIRE(device.first_pages > 0);
+  CHECK(device.last_pages < device.first_pages + engine.card_plan()->expert_bytes / 4096 / 4);
+}
+
+TEST_CASE("memory pinned for experts on their way is taken from the host's budget once") {
+  const test::TempFolder root;
+  struct Pinning : ReferenceDevice {
+    const test::TempFolder* root = nullptr;
+    uint64_t available = uint64_t{8} << 30;
+    void tell() const { test::write_text(*root / "proc/meminfo", concat("MemTotal: ", 16 << 20, " kB\nMemAvailable: ", available >> 10, " kB\n")); }
+    void* allocate_host(size_t n_bytes) override {
+      available -= n_bytes;
+      tell();
+      return ReferenceDevice::allocate_host(n_bytes);
+    }
+  } device;
+  device.root = &root;
+  std::filesystem::create_directories(root / "proc");
+  device.tell();
+  EngineOptions options = on(device, {.mode = Mode::layers, .n_layers = 1});
+  options.memory.n_batch = 160;
+  options.watch.root = root.path();
+  const Engine engine = Engine::open(test::write_model(mixed(), "gpu_pinned.gguf"), options);
+  REQUIRE(engine.card_plan()->transit_bytes > 0);
+  REQUIRE(device.available < uint64_t{8} << 30);
+  CHECK(engine.plan().budget_bytes == uint64_t{8} << 30);
+}
+
 TEST_CASE("slots are no obstacle where the card has all layers") {
   const auto path = test::write_model(mixed(), "gpu_slots.gguf");
   ReferenceDevice device, other;
@@ -319,6 +414,67 @@ TEST_CASE("out of memory while placing: fewer layers, and a line that says so") 
   CHECK(largest_difference(logits_of(engine, 16, tokens), logits_of(all, 16, tokens)) < kBound);
 }
 
+TEST_CASE("out of memory while placing all layers: those that come back to the CPU pass through the card where there is room") {
+  const auto path = test::write_model(mixed(), "gpu_oom_all.gguf");
+  for (const bool has_room : {true, false}) {
+    CAPTURE(has_room);
+    std::vector<std::string> notices;
+    ReferenceDevice roomy, device(uint64_t{1} << 30);
+    EngineOptions options = on(roomy);
+    options.memory.n_batch = 160;
+    const gpu::CardPlan planned = *Engine::open(path, options).card_plan();
+    REQUIRE(planned.first_layer == 0);
+    REQUIRE(planned.transit_bytes == 0);
+    const uint64_t missing = has_room ? planned.expert_bytes / 2 : planned.expert_bytes * 2 / 3 - 4096;
+    device.set_hidden_use((uint64_t{1} << 30) - planned.total_bytes() + missing);
+    options.gpu.device = &device;
+    options.notice = [&](const std::string& line) { notices.push_back(line); };
+    const Engine engine = Engine::open(path, options);
+    CHECK(engine.card_plan()->first_layer == 2);
+    CHECK((engine.card_plan()->transit_bytes > 0) == has_room);
+    REQUIRE(notices.size() == (has_room ? 1 : 2));
+    if (!has_room) CHECK(notices[1].find("long prompts do not have the CPU's experts copied") != std::string::npos);
+    if (!has_room) continue;
+    const auto tokens = some_tokens(300, engine.info().hparams.n_vocab);
+    CHECK(share_off(logits_of(engine, 160, tokens), logits_of(Engine::open(path, on_cpu()), 160, tokens), engine.info().hparams.n_vocab) < 0.04);
+  }
+}
+
+TEST_CASE("weights that cannot be sent: the CPU with a notice, an error where the card was asked for") {
+  const auto path = test::write_model(mixed(), "gpu_unsent.gguf");
+  for (const bool streams : {false, true}) {
+    ReferenceDevice device;
+    std::vector<std::string> notices;
+    EngineOptions options = on(device);
+    if (streams) options.memory.slots = 3;
+    options.notice = [&](const std::string& line) { notices.push_back(line); };
+    device.refuse_pinned(1);
+    const Engine engine = Engine::open(path, options);
+    CHECK(engine.card_plan() == nullptr);
+    CHECK(engine.info().gpu == "");
+    CHECK(engine.plan().streamed == streams);
+    CHECK(device.used_bytes() == 0);
+    REQUIRE(notices.size() == 1);
+    CHECK(notices[0].starts_with("Reference card is not used: Reference card: 16.0 MiB of the host's memory cannot be pinned"));
+    const auto tokens = some_tokens(20, engine.info().hparams.n_vocab);
+    CHECK(test::same_bits(logits_of(engine, 16, tokens), logits_of(Engine::open(path, on_cpu()), 16, tokens)));
+  }
+  ReferenceDevice device;
+  device.refuse_pinned(1);
+  check_thrown(thrown_by([&] { Engine::open(path, on(device, {.mode = Mode::attention})); }), ErrorKind::memory, "cannot be pinned");
+}
+
+TEST_CASE("a session on a card evaluates longer batches in pieces of what the card takes") {
+  test::RandomModel model = of_floats();
+  model.hparams.n_expert_used = model.hparams.n_expert;
+  ReferenceDevice device;
+  const Engine engine = Engine::open(test::write_model(model, "gpu_pieces.gguf"), on(device));
+  REQUIRE(engine.card_plan() != nullptr);
+  const uint32_t most = gpu::largest_batch(engine.info().hparams);
+  CHECK(most == 65536);
+  CHECK(session_size(engine, 80000, 70000, 1, KvType::f16, [](const std::string&) {}).n_batch == most);
+}
+
 TEST_CASE("a card too small for anything: the CPU with a notice, an error where it was asked for") {
   const auto path = test::write_model(mixed(), "gpu_small.gguf");
   ReferenceDevice device(1 << 20);
@@ -392,4 +548,17 @@ TEST_CASE("modules: none, not a library, not a module") {
   CHECK(gpu::find_device({DUET_SOURCE_DIR "/README.md"}).reason.find("cannot be loaded") != std::string::npos);
   CHECK(gpu::find_device({"/lib/x86_64-linux-gnu/libz.so.1", "/lib64/ld-linux-x86-64.so.2", "/nowhere"}).device == nullptr);
   CHECK(gpu::find_device({}).reason.find('\n') == std::string::npos);
+}
+
+TEST_CASE("modules: one that is there and does not work is told from a machine without a card") {
+  CHECK(gpu::find_device({DUET_SOURCE_DIR "/README.md"}).is_broken);
+  CHECK(!gpu::find_device({"/nowhere/a.so"}).is_broken);
+  CHECK(!gpu::find_device({"/nowhere/a.so", "/nowhere/b.so"}).is_broken);
+  CHECK(!gpu::find_device({DUET_GPU_EMULATED}).is_broken);
+  ::setenv("DUET_EMULATED_GPU_BYTES", "0", 1);
+  const gpu::FoundDevice none = gpu::find_device({DUET_GPU_EMULATED});
+  ::unsetenv("DUET_EMULATED_GPU_BYTES");
+  CHECK(none.device == nullptr);
+  CHECK(none.reason == gpu::kNoDevice);
+  CHECK(!none.is_broken);
 }

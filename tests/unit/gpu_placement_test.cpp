@@ -33,6 +33,7 @@ ModelSizes mixtral() {
   h.n_expert_used = 2;
   sizes.dense_bytes = 1100 * kMiB;
   sizes.embd_bytes = 70 * kMiB;
+  sizes.router_bytes = 4 * kMiB;
   sizes.ffn_bytes.assign(32, 768 * kMiB);
   sizes.expert_file_bytes = sizes.ffn_bytes;
   sizes.expert_bytes.assign(32, 97 * kMiB);
@@ -46,6 +47,7 @@ ModelSizes dense_model() {
   sizes.ffn_bytes.assign(32, 96 * kMiB);
   sizes.dense_bytes = 1100 * kMiB + 32 * 96 * kMiB;
   sizes.bytes_per_token = sizes.dense_bytes - sizes.embd_bytes;
+  sizes.router_bytes = 0;
   sizes.expert_bytes.clear();
   sizes.expert_file_bytes.clear();
   return sizes;
@@ -158,6 +160,64 @@ TEST_CASE("the CPU's memory plan is that of the layers left to it") {
   CHECK(memory.kv_bytes == 0);
   CHECK(memory.slots.size() == 6);
   CHECK(memory.slots[0] >= 2);  // with all 32 layers there would be none
+}
+
+TEST_CASE("where experts stream beside the card, a batch that nobody asked for is the one that streaming takes") {
+  const ModelSizes sizes = mixtral();
+  const MemoryOptions small{.ram = MemoryOptions::Ram::bytes, .ram_bytes = 6 * kGiB};
+  const auto planned = [&](const GpuOptions& gpu, const MemoryOptions& options) { return gpu::plan_card(sizes, gpu, options, {}, 2, {}); };
+  const GpuOptions automatic{.mode = Mode::automatic, .vram_bytes = 12 * kGiB};
+  CardPlan p = planned(automatic, small);
+  CHECK(p.sizes.n_batch > 2048);
+  CHECK(p.scratch_bytes <= p.budget_bytes / 10);
+  CHECK(p.total_bytes() <= p.budget_bytes);
+  const MemoryPlan beside = gpu::plan_beside(sizes, small, p, 2, {});
+  CHECK(beside.streamed);
+  CHECK(beside.n_batch == p.sizes.n_batch);
+  CHECK(beside.scratch_bytes <= 6 * kGiB / 10);
+  // As before: what is in memory, a batch that was asked for, and a card or layers that leave no room.
+  CHECK(planned(automatic, {.ram = MemoryOptions::Ram::all}).sizes.n_batch == 512);
+  CHECK(planned({.mode = Mode::automatic, .vram_bytes = 40 * kGiB}, small).sizes.n_batch == 512);
+  MemoryOptions asked = small;
+  asked.n_batch = 256;
+  CHECK(planned(automatic, asked).sizes.n_batch == 256);
+  CHECK(planned({.mode = Mode::automatic, .vram_bytes = 2 * kGiB}, small).sizes.n_batch == 512);
+  const uint32_t most = p.n_layer - plan(sizes, automatic).first_layer;
+  const CardPlan layers = planned({.mode = Mode::layers, .n_layers = most, .vram_bytes = 12 * kGiB}, small);
+  CHECK(layers.sizes.n_batch == 512);
+  CHECK(layers.first_layer == layers.n_layer - most);
+}
+
+TEST_CASE("a host's memory that does not do is refused as without the look for a larger batch") {
+  const ModelSizes sizes = mixtral();
+  const MemoryOptions tiny{.ram = MemoryOptions::Ram::bytes, .ram_bytes = 100 * kMiB};
+  CardPlan p = gpu::plan_card(sizes, {.mode = Mode::automatic, .vram_bytes = 12 * kGiB}, tiny, {}, 2, {});
+  CHECK(p.sizes.n_batch == 512);
+  check_thrown(thrown_by([&] { gpu::plan_beside(sizes, tiny, p, 2, {}); }), ErrorKind::memory, "MiB would do");
+}
+
+TEST_CASE("routers count on the card as the floats that they are there") {
+  const ModelSizes floats = mixtral();
+  ModelSizes halves = floats;
+  halves.router_bytes /= 2;
+  halves.dense_bytes -= halves.router_bytes;
+  CHECK(gpu::dense_bytes_on_card(halves) == gpu::dense_bytes_on_card(floats));
+  const HParams& h = floats.hparams;
+  const ModelSizes counted = model_sizes(h, [](const TensorSpec& spec) -> const Format& { return format_of(spec.kind == TensorKind::ffn_gate_inp ? DType::F16 : DType::F32); });
+  CHECK(counted.router_bytes == uint64_t{h.n_layer} * h.n_expert * h.n_embd * 2);
+}
+
+TEST_CASE("a card takes batches that its grids hold, and as many sequences as were chosen for it") {
+  HParams h = mixtral().hparams;
+  const MemoryOptions options{.n_ctx = 1 << 20, .n_batch = 1 << 16, .n_sequences = 3};
+  CHECK(gpu::chunk_sizes(h, options, {}).n_batch == 1 << 16);
+  CHECK(gpu::chunk_sizes(h, options, {}).n_sequences == 3);
+  CHECK(gpu::chunk_sizes(h, options, {.n_sequences = 2}).n_sequences == 2);
+  h.n_expert = 64;
+  h.n_expert_used = 8;
+  const uint32_t n_batch = gpu::chunk_sizes(h, options, {}).n_batch;
+  CHECK(n_batch == 1 << 15);
+  CHECK(n_batch * h.n_expert_used / 8 + h.n_expert <= 65535);
 }
 
 TEST_CASE("with all layers on the card nothing streams, whatever slots were asked for") {

@@ -188,6 +188,31 @@ TEST_CASE("memory watch: one slot less each time the system waits for memory") {
   CHECK(w.notices.size() == 5);
 }
 
+TEST_CASE("memory watch: what loading faulted and waited is no sign of short memory, a limit lowered meanwhile is") {
+  Watch w;
+  uint64_t faults = 1000;
+  w.machine.hard(16 * kGiB);
+  w.watch.emplace(w.sizes, w.plan, WatchOptions{.root = w.machine.root.path(), .interval = seconds(1), .faults = [&] { return faults; }},
+                  [&w](const std::string& text) { w.notices.push_back(text); });
+  faults += 1'000'000;
+  w.machine.waits("90");
+  w.now += seconds(30);
+  w.watch->begin(w.now);
+  CHECK_FALSE(w.after(seconds(2), 64).has_value());
+  CHECK(w.notices.empty());
+  w.machine.waits("0");
+  faults += 1'000'000;
+  REQUIRE(w.after(seconds(2), 64).has_value());
+  CHECK(w.notices[0].starts_with("memory is short (15625 major faults a token"));
+
+  Watch lowered;
+  lowered.machine.hard(16 * kGiB);
+  lowered.begin();
+  lowered.machine.hard(11 * kGiB);
+  lowered.watch->begin(lowered.now);
+  CHECK(lowered.after(seconds(2)).has_value());
+}
+
 TEST_CASE("streaming: the limit is lowered while running, the logits and the trace stay true") {
   const HParams h = small_mixtral_hparams(3, 256);
   const auto path = write_model({.hparams = h, .type = [](const std::string&) { return DType::Q4_K; }}, "watch.gguf");
