@@ -76,10 +76,20 @@ class GbnfParser {
     if (!take("::=")) bad("'::=' is expected after ", quote(out_.rules[index].name));
     if (out_.rules[index].defined) bad("the rule ", quote(out_.rules[index].name), " is defined twice");
     out_.rules[index].line = line_;
+    skip_to_body();
     const uint32_t body = choice(0);
     out_.rules[index].body = body;
     out_.rules[index].defined = true;
     if (!at_end() && peek() != '\n' && peek() != '\r') bad("unexpected ", quote(text_.substr(at_, 1)));
+  }
+
+  // It may begin in a later line, unless that begins the next rule: then there is none.
+  void skip_to_body() {
+    const size_t at = at_, line = line_;
+    skip(true);
+    if (!at_end() && !defines_rule()) return;
+    at_ = at;
+    line_ = line;
   }
 
   // In a group, and before a '|', line breaks mean nothing.

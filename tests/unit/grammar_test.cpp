@@ -79,6 +79,9 @@ TEST_CASE("grammar: literals, alternatives, groups, repetitions") {
   CHECK(takes(R"(root ::= "a"{0} "b")", "b"));
   CHECK(takes(R"(root ::= ("a" | "b" "c")* "d")", "abcbcad"));
   CHECK(takes("root ::= | \"a\"", ""));
+  CHECK(takes("root ::=\n  \"a\"\n", "a"));
+  CHECK(takes("root ::= # where texts begin\n\n  other \"b\" |\n \"c\"\nother ::=\r\n  \"a\"", "ab"));
+  CHECK(takes("root ::= none \"a\"\nnone ::=\nmore ::= \"b\"\n", "a"));  // a rule may have no body
   CHECK(takes("root ::= (\n \"a\" # one\n | \"b\"\n)\n", "b"));
   CHECK(takes("root ::= \"a\" |\n  \"b\"\n  | other\r\nother ::= \"c\"", "c"));
   CHECK(takes(R"(root ::= (("a"?)*)* "b")", "aab"));
