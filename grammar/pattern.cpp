@@ -7,7 +7,7 @@
 namespace duet::grammar {
 namespace {
 
-constexpr size_t kMaxPattern = 4096, kMaxDepth = 30;
+constexpr size_t kMaxPattern = 4096, kMaxDepth = 30, kMaxTimes = 100000;
 
 // Classes that are told by what they lack offer no control characters: nobody means them.
 CharSet without_controls(const CharSet& set) { return set.without(CharSet(0, 0x1F)); }
@@ -75,16 +75,28 @@ class PatternReader {
   std::string bounds() {
     const size_t end = text_.find('}', at_);
     if (end == std::string_view::npos) bad("a repetition is not closed");
-    const std::string out(text_.substr(at_, end + 1 - at_));
-    if (out.size() > 16 || out.find_first_not_of("0123456789,{}") != std::string::npos) bad("a repetition ", quote(out));
+    const std::string_view out = text_.substr(at_, end + 1 - at_);
+    ++at_;
+    const size_t least = number();
+    const bool open = take(",") && peek() == '}';
+    const size_t most = open ? kMaxTimes : text_[at_ - 1] == ',' ? number() : least;
+    if (at_ != end) bad("a repetition ", quote(out));
+    if (least > kMaxTimes || most > kMaxTimes) bad("a repetition ", quote(out), "; at most ", kMaxTimes, " times");
+    if (most < least) bad("a repetition ", quote(out), " that runs backwards");
     at_ = end + 1;
+    return std::string(out);
+  }
+
+  size_t number() {
+    size_t out = 0;
+    for (; peek() >= '0' && peek() <= '9'; ++at_) out = std::min(out * 10 + static_cast<size_t>(peek() - '0'), kMaxTimes + 1);
     return out;
   }
 
   std::string atom(size_t depth) {
     if (peek() == '(') return group(depth);
     if (peek() == '[') return json_char(char_class());
-    if (take(".")) return json_char(without_controls(CharSet(0, 0x10FFFF)));
+    if (take(".")) return json_char(without_controls(line_separators().complement()));
     if (peek() == '\\') {
       bool is_set = false;
       const CharSet set = escape(is_set);
@@ -183,7 +195,10 @@ class PatternReader {
 
   static CharSet digits() { return {U'0', U'9'}; }
   static CharSet word() { return CharSet::of({{U'a', U'z'}, {U'A', U'Z'}, {U'0', U'9'}, {U'_', U'_'}}); }
-  static CharSet space() { return CharSet::of({{U' ', U' '}, {U'\t', U'\r'}}); }
+  static CharSet space() {
+    return CharSet::of({{U' ', U' '}, {U'\t', U'\r'}, {0xA0, 0xA0}, {0x1680, 0x1680}, {0x2000, 0x200A}, {0x2028, 0x2029}, {0x202F, 0x202F}, {0x205F, 0x205F}, {0x3000, 0x3000}, {0xFEFF, 0xFEFF}});
+  }
+  static CharSet line_separators() { return {0x2028, 0x2029}; }
 
   std::string_view text_;
   size_t at_ = 0;
