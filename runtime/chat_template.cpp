@@ -51,7 +51,18 @@ constexpr FormatRow kTurnFormats[] = {
      "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>",
      "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>",
      "<|start_header_id|>assistant<|end_header_id|>\n\n", "", true, false},
+    // Llama 3.1 to 3.3
+    {"llama3.1", "<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>",
+     "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>",
+     "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>",
+     "<|start_header_id|>assistant<|end_header_id|>\n\n", "", true, false},
 };
+
+// What Llama 3.1 is told first, with the date that its template falls back on: prompts stay alike
+// from day to day.
+constexpr std::string_view kLlama31Cutoff = "Cutting Knowledge Date: December 2023";
+constexpr std::string_view kLlama31Lead =
+    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
 
 std::string list_of_names() {
   std::string out;
@@ -126,7 +137,8 @@ std::string_view recognize(std::string_view jinja) {
     if (has("<<SYS>>")) return "llama2";
     return has(" [/INST]") ? "mistral-v1" : "mistral-v3";
   }
-  if (has("<|start_header_id|>") && has("<|end_header_id|>")) return "llama3";
+  if (has("<|start_header_id|>") && has("<|end_header_id|>"))
+    return has(kLlama31Cutoff) ? "llama3.1" : "llama3";
   if (has("GPT4 Correct ")) return "openchat";
   if (has("<|assistant|>") && writes_zephyr_turns(dense)) return "zephyr";
   if (has("USER: ") && has("ASSISTANT:")) return recognize_vicuna(jinja, dense);
@@ -198,6 +210,7 @@ ChatTemplate ChatTemplate::named(std::string_view name) {
     out.assistant_ = {std::string(row.assistant_prefix), std::string(row.assistant_suffix)};
     out.generation_ = row.generation;
     out.default_system_ = row.default_system;
+    if (name == "llama3.1") out.lead_ = kLlama31Lead;
     out.trim_ = row.trim;
     out.alternate_ = row.alternate;
   }
@@ -247,7 +260,8 @@ std::optional<ChatTemplate> ChatTemplate::of_model(const GgufFile& file, const N
 
 bool ChatTemplate::wants_bos(const Tokenizer& tokenizer) const {
   const bool own =
-      name_ == "mistral-v1" || name_ == "mistral-v3" || name_ == "llama2" || name_ == "llama3";
+      name_ == "mistral-v1" || name_ == "mistral-v3" || name_ == "llama2" || name_ == "llama3" ||
+      name_ == "llama3.1";
   return tokenizer.bos().has_value() && (own || tokenizer.add_bos());
 }
 
@@ -276,14 +290,14 @@ std::vector<Segment> ChatTemplate::render_turns(const std::vector<ChatMessage>& 
   if (alternate_ && !system.empty())
     turns.insert(turns.begin(), ChatMessage{.role = "system", .content = system});
   const bool has_system = !turns.empty() && turns.front().role == "system";
-  if (!has_system && !default_system_.empty())
+  if (!has_system && (!default_system_.empty() || !lead_.empty()))
     turns.insert(turns.begin(), ChatMessage{.role = "system", .content = default_system_});
   std::vector<Segment> out;
   for (const ChatMessage& turn : turns) {
     const TurnFormat& format = turn.role == "system" ? system_
                                : turn.role == "user" ? user_
                                                      : assistant_;
-    out.push_back({format.prefix, true});
+    out.push_back({format.prefix + (&turn == turns.data() ? lead_ : ""), true});
     out.push_back({std::string(trim_ ? strip(turn.content) : turn.content), false});
     if (!turn.prefix) out.push_back({format.suffix, true});
   }

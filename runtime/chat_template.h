@@ -69,6 +69,7 @@ class ChatTemplate {
   TurnFormat system_, user_, assistant_;  // of the formats made of turns
   std::string generation_;                // opens the assistant's turn
   std::string default_system_;            // the system message when a conversation has none
+  std::string lead_;                      // begins the system turn, which then is always there
   bool trim_ = false;                     // contents lose leading and trailing spaces
   bool alternate_ = false;                // system first, then user and assistant in turn
 };

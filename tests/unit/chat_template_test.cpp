@@ -63,9 +63,24 @@ TEST_CASE("chat: each format writes a conversation as its model expects it") {
        "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|><|start_header_id|>user<|end_"
        "header_id|>\n\nc<|eot_id|>"
        "<|start_header_id|>assistant<|end_header_id|>\n\n"},
+      {"llama3.1",
+       "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December "
+       "2023\nToday Date: 26 Jul 2024\n\nS<|eot_id|><|start_header_id|>user<|end_"
+       "header_id|>\n\na<|eot_id|>"
+       "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|><|start_header_id|>user<|end_"
+       "header_id|>\n\nc<|eot_id|>"
+       "<|start_header_id|>assistant<|end_header_id|>\n\n"},
   };
   CHECK(cases.size() == ChatTemplate::names().size());
   for (const Case& c : cases) CHECK_MESSAGE(rendered(c.name, kTwoTurns) == c.expected, c.name);
+}
+
+TEST_CASE("chat: Llama 3.1 is told its dates with and without a system message, once") {
+  CHECK(rendered("llama3.1", R"([{"role":"user","content":"q"},{"role":"system","content":"S"}])") ==
+        "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December "
+        "2023\nToday Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+        "q<|eot_id|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>"
+        "assistant<|end_header_id|>\n\n");
 }
 
 TEST_CASE("chat: contents are text, only the format's own words are markup") {
@@ -118,6 +133,14 @@ TEST_CASE("chat: a continued answer keeps its turn open") {
 
 // ---- tools
 // ---------------------------------------------------------------------------------------
+
+TEST_CASE("chat: an empty result of a tool stays empty, calls without arguments have none") {
+  const std::string text = rendered("mistral-v3", R"([{"role":"user","content":"q"},
+    {"role":"assistant","content":"","tool_calls":[{"id":"123456789","function":{"name":"f"}}]},
+    {"role":"tool","content":"","tool_call_id":"123456789"}])");
+  CHECK(text.find(R"({"name": "f", "arguments": {}, )") != std::string::npos);
+  CHECK(text.find(R"({"content": "", "call_id": "123456789"})") != std::string::npos);
+}
 
 TEST_CASE("3f-10 tools at the last user turn: calls and results of mistral-v3") {
   const Json tools = parse_json(
@@ -321,6 +344,9 @@ TEST_CASE("templates: recognised by what they write") {
       {"{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + "
        "message['content'] | trim + '<|eot_id|>' }}",
        "llama3"},
+      {"{{- \"<|start_header_id|>system<|end_header_id|>\\n\\n\" }}{{- \"Cutting Knowledge Date: "
+       "December 2023\\n\" }}{{- \"Today Date: \" + date_string + \"\\n\\n\" }}",
+       "llama3.1"},
       {"{{ '### Instruction:\\n' + message['content'] }}{{ '### Response:\\n' }}", "alpaca"},
   };
   for (const Case& c : cases)
