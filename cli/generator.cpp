@@ -136,7 +136,9 @@ Stop Generator::decode() {
   return out_.stop;
 }
 
+// Rows that only pad the matrix are no tokens.
 Token Generator::choose(std::span<const float> logits) {
+  logits = logits.first(std::min(logits.size(), tokenizer_.n_vocab()));
   if (!constraint_) return sampler_.sample(logits);
   constrained_.assign(logits.begin(), logits.end());
   constraint_->apply(constrained_, !options_.ignore_eos);

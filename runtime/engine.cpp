@@ -51,6 +51,14 @@ std::vector<uint64_t> one_expert(const ModelSizes& sizes) {
   return out;
 }
 
+// Padded matrices have rows that no token is written by; a token without a row could not be evaluated.
+void check_vocabulary(const GgufFile& file, const HParams& hparams) {
+  const std::vector<std::string>* tokens = file.get_strings("tokenizer.ggml.tokens");
+  if (tokens != nullptr && tokens->size() > hparams.n_vocab)
+    fail(ErrorKind::format, file.source(), ": tokenizer.ggml.tokens has ", tokens->size(), " tokens, token_embd.weight only ", hparams.n_vocab,
+         " rows: the tokenizer is not that of the weights; convert the model again");
+}
+
 }  // namespace
 
 // Whether experts stream is known only once their memory is planned; then none passes through the card.
@@ -148,6 +156,7 @@ Engine Engine::open(const std::filesystem::path& path, const EngineOptions& opti
   const KernelTable& kernels = select_kernels(options.isa);
   const GgufFile file = GgufFile::open(path);
   const HParams hparams = read_hparams(file, notice);
+  check_vocabulary(file, hparams);
   auto state = std::make_shared<State>(Model::bind(file, hparams));
   state->notice = notice;
   for (const LoraChoice& lora : options.loras) state->model.apply(lora);

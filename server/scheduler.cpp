@@ -184,9 +184,22 @@ bool Scheduler::shares_running_prompt(const Job& job) const {
   });
 }
 
+// An error of a batch ends all that share it: what one job alone could cause is looked for before it joins.
+void Scheduler::check(const Job& job) const {
+  const size_t n_vocab = std::min<size_t>(engine_.info().hparams.n_vocab, engine_.tokenizer().n_vocab());
+  const auto check_id = [&](Token id) {
+    if (id < 0 || static_cast<size_t>(id) >= n_vocab) fail(ErrorKind::usage, "token id ", id, " is outside the vocabulary of ", n_vocab);
+  };
+  for (const Token id : job.prompt) check_id(id);
+  for (const auto& [id, bias] : job.params.logit_bias) check_id(id);
+  if (job.prompt.empty() || job.prompt.size() > batch_.n_ctx())
+    fail(ErrorKind::usage, "a prompt of ", job.prompt.size(), " tokens; it must have 1 to ", batch_.n_ctx(), ", the positions of the context");
+}
+
 void Scheduler::start(Job& job, Clock::time_point since) {
   SequencePool::Entry* entry = nullptr;
   try {
+    check(job);
     entry = &pool_.acquire(job.prompt, !job.params.needs_whole_prompt());
     auto running = std::make_unique<Running>(job, *entry, engine_.tokenizer(), batch_.n_ctx(), since, expert_counts());
     running->prompt_progress();
@@ -326,12 +339,13 @@ void Scheduler::deliver_rows(std::span<const Wanted> wanted) {
   for (const Wanted& w : wanted) rows.push_back(w.row);
   const std::span<const float> logits = batch_.logits(rows);
   const size_t n_vocab = logits.size() / rows.size();
+  const size_t n_tokens = std::min(n_vocab, engine_.tokenizer().n_vocab());  // rows that only pad a matrix are no tokens
   std::vector<TokenRecord> records(wanted.size());
   const auto follows_in_prompt = [](const Wanted& w) { return w.position + 1 < w.running->job().prompt.size(); };
   parallel_for(wanted.size() < 4 ? 1 : engine_.info().n_threads, wanted.size(), 1, [&](size_t begin, size_t end) {
     for (size_t i = begin; i < end; ++i) {
       const Wanted& w = wanted[i];
-      const auto row = logits.subspan(i * n_vocab, n_vocab);
+      const auto row = logits.subspan(i * n_vocab, n_tokens);
       if (!follows_in_prompt(w)) w.running->take(row);
       else records[i] = logprob_record(row, w.running->job().prompt[w.position + 1], static_cast<size_t>(std::max(w.running->job().params.n_top, 0)));
     }

@@ -79,6 +79,7 @@ class Scheduler {
   void admit();
   Job* next_waiting(Clock::time_point& since);
   bool shares_running_prompt(const Job& job) const;
+  void check(const Job& job) const;
   size_t n_held(uint64_t request) const;
   size_t n_waiting_requests() const;
   void start(Job& job, Clock::time_point since);

@@ -4,7 +4,9 @@
 
 #include "base/error.h"
 #include "runtime/engine.h"
+#include "tests/support/errors.h"
 #include "tests/support/random_model.h"
+#include "tests/support/tiny_model.h"
 
 using namespace duet;
 using test::RandomModel;
@@ -118,4 +120,21 @@ TEST_CASE("model: a file without tokenizer opens; the tokenizer is an error when
   } catch (const Error& e) {
     CHECK(e.kind() == ErrorKind::format);
   }
+}
+
+TEST_CASE("model: tokens without a row are refused, rows without a token are not") {
+  const auto open = [](uint32_t n_rows, uint32_t n_tokens) {
+    test::GgufBuilder builder = test::tiny_model({.n_vocab = n_rows});
+    const test::GgufBuilder tokens = test::tiny_model({.n_vocab = n_tokens});
+    for (auto& key : builder.keys)
+      for (const auto& other : tokens.keys)
+        if (key.name == other.name && key.name.starts_with("tokenizer.")) key.bytes = other.bytes;
+    const test::TempFolder folder;
+    test::write_bytes(folder / "model.gguf", builder.build());
+    return Engine::open(folder / "model.gguf", {.n_threads = 1}).tokenizer().n_vocab();
+  };
+  const test::Thrown refused = test::thrown_by([&] { open(400, 401); });
+  CHECK(refused.message.find("has 401 tokens, token_embd.weight only 400 rows") != std::string::npos);
+  CHECK(open(400, 400) == 400);
+  CHECK(open(401, 400) == 400);
 }

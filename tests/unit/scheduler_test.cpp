@@ -178,6 +178,50 @@ TEST_CASE("a client that leaves makes room at once") {
   CHECK(metrics.refused == 1);
 }
 
+TEST_CASE("what one job alone cannot do ends that job alone") {
+  const Engine engine = open_tiny("alone.gguf");
+  Metrics metrics;
+  Scheduler scheduler(engine, {.n_parallel = 3, .n_ctx = 256, .n_batch = 32}, metrics);
+  const auto prompt = prompt_of(0, engine.info().hparams.n_vocab);
+  Inbox inbox;
+  std::vector<std::unique_ptr<Job>> jobs;
+  jobs.push_back(std::make_unique<Job>(inbox, prompt, params_of(200, 0, 0)));
+  const Ticket ticket(scheduler, {jobs[0].get()});
+  GenerationParams biased = params_of(2, 0, 0);
+  biased.logit_bias = {{1000000, 5.0f}};
+  CHECK(run(scheduler, {5, 900000}, params_of(2, 0, 0)).finish.reason == FinishReason::refused);
+  CHECK(run(scheduler, {5, -1}, params_of(2, 0, 0)).finish.reason == FinishReason::refused);
+  CHECK(run(scheduler, std::vector<Token>(300, 5), params_of(2, 0, 0)).finish.reason == FinishReason::refused);
+  CHECK(run(scheduler, {}, params_of(2, 0, 0)).finish.reason == FinishReason::refused);
+  const Result refused = run(scheduler, prompt, biased);
+  CHECK(refused.finish.reason == FinishReason::refused);
+  CHECK(refused.finish.error.find("token id 1000000 is outside the vocabulary") != std::string::npos);
+  Update update;
+  while (!update.finish && Job::wait_any(inbox, jobs, 10s)) update = jobs[0]->take();
+  REQUIRE(update.finish);
+  CHECK(update.finish->reason == FinishReason::length);
+  CHECK(update.finish->n_generated == 200);
+}
+
+TEST_CASE("rows that only pad the matrices are never chosen") {
+  test::GgufBuilder builder = test::tiny_model({.n_vocab = 2000});
+  const test::GgufBuilder tokens = test::tiny_model({});
+  for (auto& key : builder.keys)
+    for (const auto& other : tokens.keys)
+      if (key.name == other.name && key.name.starts_with("tokenizer.")) key.bytes = other.bytes;
+  const test::TempFolder folder;
+  test::write_bytes(folder / "padded.gguf", builder.build());
+  const Engine engine = Engine::open(folder / "padded.gguf", {.n_threads = 1});
+  Metrics metrics;
+  Scheduler scheduler(engine, {.n_parallel = 1, .n_ctx = 256}, metrics);
+  GenerationParams params = params_of(50, 1, 2.0f);
+  params.n_top = 5;
+  const Result result = run(scheduler, prompt_of(0, 300), params);
+  CHECK(result.finish.reason == FinishReason::length);
+  CHECK(result.tokens.size() == 50);
+  for (const Token token : result.tokens) CHECK(static_cast<size_t>(token) < engine.tokenizer().n_vocab());
+}
+
 TEST_CASE("stopping the scheduler ends all streams") {
   const Engine engine = open_tiny("stop.gguf");
   Metrics metrics;
