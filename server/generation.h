@@ -9,6 +9,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -16,6 +17,9 @@
 #include "runtime/sampler.h"
 
 namespace duet::server {
+
+// Stands for a control token in a text. No token's text has such a byte: names that are spelt out are words.
+inline constexpr std::string_view kControlMark = "\xFF";
 
 struct GenerationParams {
   SamplerParams sampling = {};
@@ -30,7 +34,7 @@ struct GenerationParams {
   // Something is wanted of every token of the prompt: none may come from earlier requests.
   bool needs_whole_prompt() const { return prompt_logprobs || embedding; }
   const grammar::Constraint* constraint = nullptr;  // what the text must be; outlives the job
-  std::optional<Token> shown_control = {};          // a control token whose name is part of the text
+  std::optional<Token> shown_control = {};          // a control token whose place is shown by kControlMark
   bool is_answer = false;                 // a text of its own, not the continuation of one: no space before its first word
 };
 

@@ -105,7 +105,7 @@ Token Running::choose(std::span<const float> logits) {
 
 std::string Running::text_of(Token token) {
   if (token != job_->params.shown_control) return text_.push(token);
-  return text_.finish() + tokenizer_->piece(token, true);
+  return text_.finish().append(kControlMark);
 }
 
 void Running::add(Token token, TokenRecord record) {

@@ -4,23 +4,29 @@
 
 #include "base/error.h"
 #include "base/json.h"
-#include "grammar/json_schema.h"
 #include "server/text.h"
 
 namespace duet::server {
 namespace {
 
-// Calls as models write them that were told to: an object or an array of them, perhaps fenced or tagged.
+// Calls as models write them that were told to: an object or an array of them, perhaps fenced or tagged. What is read
+// is any JSON: a grammar to write by would have shorter numbers and less white space.
+constexpr const char* kCalls = R"(
+root ::= space ("[TOOL_CALLS]" space)? (calls | fenced | tagged) space
+fenced ::= "```" "json"? space calls space "```"
+tagged ::= ("<tool_call>" space object space "</tool_call>" space)+
+calls ::= object | "[" space object (space "," space object)* space "]"
+value ::= object | array | string | number | "true" | "false" | "null"
+object ::= "{" space (member (space "," space member)* space)? "}"
+member ::= string space ":" space value
+array ::= "[" space (value (space "," space value)* space)? "]"
+string ::= "\"" ([^"\\\x00-\x1f] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4}))* "\""
+number ::= "-"? ("0" | [1-9] [0-9]*) ("." [0-9]+)? ([eE] [-+]? [0-9]+)?
+space ::= [ \t\r\n]*
+)";
+
 const grammar::Grammar& call_grammar() {
-  static const grammar::Grammar made = [] {
-    grammar::GrammarWriter writer;
-    writer.add_rule("space", "[ \\t\\n]*");
-    writer.add_rule("calls", concat(writer.any_object(), " | \"[\" space ", writer.any_object(), " (space \",\" space ", writer.any_object(), ")* space \"]\""));
-    writer.add_rule("fenced", "\"```\" \"json\"? space calls space \"```\"");
-    writer.add_rule("tagged", concat("(\"<tool_call>\" space ", writer.any_object(), " space \"</tool_call>\" space)+"));
-    writer.add_rule("root", "space (\"[TOOL_CALLS]\" space)? (calls | fenced | tagged) space");
-    return grammar::Grammar::parse(writer.text());
-  }();
+  static const grammar::Grammar made = grammar::Grammar::parse(kCalls);
   return made;
 }
 
@@ -30,13 +36,6 @@ std::optional<Json> parsed(std::string_view text) {
   } catch (const Error&) {
     return std::nullopt;
   }
-}
-
-// The longest end of `text` with which `marker` may begin.
-size_t begun(std::string_view text, std::string_view marker) {
-  for (size_t n = std::min(marker.size() - 1, text.size()); n > 0; --n)
-    if (text.ends_with(marker.substr(0, n))) return n;
-  return 0;
 }
 
 bool is_space(char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r'; }
@@ -149,26 +148,17 @@ AnswerParts::Piece AnswerParts::push(std::string_view text, bool last) {
   switch (form_) {
     case CallForm::none: return {.content = std::string(text)};
     case CallForm::calls: return {.calls = counted(reader_.push(text))};
-    case CallForm::marked: return push_marked(text, last);
+    case CallForm::marked: return push_marked(text);
     case CallForm::guess: return push_guess(text, last);
   }
   return {};
 }
 
-AnswerParts::Piece AnswerParts::push_marked(std::string_view text, bool last) {
-  held_ += text;
-  Piece out;
-  const size_t at = held_.find(kCallMarker);
-  if (at != std::string::npos) {
-    out.content = held_.substr(0, at);
-    form_ = CallForm::calls;
-    out.calls = counted(reader_.push(std::string_view(held_).substr(at + kCallMarker.size())));
-    return out;
-  }
-  const size_t keep = last ? 0 : begun(held_, kCallMarker);
-  out.content = held_.substr(0, held_.size() - keep);
-  held_.erase(0, out.content.size());
-  return out;
+AnswerParts::Piece AnswerParts::push_marked(std::string_view text) {
+  const size_t at = text.find(kControlMark);
+  if (at == std::string_view::npos) return {.content = std::string(text)};
+  form_ = CallForm::calls;
+  return {.content = std::string(text.substr(0, at)), .calls = counted(reader_.push(text.substr(at + kControlMark.size())))};
 }
 
 AnswerParts::Piece AnswerParts::push_guess(std::string_view text, bool last) {

@@ -9,6 +9,7 @@
 
 #include "grammar/matcher.h"
 #include "runtime/chat_template.h"
+#include "server/generation.h"
 
 namespace duet::server {
 
@@ -45,10 +46,10 @@ class CallReader {
 enum class CallForm {
   none,
   calls,   // it is calls, from the start
-  marked,  // behind the text "[TOOL_CALLS]"
+  marked,  // behind kControlMark
   guess,   // if all of it looks like calls of known tools
 };
-inline constexpr std::string_view kCallMarker = "[TOOL_CALLS]";
+inline constexpr std::string_view kCallMarker = "[TOOL_CALLS]";  // the control token that opens calls
 
 // Parts an answer, as it comes, into what is said and what is called.
 class AnswerParts {
@@ -64,7 +65,7 @@ class AnswerParts {
   bool has_calls() const { return has_calls_; }
 
  private:
-  Piece push_marked(std::string_view text, bool last);
+  Piece push_marked(std::string_view text);
   Piece push_guess(std::string_view text, bool last);
   std::vector<CallPiece> counted(std::vector<CallPiece> pieces);
   std::optional<std::vector<CallPiece>> known_calls() const;

@@ -2,6 +2,7 @@
 
 #include <doctest/doctest.h>
 
+#include "base/error.h"
 #include "base/json.h"
 
 namespace duet::server {
@@ -57,14 +58,19 @@ TEST_CASE("tool calls: arguments come as they are written") {
 }
 
 TEST_CASE("tool calls: behind a marker, with words before it") {
-  const std::string text = R"(I ask. [TOOL_CALLS] [{"name":"f","arguments":{}}])";
+  const std::string text = concat("I ask. ", kControlMark, R"( [{"name":"f","arguments":{}}])");
   for (size_t n = 1; n <= text.size(); ++n) {
     const Joined joined = in_pieces({CallForm::marked, {"f"}, false}, text, n);
     CHECK(joined.content == "I ask. ");
     REQUIRE(joined.calls.size() == 1);
     CHECK(joined.calls[0].arguments == "{}");
   }
-  CHECK(in_pieces({CallForm::marked, {"f"}, false}, "no [TOOL", 1).content == "no [TOOL");
+  // The token's name, spelt by others, is text.
+  for (const char* words : {"no [TOOL", R"(I say [TOOL_CALLS] [{"name":"f","arguments":{}}])"}) {
+    const Joined joined = in_pieces({CallForm::marked, {"f"}, false}, words, 1);
+    CHECK(joined.content == words);
+    CHECK(joined.calls.empty());
+  }
 }
 
 TEST_CASE("tool calls: guessed where all of the text is calls of known tools") {
@@ -78,6 +84,13 @@ TEST_CASE("tool calls: guessed where all of the text is calls of known tools") {
       CHECK(joined.calls[0].name == "f");
       CHECK(joined.calls[0].arguments == R"({"a":1})");
     }
+  // Any JSON is read, also such as no grammar here writes.
+  for (const char* arguments : {R"({"id":12345678901234567890})", R"({"x":1.23456789012345678901e-123})", "{\r\n\t \"x\" :\n\n [ ] \r\n}", "{\"x\":\"\x7f\"}"}) {
+    const Joined joined = guess(concat(R"([{"name" : "f",  "arguments": )", arguments, "}]\r\n"), 3);
+    CHECK_MESSAGE(joined.content.empty(), arguments);
+    REQUIRE(joined.calls.size() == 1);
+    CHECK(parse_json(joined.calls[0].arguments, "arguments") == parse_json(arguments, "arguments"));
+  }
   for (const char* text : {"Hello [there]", R"({"answer": 42})", R"([{"name":"h","arguments":{}}])", R"([{"name":"f","arguments":{}}] or so)", R"([{"name":"f","arguments":{})", R"([{"name":"f","arguments":[1]}])", ""})
     for (const size_t n : {size_t{1}, size_t{1000}}) {
       const Joined joined = guess(text, n);
