@@ -120,6 +120,7 @@ Json tokenize(const Json& body, const ServedModel& model) {
   const bool chat = f.find("messages") != nullptr;
   std::vector<Token> ids;
   if (chat) {
+    refuse_other_templates(f);
     ids = chat_prompt(f.find("messages"), Json(), model).ids;
   } else {
     // llama-server says content and adds nothing; vLLM and lm-eval say prompt.
@@ -147,6 +148,7 @@ Json detokenize(const Json& body, const ServedModel& model) {
 Json apply_template(const Json& body, const ServedModel& model) {
   const Fields f(body);
   const Tools tools = parse_tools(f);
+  refuse_other_templates(f);
   const bool must_call = tools.choice == Tools::Choice::required;
   const PromptInput prompt = chat_prompt(f.find("messages"), tools.choice == Tools::Choice::none ? Json() : tools.list, model, must_call);
   return {{"prompt", prompt.text}, {"tokens", prompt.ids}};

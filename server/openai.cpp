@@ -327,6 +327,7 @@ Parsed parse_chat(const Json& body, const ServedModel& model) {
   if (n_top > 0 && !out.format.logprobs) bad_request("top_logprobs", "'top_logprobs' needs 'logprobs': true");
   r.params.n_top = out.format.logprobs ? n_top : -1;
   out.format.tools = parse_tools(f);
+  refuse_other_templates(f);
   out.format.calls = prepare_chat(f.find("messages"), out.format.tools, requested_grammar(f), model, r);
   check_length(r.prompts[0].ids.size(), model.n_ctx, "messages");
   return out;

@@ -1,6 +1,7 @@
 #include "server/params.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -35,6 +36,48 @@ Token bias_id(const std::string& key, size_t n_vocab) {
   const bool digits = !key.empty() && key.size() < 10 && std::all_of(key.begin(), key.end(), [](char c) { return c >= '0' && c <= '9'; });
   if (!digits) bad_request("logit_bias", "'logit_bias': ", quote(key), " is no token id");
   return checked_token(std::stol(key), "logit_bias", n_vocab);
+}
+
+// Names of llama-server and the letters it takes for them.
+struct SamplerName {
+  std::string_view name;
+  char letter;
+  int place;  // in the order in which they are applied; 0: has been refused if it would do anything
+};
+constexpr SamplerName kSamplers[] = {{"penalties", 'e', 1}, {"top_k", 'k', 2}, {"top_p", 'p', 3}, {"min_p", 'm', 4}, {"temperature", 't', 5},
+                                     {"dry", 'd', 0}, {"top_n_sigma", 's', 0}, {"typ_p", 'y', 0}, {"typical_p", 'y', 0}, {"xtc", 'x', 0}};
+
+const SamplerName& sampler_of(std::string_view text) {
+  for (const SamplerName& sampler : kSamplers)
+    if (text == sampler.name || text == std::string_view(&sampler.letter, 1)) return sampler;
+  bad_request("samplers", "'samplers': there is no sampler ", quote(text), "; known are penalties, top_k, top_p, min_p and temperature");
+}
+
+// Those that are not in llama-server's list "samplers" do nothing. Their order is fixed.
+void keep_samplers(const Fields& f, SamplerParams& p) {
+  const Json* list = f.find("samplers");
+  if (list == nullptr) return;
+  std::vector<std::string> names;
+  if (list->is_string())
+    for (const char c : list->get_ref<const std::string&>()) names.emplace_back(1, c);
+  else names = f.strings("samplers", 64);
+  std::array<bool, 6> has{};
+  int last = 0;
+  for (const std::string& name : names) {
+    const int place = sampler_of(name).place;
+    if (place == 0) continue;
+    if (place <= last) bad_request("samplers", "'samplers': only the order penalties, top_k, top_p, min_p, temperature is supported; ", quote(name), " stands too late");
+    has[static_cast<size_t>(place)] = true;
+    last = place;
+  }
+  if (!has[1]) {
+    p.repeat_penalty = 1;
+    p.presence_penalty = p.frequency_penalty = 0;
+  }
+  if (!has[2]) p.top_k = 0;
+  if (!has[3]) p.top_p = 1;
+  if (!has[4]) p.min_p = 0;
+  if (!has[5]) p.temperature = 1;
 }
 
 PromptInput text_input(const Json& text, const Tokenizer& tokenizer, bool parse_special) {
@@ -132,8 +175,11 @@ SamplerParams sampling_params(const Fields& f) {
   p.presence_penalty = static_cast<float>(f.number("presence_penalty", 0, -kHuge, kHuge));
   p.frequency_penalty = static_cast<float>(f.number("frequency_penalty", 0, -kHuge, kHuge));
   p.penalty_last_n = static_cast<int32_t>(f.integer("repeat_last_n", d.penalty_last_n, -1, kMaxInt));
+  keep_samplers(f, p);
   const int64_t seed = f.integer("seed", -1, std::numeric_limits<int64_t>::min() / 2, std::numeric_limits<int64_t>::max() / 2);
-  p.seed = seed == -1 ? random_seed() : static_cast<uint64_t>(seed);  // -1: llama-server's and Ollama's word for random
+  // -1: llama-server's and Ollama's word for random; it is kept in 32 bits, and sent as such.
+  const bool is_random = seed == -1 || seed == std::numeric_limits<uint32_t>::max();
+  p.seed = is_random ? random_seed() : static_cast<uint64_t>(seed);
   check_sampling(p);
   return p;
 }
@@ -156,7 +202,14 @@ void refuse_other_samplers(const Fields& fields) {
     if (!is_number(name, [](double x) { return x <= 0; })) fields.refuse(name, "");
   for (const char* name : {"typical_p", "tfs_z", "length_penalty"})
     if (!is_number(name, [](double x) { return x == 1; })) fields.refuse(name, "");
-  for (const char* name : {"guided_regex", "use_beam_search", "allowed_token_ids", "bad_words", "stop_token_ids"}) fields.refuse(name, "");
+  for (const char* name : {"guided_regex", "guided_whitespace_pattern", "use_beam_search", "allowed_token_ids", "bad_words", "stop_token_ids", "grammar_lazy", "grammar_triggers"})
+    fields.refuse(name, "");
+}
+
+void refuse_other_templates(const Fields& fields) {
+  fields.refuse("chat_template", "the server's own is used; start it with --template NAME for another");
+  fields.refuse("continue_final_message", "say \"prefix\": true in the last message instead");
+  if (!fields.boolean("add_generation_prompt", true)) bad_request("add_generation_prompt", "'add_generation_prompt': false is not supported: an answer follows");
 }
 
 std::vector<std::string> stop_strings(const Fields& fields) {

@@ -39,11 +39,14 @@ class Fields {
 Json parse_body(std::string_view body);
 
 // temperature, top_k, top_p, min_p, seed, repeat_penalty, presence_penalty, frequency_penalty, repeat_last_n:
-// the names that all protocols share, defaults of SamplerParams. Without a seed: a random one.
+// the names that all protocols share, defaults of SamplerParams; llama-server's list "samplers". Without a seed: a
+// random one.
 SamplerParams sampling_params(const Fields& fields);
 // Samplers and limits of other servers that nothing here implements: 400 naming one that is given a value with which it
 // would do something.
 void refuse_other_samplers(const Fields& fields);
+// Other prompts made of the same messages than the model's template makes: 400.
+void refuse_other_templates(const Fields& fields);
 // "stop": at most 16 strings, none empty.
 std::vector<std::string> stop_strings(const Fields& fields);
 // An object {"id": bias} or llama-server's array [[id or text, bias or false], ...].

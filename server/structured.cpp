@@ -18,10 +18,24 @@ std::string of_schema(const Json& schema, const std::string& field) {
   }
 }
 
-// Exactly one of these texts.
+// A schema, as JSON or as its text; the empty one asks for an object. "": none.
+std::string field_schema(const Fields& f, const char* field) {
+  const Json* schema = f.find(field);
+  if (schema == nullptr) return {};
+  Json parsed = *schema;
+  try {
+    if (schema->is_string()) parsed = parse_json(schema->get_ref<const std::string&>(), concat("'", f.name(field), "'"));
+  } catch (const Error& e) {
+    bad_request(f.name(field), e.what());
+  }
+  return parsed.is_object() && parsed.empty() ? grammar::json_object_grammar() : of_schema(parsed, f.name(field));
+}
+
+// Exactly one of these texts; "": not asked for.
 std::string of_choices(const Fields& f, const char* field) {
+  if (f.find(field) == nullptr) return {};
   const std::vector<std::string> choices = f.strings(field, 1024);
-  if (choices.empty()) bad_request(field, "'", field, "' must hold texts");
+  if (choices.empty()) bad_request(f.name(field), "'", f.name(field), "' must hold texts");
   std::string out = "root ::= ";
   for (size_t i = 0; i < choices.size(); ++i) out += (i == 0 ? "" : " | ") + grammar::gbnf_literal(choices[i]);
   return out;
@@ -49,15 +63,21 @@ std::string response_format_grammar(const Fields& f) {
 
 std::string requested_grammar(const Fields& f) {
   std::string out = response_format_grammar(f);
-  const auto add = [&](const char* field, const std::string& gbnf) {
-    if (!out.empty()) bad_request(field, "'", field, "' is one form of several asked for; only one can be kept to");
-    out = gbnf;
+  const auto add = [&](const std::string& field, const std::string& gbnf) {
+    if (!out.empty() && !gbnf.empty()) bad_request(field, "'", field, "' is one form of several asked for; only one can be kept to");
+    if (!gbnf.empty()) out = gbnf;
   };
-  for (const char* field : {"json_schema", "guided_json"})
-    if (const Json* schema = f.find(field)) add(field, schema->is_object() && schema->empty() ? grammar::json_object_grammar() : of_schema(*schema, field));
-  for (const char* field : {"grammar", "guided_grammar"})
-    if (const std::string gbnf = f.string(field); !gbnf.empty()) add(field, gbnf);
-  if (f.find("guided_choice") != nullptr) add("guided_choice", of_choices(f, "guided_choice"));
+  for (const char* field : {"json_schema", "guided_json"}) add(field, field_schema(f, field));
+  for (const char* field : {"grammar", "guided_grammar"}) add(field, f.string(field));
+  add("guided_choice", of_choices(f, "guided_choice"));
+  const Json* structured = f.find("structured_outputs");
+  if (structured == nullptr) return out;
+  const Fields of(*structured, "structured_outputs.");
+  for (const char* field : {"regex", "structural_tag", "whitespace_pattern", "disable_any_whitespace"}) of.refuse(field, "");
+  add(of.name("json"), field_schema(of, "json"));
+  add(of.name("grammar"), of.string("grammar"));
+  add(of.name("choice"), of_choices(of, "choice"));
+  if (of.boolean("json_object", false)) add(of.name("json_object"), grammar::json_object_grammar());
   return out;
 }
 

@@ -15,7 +15,8 @@ namespace duet::server {
 //   response_format: {type: text | json_object | json_schema}, as OpenAI's API has it; llama-server's
 //   {type: json_object, schema}.
 std::string response_format_grammar(const Fields& fields);
-//   The above, grammar, json_schema (llama-server), guided_json, guided_grammar, guided_choice (vLLM): one of them.
+//   The above, grammar, json_schema (llama-server), guided_json, guided_grammar, guided_choice and structured_outputs
+//   {json, grammar, choice, json_object} (vLLM): one of them.
 std::string requested_grammar(const Fields& fields);
 // Ollama's format: "json" or a schema.
 std::string ollama_format_grammar(const Fields& fields);

@@ -58,6 +58,12 @@ void choose_one(Tools& tools, const Json& choice) {
   tools.choice = Tools::Choice::required;
 }
 
+// Arguments have names, whether their schema says so or not.
+Json of_objects(Json parameters) {
+  if (!parameters.contains("type")) parameters["type"] = "object";
+  return parameters;
+}
+
 bool can_be_kept_to(const Json& schema) {
   try {
     grammar::Grammar::parse(grammar::schema_grammar(schema, "parameters"));
@@ -73,8 +79,9 @@ std::string arguments_rule(const Json& tool, bool each_alone, grammar::GrammarWr
   const auto parameters = function.find("parameters");
   if (parameters == function.end() || parameters->empty()) return writer.any_object();
   const bool strict = function.contains("strict") && function["strict"] == Json(true);
-  if (each_alone && !strict && !can_be_kept_to(*parameters)) return writer.any_object();
-  return writer.add_schema(*parameters, concat("the parameters of the tool ", quote(name_of(tool))));
+  const Json schema = of_objects(*parameters);
+  if (each_alone && !strict && !can_be_kept_to(schema)) return writer.any_object();
+  return writer.add_schema(schema, concat("the parameters of the tool ", quote(name_of(tool))));
 }
 
 // The rule "calls": an array of calls. Only "ws" stands where models put a space.

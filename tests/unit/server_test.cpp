@@ -205,6 +205,21 @@ TEST_CASE("what a request may not ask is named in a 400") {
   CHECK(begins(refused(R"(,"typical_p":0.5)"), "400 typical_p:"));
   CHECK(begins(refused(R"(,"stop_token_ids":[5])"), "400 stop_token_ids:"));
   CHECK(begins(refused(R"(,"bad_words":"x")"), "400 bad_words:"));
+  CHECK(begins(refused(R"(,"grammar":"root ::= \"a\"","grammar_lazy":true)"), "400 grammar_lazy:"));
+  CHECK(begins(refused(R"(,"grammar_triggers":[{"type":0,"value":"a"}])"), "400 grammar_triggers:"));
+  CHECK(begins(refused(R"(,"samplers":["temperature","top_p"])"), "400 samplers:"));
+  CHECK(begins(refused(R"(,"samplers":"tk")"), "400 samplers:"));
+  CHECK(begins(refused(R"(,"samplers":["infill"])"), "400 samplers:"));
+  CHECK(begins(refused(R"(,"structured_outputs":{"regex":"a+"})"), "400 structured_outputs.regex:"));
+  CHECK(begins(refused(R"(,"structured_outputs":{"structural_tag":"{}"})"), "400 structured_outputs.structural_tag:"));
+  CHECK(begins(refused(R"(,"structured_outputs":{"json":{"not":{}}})"), "400 structured_outputs.json:"));
+  CHECK(begins(refused(R"(,"structured_outputs":{"json":{},"choice":["a"]})"), "400 structured_outputs.choice:"));
+  CHECK(begins(refused(R"(,"structured_outputs":{"grammar":"root ::= \"a\""},"guided_choice":["b"])"), "400 structured_outputs.grammar:"));
+  CHECK(begins(refused(R"(,"guided_json":"{")"), "400 guided_json:"));
+  for (const char* field : {R"("chat_template":"{{ messages }}")", R"("continue_final_message":true)", R"("add_generation_prompt":false)"}) {
+    const std::string name(field + 1, std::string_view(field).find(':') - 2);
+    for (const char* path : {"/v1/chat/completions", "/apply-template", "/tokenize"}) CHECK(begins(f.refusal(path, concat("{", kHello, ",", field, "}")), concat("400 ", name, ":")));
+  }
   CHECK(begins(refused(R"(,"logit_bias":{"x":1})"), "400 logit_bias:"));
   CHECK(begins(refused(R"(,"logit_bias":{"99999":1})"), "400 logit_bias:"));
   CHECK(begins(refused(R"(,"max_tokens":-5)"), "400 max_tokens:"));
@@ -228,10 +243,28 @@ TEST_CASE("what a request may not ask is named in a 400") {
 
 TEST_CASE("values that change nothing are taken") {
   Fixture f;
-  const std::string neutral = R"("mirostat":0,"typical_p":1.0,"tfs_z":1,"min_tokens":0,"length_penalty":1.0,"xtc_probability":0,"dry_multiplier":0.0,"top_n_sigma":-1,"guided_regex":"","stop_token_ids":[])";
+  const std::string neutral = R"("mirostat":0,"typical_p":1.0,"tfs_z":1,"min_tokens":0,"length_penalty":1.0,"xtc_probability":0,"dry_multiplier":0.0,"top_n_sigma":-1,"guided_regex":"","stop_token_ids":[],)"
+                              R"("samplers":["penalties","dry","top_n_sigma","top_k","typ_p","top_p","min_p","xtc","temperature"],"grammar_lazy":false,"grammar_triggers":[],"structured_outputs":{"regex":null})";
   CHECK(f.post("/v1/completions", R"({"prompt":"a","max_tokens":1,"suffix":"",)" + neutral + "}").status == 200);
   CHECK(f.post("/completion", R"({"prompt":"a","n_predict":1,)" + neutral + "}").status == 200);
   CHECK(f.post("/api/generate", R"({"model":"tiny","prompt":"a","stream":false,"options":{"num_predict":1,)" + neutral + "}}").status == 200);
+  CHECK(f.post("/v1/chat/completions", concat("{", kHello, R"(,"max_tokens":1,"chat_template":null,"continue_final_message":false,"add_generation_prompt":true,"chat_template_kwargs":{}})")).status == 200);
+}
+
+TEST_CASE("llama-server's list of samplers: what is not in it does nothing; its number for a random seed") {
+  Fixture f;
+  const auto settings = [&](const std::string& more) { return f.ok("/completion", concat(R"({"prompt":"a","n_predict":1,"temperature":0.5,"top_k":7,"top_p":0.25,"min_p":0.125)", more, "}"))["generation_settings"]; };
+  const Json some = settings(R"(,"samplers":["top_k","temperature"])");
+  CHECK(some["top_k"] == 7);
+  CHECK(some["top_p"] == 1);
+  CHECK(some["min_p"] == 0);
+  CHECK(some["temperature"] == 0.5);
+  const Json letters = settings(R"(,"samplers":"edpm")");
+  CHECK(letters["top_k"] == 0);
+  CHECK(letters["top_p"] == 0.25);
+  CHECK(letters["temperature"] == 1);
+  CHECK(settings(R"(,"seed":4294967295)")["seed"] != 4294967295);
+  CHECK(settings(R"(,"seed":4294967294)")["seed"] == 4294967294);
 }
 
 TEST_CASE("names of control tokens in a whole prompt are those tokens, unless that is not wanted") {
@@ -459,6 +492,10 @@ TEST_CASE("grammars and schemas in every protocol") {
   Fixture f;
   CHECK(f.ok("/v1/completions", R"({"prompt":"x","max_tokens":50,"grammar":"root ::= \"yes\" | \"no\"","temperature":0})")["choices"][0]["text"].get<std::string>().size() <= 3);
   CHECK(f.ok("/v1/completions", R"({"prompt":"x","max_tokens":50,"guided_choice":["left","right"]})")["choices"][0]["text"].get<std::string>().size() >= 4);
+  CHECK(f.ok("/v1/completions", R"({"prompt":"x","max_tokens":50,"structured_outputs":{"choice":["left","right"]}})")["choices"][0]["text"].get<std::string>().size() >= 4);
+  CHECK(f.ok("/v1/completions", R"({"prompt":"x","max_tokens":50,"structured_outputs":{"grammar":"root ::=\n  [0-9]{5}"}})")["choices"][0]["text"].get<std::string>().size() == 5);
+  CHECK(fits_schema(f.ok("/v1/completions", R"({"prompt":"x","max_tokens":100,"structured_outputs":{"json":)" + kSchema + "}}")["choices"][0]["text"]));
+  CHECK(fits_schema(f.ok("/v1/completions", R"({"prompt":"x","max_tokens":100,"guided_json":)" + Json(kSchema).dump() + "}")["choices"][0]["text"]));
   CHECK(fits_schema(f.ok("/completion", R"({"prompt":"x","n_predict":100,"json_schema":)" + kSchema + "}")["content"]));
   CHECK(f.ok("/completion", R"({"prompt":"x","n_predict":100,"grammar":"root ::= [0-9]{5}"})")["content"].get<std::string>().size() == 5);
   CHECK(fits_schema(f.ok("/api/generate", R"({"model":"tiny","prompt":"x","stream":false,"format":)" + kSchema + "}")["response"]));
@@ -534,6 +571,10 @@ TEST_CASE("tools: a named one, several calls, none") {
       else CHECK(parse_json(call["function"]["arguments"].get<std::string>(), "arguments").is_object());
     }
   }
+  // A schema that does not say that it is one of objects: arguments are an object all the same.
+  const std::string untyped = R"(,"max_tokens":400,"parallel_tool_calls":false,"tools":[{"type":"function","function":{"name":"f","parameters":{"title":"F"}}}],"logit_bias":[["{",-100],["}",-100],["n",50],["5",50]])";
+  const Json untyped_call = f.ok("/v1/chat/completions", concat("{", kHello, untyped, R"(,"tool_choice":"required"})"))["choices"][0]["message"]["tool_calls"][0];
+  CHECK(begins(untyped_call["function"]["arguments"].get<std::string>(), "{"));
   const std::string strict = R"(,"tools":[{"type":"function","function":{"name":"f","strict":true,"parameters":{"type":"object","minProperties":2}}}]})";
   const HttpReply refused = f.post("/v1/chat/completions", concat("{", kHello, R"(,"tool_choice":"required")", strict));
   CHECK(refused.status == 400);
@@ -601,6 +642,11 @@ TEST_CASE("tools: mistral-v3 opens calls by its token, which the grammar follows
   const std::string form = R"(,"response_format":{"type":"json_schema","json_schema":{"schema":)" + kSchema + "}}";
   CHECK(fits_schema(ask(form + concat(R"(,"logit_bias":{")", kVocabulary - 1, R"(":-1000})"))["message"]["content"]));
   CHECK(is_call(ask(form + concat(R"(,"logit_bias":{")", kVocabulary - 1, R"(":1000})"))["message"]["tool_calls"][0]));
+  // The token's name, spelt by other tokens, is what is said.
+  const std::string words = R"([TOOL_CALLS] [{"name": "add", "arguments": {"a": true}}])";
+  const Json said = ask(concat(R"(,"logit_bias":{")", kVocabulary - 1, R"(":-1000},"guided_choice":)", Json::array({words}).dump()));
+  CHECK(said["message"]["content"] == words);
+  CHECK_FALSE(said["message"].contains("tool_calls"));
   std::filesystem::remove(path);
 }
 
