@@ -131,7 +131,7 @@ TEST_CASE("model: tokens without a row are refused, rows without a token are not
         if (key.name == other.name && key.name.starts_with("tokenizer.")) key.bytes = other.bytes;
     const test::TempFolder folder;
     test::write_bytes(folder / "model.gguf", builder.build());
-    return Engine::open(folder / "model.gguf", {.n_threads = 1}).tokenizer().n_vocab();
+    return Engine::open(folder / "model.gguf", {.n_threads = 1, .isa = {}, .notice = {}}).tokenizer().n_vocab();
   };
   const test::Thrown refused = test::thrown_by([&] { open(400, 401); });
   CHECK(refused.message.find("has 401 tokens, token_embd.weight only 400 rows") != std::string::npos);
