@@ -211,7 +211,7 @@ TEST_CASE("rows that only pad the matrices are never chosen") {
       if (key.name == other.name && key.name.starts_with("tokenizer.")) key.bytes = other.bytes;
   const test::TempFolder folder;
   test::write_bytes(folder / "padded.gguf", builder.build());
-  const Engine engine = Engine::open(folder / "padded.gguf", {.n_threads = 1});
+  const Engine engine = Engine::open(folder / "padded.gguf", {.n_threads = 1, .isa = {}, .notice = {}});
   Metrics metrics;
   Scheduler scheduler(engine, {.n_parallel = 1, .n_ctx = 256}, metrics);
   GenerationParams params = params_of(50, 1, 2.0f);
