@@ -33,6 +33,7 @@ std::vector<ChatMessage> normalized(const std::vector<ChatMessage>& messages) {
 }
 
 std::string json_or_string(std::string_view text) {
+  if (text.empty()) return "{}";
   const auto json = python_json(text);
   return json ? *json : python_json_string(text);
 }
@@ -74,7 +75,7 @@ std::string tool_calls_json(const std::vector<ToolCall>& calls) {
   for (const ToolCall& call : calls) {
     if (out.size() > 1) out += ", ";
     out += "{\"name\": " + python_json_string(call.name) +
-           ", \"arguments\": " + (call.arguments.empty() ? "{}" : json_or_string(call.arguments));
+           ", \"arguments\": " + json_or_string(call.arguments);
     if (!call.id.empty() && call.id != "null")
       out += ", \"id\": " + python_json_string(render_call_id(call.id));
     out += "}";
