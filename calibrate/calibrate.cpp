@@ -93,6 +93,13 @@ void check_options(const ConvertOptions& options) {
     fail(ErrorKind::usage, "calibration: measures the inputs itself and leaves no use for the importance matrix ", options.imatrix, "; give one of the two");
 }
 
+void check_output(const fs::path& output, const ConvertOptions& options) {
+  check_options(options);
+  check_whole_name(output);
+  check_overwrite(output, options);
+  settle_unfinished(output, 1, options);
+}
+
 void check_worthwhile(const ConversionSource& source) {
   for (const TensorJob& job : source.jobs)
     if (has_second_order(*job.format)) return;
@@ -125,8 +132,9 @@ void record(ConversionSource& source, size_t n_tokens) {
   source.metadata.push_back({std::string(kCalibratedKey), GgufValue::u32(static_cast<uint32_t>(n_tokens))});
 }
 
-void measure_and_choose(ConversionSource& source, std::span<const Token> ids, const ConvertOptions& options,
-                        const CalibrationOptions& calibration) {
+// The file says that it was fitted; types that the text decides are chosen.
+void prepare(ConversionSource& source, std::span<const Token> ids, const ConvertOptions& options, const CalibrationOptions& calibration) {
+  record(source, ids.size());
   if (has_target(options))
     choose_types(options, measure_sensitivity(source, ids, calibration.n_ctx, calibration.ram_bytes, options), source);
 }
@@ -135,29 +143,21 @@ void measure_and_choose(ConversionSource& source, std::span<const Token> ids, co
 
 void convert_calibrated(const fs::path& folder, const fs::path& output,
                         const ConvertOptions& options, const CalibrationOptions& calibration) {
-  check_options(options);
-  check_whole_name(output);
-  check_overwrite(output, options);
-  settle_unfinished(output, 1, options);
+  check_output(output, options);
   ConversionSource source = open_folder(folder, options);
   check_worthwhile(source);
   const std::vector<Token> ids = ids_of_folder(folder, output, source, options, calibration);
-  record(source, ids.size());
-  measure_and_choose(source, ids, options, calibration);
+  prepare(source, ids, options, calibration);
   write(source, ids, output, options, calibration);
 }
 
 void quantize_calibrated(const fs::path& input, const fs::path& output,
                          const ConvertOptions& options, const CalibrationOptions& calibration) {
-  check_options(options);
-  check_whole_name(output);
-  check_overwrite(output, options);
-  settle_unfinished(output, 1, options);
+  check_output(output, options);
   ConversionSource source = open_gguf(input, options);
   check_worthwhile(source);
   const std::vector<Token> ids = ids_of(*source.file, source, options, calibration);
-  record(source, ids.size());
-  measure_and_choose(source, ids, options, calibration);
+  prepare(source, ids, options, calibration);
   write(source, ids, output, options, calibration);
 }
 
@@ -168,8 +168,7 @@ ConvertPlan plan_convert_calibrated(const fs::path& folder, const ConvertOptions
   const fs::path beside = fs::temp_directory_path() / concat("duet-", ::getpid());
   std::vector<Token> ids;
   if (has_target(options)) ids = ids_of_folder(folder, beside, source, options, calibration);
-  record(source, ids.size());
-  measure_and_choose(source, ids, options, calibration);
+  prepare(source, ids, options, calibration);
   return plan_parts(source.metadata, source.jobs, recipe_label(options), options);
 }
 
@@ -179,8 +178,7 @@ ConvertPlan plan_quantize_calibrated(const fs::path& input, const ConvertOptions
   ConversionSource source = open_gguf(input, options);
   std::vector<Token> ids;
   if (has_target(options)) ids = ids_of(*source.file, source, options, calibration);
-  record(source, ids.size());
-  measure_and_choose(source, ids, options, calibration);
+  prepare(source, ids, options, calibration);
   return plan_parts(source.metadata, source.jobs, recipe_label(options), options);
 }
 

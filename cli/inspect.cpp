@@ -178,14 +178,14 @@ void print_summary(const GgufFile& file, const Summary& s) {
   print_field("arch:       ", s.arch.empty() ? "-" : s.arch);
   print_field("layout:     ", s.layout);
   print(formatted("params:     %.3f G, %.2f bits per weight\n", static_cast<double>(s.n_params) / 1e9,
-               s.bits_per_weight()));
+                  s.bits_per_weight()));
   print_field("tokenizer:  ", s.tokenizer);
   print_field("template:   ", s.chat_template);
   if (s.problem) print_field("not run by duet: ", *s.problem);
   for (const auto& [name, share] : s.types)
     print(formatted("  %-6s %5zu tensors  %12s  %5.1f %% of the parameters\n", name.c_str(),
-                 share.n_tensors, format_size(share.n_bytes).c_str(),
-                 100 * static_cast<double>(share.n_elems) / static_cast<double>(s.n_params)));
+                    share.n_tensors, format_size(share.n_bytes).c_str(),
+                    100 * static_cast<double>(share.n_elems) / static_cast<double>(s.n_params)));
 }
 
 void print_metadata(const GgufFile& file) {
@@ -199,7 +199,7 @@ void print_tensors(const GgufFile& file) {
   print("\n");
   for (const TensorView& t : file.tensors())
     print(formatted("%-40s %-6s %12s  %s\n", one_line(t.name).c_str(), t.format->name,
-                 format_size(t.data.size()).c_str(), shape_text(t.shape).c_str()));
+                    format_size(t.data.size()).c_str(), shape_text(t.shape).c_str()));
 }
 
 void run_inspect(const InspectOptions& options) {

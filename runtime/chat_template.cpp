@@ -25,7 +25,14 @@ struct FormatRow {
       assistant_suffix, generation;
   std::string_view default_system;
   bool trim, alternate;
+  std::string_view lead = "";
 };
+
+// What Llama 3.1 is told first, with the date that its template falls back on: prompts stay alike
+// from day to day.
+constexpr std::string_view kLlama31Cutoff = "Cutting Knowledge Date: December 2023";
+constexpr std::string_view kLlama31Lead =
+    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
 
 constexpr FormatRow kTurnFormats[] = {
     // Dolphin, Nous-Hermes-2, OpenHermes, Qwen, SmolLM2
@@ -55,14 +62,8 @@ constexpr FormatRow kTurnFormats[] = {
     {"llama3.1", "<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>",
      "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>",
      "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>",
-     "<|start_header_id|>assistant<|end_header_id|>\n\n", "", true, false},
+     "<|start_header_id|>assistant<|end_header_id|>\n\n", "", true, false, kLlama31Lead},
 };
-
-// What Llama 3.1 is told first, with the date that its template falls back on: prompts stay alike
-// from day to day.
-constexpr std::string_view kLlama31Cutoff = "Cutting Knowledge Date: December 2023";
-constexpr std::string_view kLlama31Lead =
-    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
 
 std::string list_of_names() {
   std::string out;
@@ -210,7 +211,7 @@ ChatTemplate ChatTemplate::named(std::string_view name) {
     out.assistant_ = {std::string(row.assistant_prefix), std::string(row.assistant_suffix)};
     out.generation_ = row.generation;
     out.default_system_ = row.default_system;
-    if (name == "llama3.1") out.lead_ = kLlama31Lead;
+    out.lead_ = row.lead;
     out.trim_ = row.trim;
     out.alternate_ = row.alternate;
   }

@@ -122,7 +122,7 @@ HParams tiny_hparams(const TinyModelOptions& options) {
   h.n_layer = options.n_layer;
   h.n_embd = options.n_embd;
   h.n_ff = options.n_ff;
-  h.n_vocab = static_cast<uint32_t>(tiny_vocabulary(options.n_vocab).tokens.size());
+  h.n_vocab = options.n_rows > 0 ? options.n_rows : static_cast<uint32_t>(tiny_vocabulary(options.n_vocab).tokens.size());
   h.n_ctx_train = options.n_ctx_train;
   h.n_head = options.n_head;
   h.n_head_kv = options.n_head_kv;

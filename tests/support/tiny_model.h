@@ -18,6 +18,7 @@ struct TinyModelOptions {
   uint32_t n_embd = 64, n_ff = 96, n_head = 4, n_head_kv = 2;
   uint32_t n_ctx_train = 512;
   uint32_t n_vocab = 0;        // 0: the vocabulary's own size; more is filled with unused tokens
+  uint32_t n_rows = 0;         // of the embedding and the head; 0: a row for each token
   DType type = DType::F32;     // of every matrix but the router; norms and router are F32
   bool split_experts = false;  // blk.N.ffn_gate.E.weight instead of blk.N.ffn_gate_exps.weight
   bool tied_output = false;

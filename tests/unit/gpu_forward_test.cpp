@@ -127,10 +127,11 @@ TEST_CASE("logits on a card agree with the CPU's for all, some and none of the e
       for (const size_t n_batch : {1u, 7u, 40u}) {
         CAPTURE(n_batch);
         const std::vector<float> got = logits_of(engine, n_batch, tokens);
-        if (engine.info().hparams.n_expert > 0)
-          CHECK(share_off(got, want, engine.info().hparams.n_vocab) <= 0.025);  // 2 rows of 90
+        const HParams& hparams = engine.info().hparams;
+        if (std::string_view(c.name) == "floats")  // nothing is rounded to 8 bits
+          CHECK(largest_difference(got, want) < 1e-3);
         else
-          CHECK(largest_difference(got, want) < kBound);
+          CHECK(share_off(got, want, hparams.n_vocab) <= (hparams.n_expert > 0 ? 0.025 : 0));  // 2 rows of 90
       }
     }
   }
